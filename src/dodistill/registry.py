@@ -1,0 +1,39 @@
+"""An axis is a folder; a choice on it is a file in that folder. Nothing is registered by hand."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from functools import cache
+from types import ModuleType
+
+from .errors import DodistillError, nearest
+
+AXES = {
+    "source": "sources",
+    "intervention": "causal",
+    "criterion": "criteria",
+    "update": "updates",
+}
+_SHARED = {"base", "dictionary", "generators", "kmeans"}  # files in those folders that are no choice of their own
+
+
+@cache
+def names(axis: str) -> tuple[str, ...]:
+    """The choices on `axis`, by file name, without importing them (so that help is quick)."""
+    package = importlib.import_module(f"{__package__}.{AXES[axis]}")
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name not in _SHARED))
+
+
+def module(axis: str, name: str) -> ModuleType:
+    """The module of one choice. Raises DodistillError with the nearest names when there is none."""
+    if name not in names(axis):
+        raise DodistillError(nearest(name, names(axis), axis))
+    return importlib.import_module(f"{__package__}.{AXES[axis]}.{name}")
+
+
+def config(axis: str, name: str) -> type:
+    """The config dataclass of one choice: the one class in its file named `Config`."""
+    cls = module(axis, name).Config
+    assert isinstance(cls, type)
+    return cls

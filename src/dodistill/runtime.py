@@ -1,0 +1,75 @@
+"""Device, precision and random numbers: what every part needs and none should decide alone."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .errors import DodistillError
+
+if TYPE_CHECKING:
+    from .teacher import Teacher
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU. Raises DodistillError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise DodistillError(f"unknown device {name!r}; use auto, cpu, cuda or cuda:0.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise DodistillError(f"device {name!r} asked for, but torch sees no CUDA here; use --device cpu (or auto).")
+    return device
+
+
+def autocast(device: torch.device, precision: str) -> Callable[[], AbstractContextManager[Any]]:
+    """A factory of contexts for forward passes: `fp32`, `bf16`, or `auto` (bf16 on CUDA, fp32 on the CPU)."""
+    if precision not in ("auto", "fp32", "bf16"):
+        raise DodistillError(f"unknown precision {precision!r}; use auto, fp32 or bf16.")
+    low = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    if not low:
+        return contextlib.nullcontext
+    return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def generator(device: torch.device, seed: int, purpose: str) -> torch.Generator:
+    """An explicit stream of random numbers, independent for each `purpose` under one run seed."""
+    digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def _silent(_message: str, _done: int, _total: int) -> None:
+    return None
+
+
+@dataclass
+class Context:
+    """What a source, an intervention or a criterion may know of the run it is built for."""
+
+    teacher: Teacher
+    device: torch.device
+    seed: int = 0
+    autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+    unlabeled: Tensor | None = None  #: uint8 [n, C, H, W], the images of a sampler
+    progress: Callable[[str, int, int], None] = _silent  #: (what, done, total) inside a long acquisition
+    extra: Mapping[str, Any] = field(default_factory=dict)  #: what only one part needs (a foreign dictionary's model)
+
+    @property
+    def num_classes(self) -> int:
+        return self.teacher.num_classes
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.teacher.image_shape
+
+    def generator(self, purpose: str) -> torch.Generator:
+        return generator(self.device, self.seed, purpose)
