@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .config import Augment
 from .errors import DodistillError
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class Context:
     device: torch.device
     seed: int = 0
     autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+    augment: Augment = field(default_factory=Augment)
     unlabeled: Tensor | None = None  #: uint8 [n, C, H, W], the images of a sampler
     progress: Callable[[str, int, int], None] = _silent  #: (what, done, total) inside a long acquisition
     extra: Mapping[str, Any] = field(default_factory=dict)  #: what only one part needs (a foreign dictionary's model)

@@ -1,0 +1,283 @@
+"""The main job: a teacher goes in; a student, its weights and a report come out."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import __version__
+from .card import model_card
+from .config import Distill, Model, resolve
+from .data import load_images
+from .engine import Distiller, Result, Test
+from .errors import DodistillError
+from .images import save_grid
+from .models import Normalized, load_model, save_model
+from .progress import Progress
+from .report import write_report
+from .run import RunFolder, write_atomically
+from .teacher import Teacher
+
+Shape = tuple[int, int, int]
+
+
+def parameters(model: nn.Module) -> int:
+    """How many trainable and frozen numbers a model has."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def load_teacher(part: Model, shape: Shape) -> tuple[Normalized, Shape]:
+    """The model of a config's `teacher`, and the (C, H, W) that it reads: as given, else as its weights say."""
+    if not part.spec:
+        raise DodistillError("no teacher given; use --teacher SPEC [--teacher.weights FILE], as in --teacher wrn40_2.")
+    model = load_model(
+        part.spec, num_classes=part.num_classes or None, weights=part.weights or None, mean=part.normalise or None,
+        in_channels=shape[0] or None, image_size=shape[1] or None, seed=0,
+    )  # fmt: skip
+    return model, shape if all(shape) else shape_of(model)
+
+
+def shape_of(model: nn.Module) -> Shape:
+    """(C, H, W) as a model's own description has it. Raises DodistillError where it does not say."""
+    spec = getattr(model, "spec", {}) or {}
+    channels, size = spec.get("in_channels"), spec.get("image_size")
+    if not channels or not size:
+        raise DodistillError(
+            "the teacher's weights do not say which images it reads; give --data.image_shape 3,32,32 "
+            "(in Python image_shape=(3, 32, 32))."
+        )
+    return int(channels), int(size), int(size)
+
+
+def load_student(part: Model, teacher: nn.Module, classes: int, shape: Shape, seed: int) -> Normalized:
+    """A fresh student for this teacher: its classes, its channels and its normalisation, unless given otherwise."""
+    if not part.spec:
+        raise DodistillError("no student given; use --student SPEC, as in --student wrn16_1.")
+    if part.num_classes and part.num_classes != classes:
+        raise DodistillError(
+            f"student.num_classes is {part.num_classes}, the teacher has {classes} classes; leave it out, or make it {classes}."
+        )
+    mean: Any = part.normalise or None
+    std: Any = None
+    if mean is None and isinstance(teacher, Normalized):
+        mean, std = teacher.mean.flatten().tolist(), teacher.std.flatten().tolist()
+    return load_model(
+        part.spec, num_classes=classes, in_channels=shape[0], image_size=shape[1], weights=part.weights or None,
+        mean=mean, std=std, seed=seed,
+    )  # fmt: skip
+
+
+def _test(test: Any) -> Test | None:
+    """(images uint8 or float in [0, 1], labels) or a data set -> Test."""
+    if test is None or isinstance(test, Test):
+        return test
+    x, y = (test.x, test.y) if hasattr(test, "x") else test
+    if y is None:
+        raise DodistillError("the test set has no labels; accuracy needs them.")
+    return Test(_pixels(torch.as_tensor(x), "test"), torch.as_tensor(y).long())
+
+
+def _pixels(x: Tensor, what: str) -> Tensor:
+    if x.dim() != 4:
+        raise DodistillError(f"{what} images have shape {tuple(x.shape)}; they must be [n, C, H, W].")
+    if x.dtype == torch.uint8:
+        return x
+    low, high = float(x.min()), float(x.max())
+    if low < 0 or high > 1:
+        raise DodistillError(f"{what} images range from {low:.3g} to {high:.3g}; give uint8, or floats in [0, 1].")
+    return (x * 255).round().to(torch.uint8)
+
+
+def distill(
+    teacher: nn.Module,
+    student: nn.Module,
+    source: str | Mapping[str, Any] = "fast",
+    intervention: str = "none",
+    *,
+    image_shape: Shape | None = None,
+    unlabeled: Tensor | None = None,
+    test: Any = None,
+    foreign: nn.Module | None = None,
+    out: str | Path | None = None,
+    verbose: bool = True,
+    **settings: Any,
+) -> Result:
+    """Distil `teacher` into `student` without the teacher's training data.
+
+    Args:
+        teacher: any module from images [B, C, H, W] in [0, 1] to logits [B, K]. Frozen in place.
+        student: likewise; trained in place. `models.Normalized(net, mean, std)` gives a network its normalisation.
+        source: a source's name, or {"name": ..., setting: value}; `preset="desk"` in `settings` picks its preset.
+        intervention: none, kdci, stratified, or kdci+stratified.
+        image_shape: (C, H, W); needed unless the teacher came from `load_model`.
+        unlabeled: [n, C, H, W] images for a sampler.
+        test: (images, labels), only reported on; the delivered student is chosen without it.
+        foreign: another model that predicts the dictionary (KDCI Table 5).
+        out: the run folder; without one nothing is written, and nothing can be resumed.
+        verbose: show progress on stderr.
+        settings: the rest of the config tree, as in loop={"steps": 500}, kdci={"scale": 2.0}, preset="desk".
+
+    Returns:
+        Result with the student to ship (in eval mode), the summary and the folder.
+
+    Raises:
+        DodistillError: for anything that can be known to fail before the first step, and for diverging losses.
+    """
+    config = resolve({**settings, "source": source, "intervention": intervention})
+    shape = image_shape or shape_of(teacher)
+    pixels = None if unlabeled is None else _pixels(unlabeled, "unlabelled")
+    return run(config, teacher, student, shape, pixels, _test(test), foreign, out, verbose)
+
+
+def distill_config(config: Distill, out: str | Path | None, verbose: bool = True, deadline: float = float("inf"),
+                   command: str = "", report: bool = True) -> Result:  # fmt: skip
+    """The same from a config alone: models and data are loaded as it says. This is what the CLI calls."""
+    if out is not None:
+        RunFolder(out, config)  # refuse a foreign folder before anything heavy is loaded
+    teacher, shape = load_teacher(config.teacher, config.data.image_shape)
+    wrapped = Teacher(teacher, shape)
+    student = load_student(config.student, teacher, wrapped.num_classes, shape, config.loop.seed)
+    unlabeled = None
+    notes = []
+    if config.data.unlabeled and config.source.kind in ("sampler", "data"):
+        found = load_images(config.data.unlabeled, labels=False, image_shape=shape)
+        unlabeled = found.x
+        if found.skipped:
+            notes.append(found.note)
+    test = None
+    if config.data.test:
+        labelled = load_images(config.data.test, split="test", image_shape=shape)
+        test = _test(labelled)
+    foreign = load_teacher(config.data.foreign, shape)[0] if config.data.foreign.spec else None
+    return run(config, wrapped, student, shape, unlabeled, test, foreign, out, verbose, deadline, command, report, notes)
+
+
+def run(
+    config: Distill,
+    teacher: nn.Module,
+    student: nn.Module,
+    shape: Shape,
+    unlabeled: Tensor | None = None,
+    test: Test | None = None,
+    foreign: nn.Module | None = None,
+    out: str | Path | None = None,
+    verbose: bool = True,
+    deadline: float = float("inf"),
+    command: str = "",
+    report: bool = True,
+    notes: list[str] | None = None,
+) -> Result:
+    """Build, run (or resume), and leave everything in the folder. A finished folder is not run again."""
+    folder = RunFolder(out, config) if out is not None else None
+    names = f"{_name(config.teacher, teacher)} -> {_name(config.student, student)}"
+    title = f"{config.source.name} + {config.intervention}: {names}"
+    job = Distiller(config, teacher, student, shape, unlabeled, test, foreign)
+    if folder is not None and (done := folder.summary()) is not None:
+        saved = folder.load()
+        if saved is not None:
+            job.load_state_dict(*saved)
+            return Result(job.ema if done["delivered"] == "ema" else job.student, done, folder.path)
+    said = list(notes or [])
+    try:
+        if verbose:
+            with Progress(config.loop.steps, title) as progress:
+                for note in said:
+                    progress.note(note)
+                finished = job.run(folder, progress, deadline)
+        else:
+            finished = job.run(folder, None, deadline)
+    finally:
+        if folder is not None:
+            folder.close()
+    said += folder.notes if folder is not None else []
+    if not finished:
+        return Result(job.student, {"finished": False, "step": job.step}, folder.path if folder else None)
+    which, best = job.delivered()
+    best.eval()
+    summary = _summary(job, which, command, said)
+    if folder is not None:
+        _deliver(job, best, folder, summary, report)
+    return Result(best, summary, folder.path if folder else None)
+
+
+def _name(part: Model, model: nn.Module) -> str:
+    inner = getattr(model, "model", model)
+    return part.spec or type(getattr(inner, "model", inner)).__name__
+
+
+def _summary(job: Distiller, which: str, command: str, notes: list[str]) -> dict[str, Any]:
+    score, shares = job.last_eval, job.pool.class_shares()
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if job.device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(job.device) / 2**20
+    summary: dict[str, Any] = {
+        "agreement": score["agreement_ema" if which == "ema" else "agreement"],
+        "agreement_last": score["agreement"],
+        "delivered": which,
+        "student_parameters": parameters(job.student),
+        "teacher_parameters": parameters(job.teacher),
+        "steps": job.step,
+        "images": job.pool.seen,
+        "class_shares": [round(v, 5) for v in shares.tolist()],
+        "drawn_shares": [round(v, 5) for v in job.draw.shares(job.pool).tolist()],
+        "seconds": round(job.seconds, 2),
+        "acquire_seconds": round(job.acquire_seconds, 2),
+        "match_seconds": round(job.seconds - job.acquire_seconds, 2),
+        "peak_memory_mb": round(memory, 1),
+        "command": command,
+        "key": job.config.key(),
+        "versions": {"dodistill": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "machine": _machine(job.device),
+        "warnings": notes,
+        "finished": True,
+    }
+    if job.test is not None:
+        from .evaluate import predict, top1
+
+        summary["teacher_accuracy"] = top1(predict(job.teacher, job.test.x, autocast=job.autocast), job.test.y)
+        summary["student_accuracy"] = score["test"]
+        summary["delivered_accuracy"] = score["test_ema" if which == "ema" else "test"]
+        summary["best_on_test"] = job.best_on_test
+    return summary
+
+
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({platform.machine()}), {torch.get_num_threads()} thread(s)"
+
+
+def _deliver(job: Distiller, best: nn.Module, folder: RunFolder, summary: dict[str, Any], report: bool) -> None:
+    path, config = folder.path, job.config.to_tree()
+    save_model(best, path / "student.safetensors", agreement=summary["agreement"], key=summary["key"])
+    n = min(64, len(job.pool))
+    index = torch.randperm(len(job.pool), generator=torch.Generator().manual_seed(0))[:n]
+    save_grid(job.pool.x[index.to(job.device)].cpu(), path / "samples.png")
+    if job.dictionary is not None:
+        folder.write_json("dictionary.json", {"P": job.dictionary.P.tolist(), "Z": job.dictionary.Z.tolist()})
+    write_atomically(path / "README.md", model_card(config, summary, str(path)).encode())
+    folder.write_json("summary.json", summary)
+    if report:
+        write_report(path)
+
+
+def shell_command(arguments: list[str]) -> str:
+    """The command line that repeats this run."""
+    return shlex.join(["dodistill", *arguments])
+
+
+def elapsed(since: float) -> str:
+    return f"{time.monotonic() - since:.1f} s"
+
+
+def stderr(text: str) -> None:
+    print(text, file=sys.stderr)

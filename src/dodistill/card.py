@@ -1,0 +1,143 @@
+"""The model card that lies beside `student.safetensors`, and the lines of code that use the student."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from .format import count, duration, percent
+
+LAST = "last epoch"
+BEST = "best on test (selection on the test set; as the literature reports)"
+
+
+def part(config: Mapping[str, Any], *keys: str) -> Any:
+    """`config[a][b]...`, None where something on the way is missing or of another kind."""
+    value: Any = config
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def name_of(config: Mapping[str, Any], summary: Mapping[str, Any], who: str) -> str:
+    """The spec of "teacher" or "student"; for a module handed over in Python, its name in the summary."""
+    return str(part(config, who, "spec") or summary.get(f"{who}_name") or f"the {who}")
+
+
+def compression(summary: Mapping[str, Any]) -> float | None:
+    """Parameters of the teacher over those of the student."""
+    teacher, student = summary.get("teacher_parameters"), summary.get("student_parameters")
+    return teacher / student if isinstance(teacher, int) and isinstance(student, int) and student else None
+
+
+def usage(folder: str) -> tuple[str, str]:
+    """(Python that loads the student, shell that scores it)."""
+    file = f"{folder}/student.safetensors" if folder != "." else "student.safetensors"
+    python = (
+        "import dodistill\n\n"
+        f'student = dodistill.load_model("{file}").eval()\n'
+        "logits = student(images)    # float in [0, 1], shape [B, C, H, W]"
+    )
+    return python, f"dodistill evaluate {file} --test path/to/test"
+
+
+def _code(value: object) -> str:
+    """A code span that no backtick or line break inside can end."""
+    text = re.sub(r"\s+", " ", str(value))
+    fence = "`" * (max((len(run) for run in re.findall("`+", text)), default=0) + 1)
+    pad = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{pad}{text}{pad}{fence}"
+
+
+def _block(text: str, language: str) -> str:
+    fence = "`" * max(3, max((len(run) for run in re.findall("`+", text)), default=0) + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def delivered(summary: Mapping[str, Any]) -> str:
+    """Which weights were saved, in words."""
+    kinds = {"ema": "the running average (EMA) of the weights", "last": "the weights after the last step"}
+    return kinds.get(str(summary.get("delivered")), "the student's weights")
+
+
+def model_card(config: Mapping[str, Any], summary: Mapping[str, Any], folder: str = ".") -> str:
+    """Markdown for `README.md`: what it is, how it was made, what it scores, its limits, how to load it."""
+    teacher, student = name_of(config, summary, "teacher"), name_of(config, summary, "student")
+    source = part(config, "source", "name") or "unknown"
+    intervention = config.get("intervention") or "none"
+    times = compression(summary)
+    ratio = f", {times:.1f} times fewer than its teacher" if times else ""
+    rows = [
+        ("these weights, test accuracy", percent(summary.get("delivered_accuracy"))),
+        ("student, test accuracy, " + LAST, percent(summary.get("student_accuracy"))),
+        ("student, test accuracy, " + BEST, percent(summary.get("best_on_test"))),
+        ("teacher, test accuracy", percent(summary.get("teacher_accuracy"))),
+        ("agreement with the teacher on held-back substitution data (not accuracy)", percent(summary.get("agreement"))),
+    ]
+    known = [f"| {what} | {value} |" for what, value in rows if value != "–"]
+    table = ["| what | value |", "|---|---:|", *known] if known else ["Nothing was measured."]
+    untested = (
+        ""
+        if summary.get("student_accuracy") is not None
+        else (
+            "\nNo test set was given, so **the accuracy of this model is not known**. Measure it before you use it.\n"
+        )
+    )
+    made = [
+        f"- teacher: {_code(teacher)}",
+        f"- student: {_code(student)}, {count(summary.get('student_parameters'))} parameters{ratio}",
+        f"- substitution inputs: source {_code(source)}",
+        f"- intervention: {_code(intervention)}",
+        f"- steps: {count(summary.get('steps') or part(config, 'loop', 'steps'))}, "
+        f"seed {part(config, 'loop', 'seed')}, took {duration(summary.get('seconds'))}",
+        f"- saved: {delivered(summary)}, chosen without test data",
+    ]
+    command = summary.get("command")
+    warnings = [f"- {re.sub(r'[<>]', '', str(w))}" for w in summary.get("warnings") or []]
+    return "\n".join(
+        [
+            "---",
+            "library_name: dodistill",
+            "license: other",
+            "tags: [image-classification, knowledge-distillation, data-free]",
+            "---",
+            "",
+            f"# {_code(student)} distilled from {_code(teacher)}",
+            "",
+            f"A small image classifier that imitates {_code(teacher)}. It was made by data-free knowledge distillation "
+            "with dodistill.",
+            "",
+            "## How it was made",
+            "",
+            *made,
+            "",
+            *(["Command:", "", _block(str(command), "sh"), ""] if command else []),
+            "## Data",
+            "",
+            "None of the teacher's training data was used. The student learned from substitution inputs that the "
+            f"source {_code(source)} made or found, and from the teacher's answers to them.",
+            "",
+            "## Numbers",
+            "",
+            *table,
+            untested,
+            "## Limits",
+            "",
+            "- It repeats the teacher's mistakes and adds its own; agreement on substitution inputs says little about "
+            "inputs that look different.",
+            "- Substitution data can be lopsided over the classes; see the class proportions in `report.html`.",
+            "- It was not tested for robustness, calibration or fairness.",
+            *warnings,
+            "",
+            "## Load it",
+            "",
+            _block(usage(folder)[0], "python"),
+            "",
+            "## Licence",
+            "",
+            "The weights derive from the teacher and inherit its terms. If the source drew on other models or images, "
+            "theirs apply too. dodistill itself claims no rights in them.",
+            "",
+        ]
+    )

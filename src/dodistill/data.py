@@ -1,0 +1,240 @@
+"""Images from arrays, folders and bundled samples, all as one uint8 tensor."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .errors import DodistillError, nearest
+
+Shape = tuple[int, int, int]
+_NAMED = ("mnist", "cifar10", "cifar100")
+_SAMPLES = ("digits", "photos")
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images x uint8 [n, C, H, W] and, where known, labels y int64 [n]."""
+
+    x: Tensor
+    y: Tensor | None = None
+    skipped: int = 0  #: files that were no image, or a broken one
+    note: str = ""  #: a sentence for the user, "" when there is nothing to say
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    @property
+    def image_shape(self) -> Shape:
+        c, h, w = self.x.shape[1:]
+        return c, h, w
+
+    @property
+    def num_classes(self) -> int:
+        """Largest label + 1. Raises DodistillError without labels."""
+        if self.y is None:
+            raise DodistillError("these images have no labels, so no class count.")
+        return int(self.y.max()) + 1
+
+    def select(self, index: Tensor) -> Images:
+        """The images at `index`, in its order."""
+        return Images(self.x[index], None if self.y is None else self.y[index], note=self.note)
+
+    def to(self, device: torch.device) -> Images:
+        """The same, on `device`."""
+        return Images(self.x.to(device), None if self.y is None else self.y.to(device), self.skipped, self.note)
+
+
+def load_images(
+    spec: str | Path,
+    split: str = "train",
+    labels: bool = True,
+    image_shape: Shape | None = None,
+    n: int = 6000,
+    seed: int = 0,
+) -> Images:
+    """Load images by `spec`.
+
+    * `.npz` with `x_train, y_train, x_test, y_test` (uint8, [n, H, W, C] or [n, H, W]; the y are optional);
+    * `.npy`, uint8, the same shapes, no labels;
+    * a folder, searched through: decoded, resized to `image_shape` (short side, centre crop), labelled by its class
+      subfolders if it has them and `labels`; a `train` or `test` subfolder is followed when it is there;
+    * `mnist`, `cifar10`, `cifar100`: `$DODISTILL_DATA/NAME.npz`;
+    * `digits`: scikit-learn's 1797 scans (8x8, or resized to `image_shape`), 1297 for train and 500 for test;
+    * `photos`: `n` random patches of scikit-learn's two photographs at `image_shape` and several scales, by `seed`.
+
+    Raises DodistillError for whatever is missing, empty, broken, or of another shape than `image_shape`.
+    """
+    if split not in ("train", "test"):
+        raise DodistillError(f"unknown split {split!r}; use train or test.")
+    name = str(spec)
+    if name == "digits":
+        return _digits(split, labels, image_shape)
+    if name == "photos":
+        return _photos(split, image_shape or (3, 32, 32), n, seed)
+    if name in _NAMED:
+        images = _named(name, split)
+    else:
+        path = Path(spec).expanduser()
+        if path.is_dir():
+            from .folder import load_folder
+
+            return load_folder(path, split, labels, image_shape)
+        if path.suffix not in (".npz", ".npy") or not path.is_file():
+            if path.suffix or len(path.parts) > 1:
+                raise DodistillError(f"no images at {spec}: use a .npz or .npy file, or a folder, that exists.")
+            raise DodistillError(nearest(name, [*_NAMED, *_SAMPLES], "data set") + " Or give a file or folder.")
+        images = _npz(path, split) if path.suffix == ".npz" else Images(_pixels(_read(path)[""], str(path)))
+    if image_shape is not None and images.image_shape != tuple(image_shape):
+        raise DodistillError(
+            f"{spec} holds images of shape {images.image_shape} (channels, height, width), the model takes "
+            f"{tuple(image_shape)}; resize the array, or give the images as a folder, which is resized on reading."
+        )
+    return images if labels else Images(images.x, note=images.note)
+
+
+def minival(n: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices 0..n-1 in two seeded random parts: (train, minival), the second one `fraction` of n, rounded."""
+    if not 0 <= fraction < 1:
+        raise DodistillError(f"minival fraction is {fraction}; it must be in [0, 1).")
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    held = round(n * fraction)
+    return order[held:], order[:held]
+
+
+def _read(path: Path, *keys: str) -> dict[str, np.ndarray[Any, Any]]:
+    """The arrays `keys` of a .npz file, those it has; the array of a .npy file under ""."""
+    try:
+        with open(path, "rb") as file:  # not np.load(path), which forgets to close a broken file
+            found = np.load(file, allow_pickle=False)
+            if isinstance(found, np.ndarray):
+                return {"": found}
+            with found:
+                if keys[0] in found.files:
+                    return {k: found[k] for k in keys if k in found.files}
+                has = ", ".join(found.files) or "nothing"
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise DodistillError(f"{path} is no readable numpy file of numbers, or is cut short ({error}).") from error
+    raise DodistillError(f"{path} has no {keys[0]!r} (it has {has}); {_RECIPE}")
+
+
+def _npz(path: Path, split: str) -> Images:
+    key = f"x_{split}"
+    arrays = _read(path, key, f"y_{split}")
+    x, y = arrays[key], arrays.get(f"y_{split}")
+    pixels = _pixels(x, f"{path}:{key}")
+    if y is None:
+        return Images(pixels)
+    if y.ndim != 1 or len(y) != len(x) or y.dtype.kind not in "iu" or (len(y) and y.min() < 0):
+        raise DodistillError(
+            f"{path}: y_{split} has shape {y.shape} and type {y.dtype}; it must be {len(x)} class numbers from 0."
+        )
+    return Images(pixels, torch.from_numpy(y.astype(np.int64)))
+
+
+_RECIPE = "make one with numpy.savez(FILE, x_train=..., y_train=..., x_test=..., y_test=...), uint8 [n, H, W, C]."
+
+
+def _pixels(x: np.ndarray[Any, Any], where: str) -> Tensor:
+    """uint8 [n, H, W], [n, H, W, C] or [n, C, H, W] -> uint8 [n, C, H, W]."""
+    if x.dtype != np.uint8:
+        raise DodistillError(f"{where} is {x.dtype}; images must be uint8 (0..255).")
+    if x.ndim == 3:
+        x = x[..., None]
+    if x.ndim != 4 or 0 in x.shape:
+        raise DodistillError(f"{where} has shape {x.shape}; images must be [n, H, W] or [n, H, W, C], and not empty.")
+    if x.shape[1] in (1, 3) and x.shape[3] not in (1, 3):
+        return torch.from_numpy(np.ascontiguousarray(x))
+    return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
+
+
+def _named(name: str, split: str) -> Images:
+    root = os.environ.get("DODISTILL_DATA", "")
+    if not root:
+        raise DodistillError(f"where is {name}? Set DODISTILL_DATA to the folder that holds {name}.npz; {_RECIPE}")
+    path = Path(root) / f"{name}.npz"
+    if path.is_file():
+        return _npz(path, split)
+    kept = _torchvision(name, root, split == "train")
+    if kept is None:
+        raise DodistillError(
+            f"no {path}, and no copy of {name} by torchvision in {root}; {_RECIPE} "
+            "Or let torchvision download its own there."
+        )
+    return kept
+
+
+def _torchvision(name: str, root: str, train: bool) -> Images | None:
+    try:
+        from torchvision import datasets
+    except (ImportError, RuntimeError):
+        return None
+    kinds: dict[str, Callable[..., Any]] = {
+        "mnist": datasets.MNIST,
+        "cifar10": datasets.CIFAR10,
+        "cifar100": datasets.CIFAR100,
+    }
+    try:
+        found = kinds[name](root, train=train, download=False)
+    except RuntimeError:  # not there
+        return None
+    return Images(_pixels(np.asarray(found.data), name), torch.as_tensor(found.targets, dtype=torch.int64))
+
+
+def _sklearn() -> Any:
+    try:
+        from sklearn import datasets
+    except ImportError as error:
+        raise DodistillError("digits and photos come with scikit-learn: pip install 'dodistill[demo]'") from error
+    return datasets
+
+
+def _digits(split: str, labels: bool, image_shape: Shape | None) -> Images:
+    found = _sklearn().load_digits()
+    x = torch.from_numpy(found.images).float()[:, None] * (255 / 16)
+    c, h, w = image_shape or (1, 8, 8)
+    if (h, w) != (8, 8):
+        x = F.interpolate(x, (h, w), mode="bilinear", align_corners=False)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    part = order[:1297] if split == "train" else order[1297:]
+    pixels = x.round().to(torch.uint8).expand(-1, c, -1, -1)[part].contiguous()
+    return Images(pixels, torch.from_numpy(found.target).long()[part] if labels else None)
+
+
+def _photos(split: str, image_shape: Shape, n: int, seed: int) -> Images:
+    """Square patches: each photograph is shrunk by several factors, and patches are cut anywhere in each."""
+    if n < 1:
+        raise DodistillError(f"n is {n}; ask for at least one patch.")
+    c, h, w = image_shape
+    generator = torch.Generator().manual_seed(2 * seed + (split == "test"))
+    scales: list[Tensor] = []
+    for photo in _sklearn().load_sample_images().images:
+        image = torch.tensor(np.asarray(photo)).permute(2, 0, 1)[None].float()
+        if c == 1:
+            image = (image * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+        most = min(image.shape[2] / h, image.shape[3] / w)
+        for power in torch.linspace(0, 0.85, 6).tolist():  # from every pixel to half the height in one patch
+            size = [max(round(s / most**power), t) for s, t in zip(image.shape[2:], (h, w))]
+            scales.append(F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True)[0])
+    which = torch.randint(len(scales), (n,), generator=generator)
+    out = torch.empty((n, scales[0].shape[0], h, w), dtype=torch.uint8)
+    for k, scale in enumerate(scales):
+        mine = (which == k).nonzero()[:, 0]
+        top = torch.randint(scale.shape[1] - h + 1, (len(mine),), generator=generator)
+        left = torch.randint(scale.shape[2] - w + 1, (len(mine),), generator=generator)
+        rows, columns = top[:, None] + torch.arange(h), left[:, None] + torch.arange(w)
+        patches = scale[:, rows[:, :, None], columns[:, None, :]].transpose(0, 1)
+        out[mine] = patches.round().clamp(0, 255).to(torch.uint8)
+    if out.shape[1] != c:
+        raise DodistillError(f"photos have 1 or 3 channels; image_shape is {image_shape}.")
+    return Images(out)

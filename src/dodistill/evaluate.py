@@ -1,0 +1,77 @@
+"""What is measured of a classifier: accuracy where there are labels, agreement with the teacher where not."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .augment import to_float
+from .data import Images
+from .errors import DodistillError
+
+Autocast = Callable[[], AbstractContextManager[Any]]
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for the block; afterwards each submodule is in the mode it was in."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, x_uint8: Tensor, batch: int = 1000, autocast: Autocast = contextlib.nullcontext
+) -> Tensor:
+    """Logits fp32 [n, K], on the model's device, of images uint8 [n, C, H, W], without gradients and in eval mode."""
+    if len(x_uint8) == 0:
+        raise DodistillError("no images to evaluate.")
+    first = next(model.parameters(), None)
+    device = x_uint8.device if first is None else first.device
+    with evaluating(model):
+        parts = []
+        for part in x_uint8.split(batch):
+            with autocast():
+                parts.append(model(to_float(part.to(device, non_blocking=True))).float())
+    return torch.cat(parts)
+
+
+def accuracy(model: nn.Module, images: Images, batch: int = 1000, autocast: Autocast = contextlib.nullcontext) -> float:
+    """Top-1 accuracy in percent. Raises DodistillError for images without labels."""
+    if images.y is None:
+        raise DodistillError("accuracy needs labels, and these images have none.")
+    return top1(predict(model, images.x, batch, autocast), images.y)
+
+
+def top1(logits: Tensor, y: Tensor) -> float:
+    """Share, in percent, of rows of logits [n, K] whose largest entry is at y [n]."""
+    return 100 * (logits.argmax(1) == y.to(logits.device)).float().mean().item()
+
+
+def agreement(logits_a: Tensor, logits_b: Tensor) -> float:
+    """Share, in percent, of rows on which two models name the same class."""
+    return top1(logits_a, logits_b.argmax(1))
+
+
+def class_shares(logits: Tensor) -> Tensor:
+    """Proportion [K] of rows of logits [n, K] that go to each class; sums to 1."""
+    return torch.bincount(logits.argmax(1), minlength=logits.shape[1]).float() / len(logits)
+
+
+def expected_calibration_error(logits: Tensor, y: Tensor, bins: int = 15) -> float:
+    """Mean |accuracy - confidence| over equal bins of confidence, weighted by their share of the rows; in [0, 1]."""
+    confidence, named = logits.float().softmax(1).max(1)
+    right = (named == y.to(logits.device)).float()
+    index = (confidence * bins).ceil().long().sub(1).clamp(0, bins - 1)  # bins are (lo, hi]
+    gap = torch.zeros(bins, device=logits.device).index_add_(0, index, right - confidence)
+    return (gap.abs().sum() / len(logits)).item()

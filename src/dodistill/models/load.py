@@ -1,0 +1,207 @@
+"""`load_model`: one small grammar for networks from anywhere."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import DodistillError, nearest
+from . import zoo
+from .normalized import NORMALISATION, Normalized, constants
+from .weights import guess_channels, guess_classes, load_state, read_metadata, read_weights
+
+Values = Sequence[float]
+_GRAMMAR = "a zoo name, timm:NAME, torchvision:NAME, path/to/file.py:factory, or a .safetensors file saved by dodistill"
+
+
+def load_model(
+    spec: str,
+    *,
+    num_classes: int | None = None,
+    in_channels: int | None = None,
+    image_size: int | None = None,
+    weights: str | Path | None = None,
+    mean: str | Values | None = None,
+    std: str | Values | None = None,
+    seed: int | None = None,
+) -> Normalized:
+    """A network with its normalisation, taking images [B, C, H, W] in [0, 1] and giving logits [B, num_classes].
+
+    `spec` is a zoo name (`wrn40_2`), `timm:NAME`, `torchvision:NAME`, `path/to/file.py:factory` (the file is imported;
+    the factory is called with `num_classes` and `in_channels` if it takes them), or a `.safetensors` file of
+    `save_model`, which knows the rest. Nothing is downloaded: weights come from `weights` (`.safetensors`, or a torch
+    file of tensors). What is not given is read off the weights. `mean` and `std` are values per channel or a name
+    (`cifar10`); else those of the saved file, of timm, or of torchvision (ImageNet); else none. `seed` fixes the fresh
+    weights without touching torch's global random state; without it they come from there.
+
+    Raises DodistillError, with the fix, for whatever does not fit.
+    """
+    saved: dict[str, Any] = {}
+    if spec.endswith(".safetensors"):
+        if weights is not None:
+            raise DodistillError(f"{spec} already holds weights, and weights={weights} too; name the network instead.")
+        saved = read_metadata(spec)
+        weights, spec = spec, str(saved.get("spec", ""))
+        if not spec:
+            raise DodistillError(
+                f"{weights} does not say which network it is; use load_model(NAME, weights='{weights}')."
+            )
+        if ".py:" in spec:
+            raise DodistillError(
+                f"{weights} asks to run {spec}; code is run only when you name it: "
+                f"load_model('{spec}', weights='{weights}')."
+            )
+    elif weights is not None and str(weights).endswith(".safetensors"):
+        saved = read_metadata(weights)
+    _check_grammar(spec)
+    state = None if weights is None else read_weights(weights)
+    if state is not None:
+        in_weights = saved.get("num_classes") or guess_classes(state)
+        num_classes = in_weights if num_classes is None else num_classes
+        in_channels = guess_channels(state) if in_channels is None else in_channels
+    for name, value in (("num_classes", num_classes), ("in_channels", in_channels), ("image_size", image_size)):
+        if value is not None and value < 1:
+            raise DodistillError(f"{name} is {value}; it must be at least 1.")
+    image_size = saved.get("image_size") if image_size is None else image_size
+    with _seeded(seed):
+        net, own = _build(spec, num_classes, in_channels, image_size)
+    if isinstance(net, Normalized):  # a factory may bring its own normalisation
+        own = (net.mean.flatten().tolist(), net.std.flatten().tolist())
+        net = net.model
+    if state is not None:
+        load_state(net, state, str(weights))
+    fresh = net.state_dict()
+    in_channels = in_channels or guess_channels(fresh)
+    wanted = constants(mean, std, in_channels) or constants(saved.get("mean"), saved.get("std"), in_channels)
+    known = {
+        "spec": spec,
+        "num_classes": num_classes or guess_classes(fresh),
+        "in_channels": in_channels,
+        "image_size": image_size,
+    }
+    return Normalized(net, *(wanted or own or NORMALISATION["none"]), spec=known)
+
+
+_Own = tuple[Values, Values] | None  # a normalisation that belongs to the network's origin
+
+
+def _check_grammar(spec: str) -> None:
+    """Refuse what is no model spec at all, by naming the fix."""
+    origin, colon, _ = spec.partition(":")
+    if ".py:" in spec or (colon and origin in ("timm", "torchvision")):
+        return
+    if spec.endswith(".py"):
+        raise DodistillError(f"{spec} is a file; name the function in it that builds the model: {spec}:FACTORY.")
+    if spec.endswith((".pt", ".pth", ".th", ".bin", ".ckpt")):
+        raise DodistillError(f"{spec} is weights, not a network; use load_model(NAME, weights='{spec}').")
+    if colon:
+        raise DodistillError(f"{nearest(origin, ['timm', 'torchvision'], 'origin of models')} A model is {_GRAMMAR}.")
+    if "/" in spec or "\\" in spec or "." in spec:
+        raise DodistillError(f"{spec!r} is no model; use {_GRAMMAR}.")
+
+
+def _build(
+    spec: str, num_classes: int | None, in_channels: int | None, image_size: int | None
+) -> tuple[nn.Module, _Own]:
+    if ".py:" in spec:
+        return _from_file(spec, num_classes, in_channels), None
+    if spec.startswith("timm:"):
+        return _from_timm(spec[5:], num_classes, in_channels, image_size)
+    if spec.startswith("torchvision:"):
+        return _from_torchvision(spec[12:], num_classes, in_channels), NORMALISATION["imagenet"]
+    if num_classes is None and (spec in zoo.zoo_names() or spec.startswith("tiny")):
+        raise DodistillError(f"how many classes has {spec}? Give num_classes, or weights to read it from.")
+    return zoo.build(spec, num_classes or 1, in_channels or zoo.default_channels(spec)), None
+
+
+def _from_timm(name: str, classes: int | None, channels: int | None, size: int | None) -> tuple[nn.Module, _Own]:
+    try:
+        import timm
+    except (ImportError, RuntimeError) as error:  # a torchvision that does not fit torch raises RuntimeError
+        raise DodistillError(f"timm:{name} needs timm ({error}): pip install 'dodistill[timm]'") from error
+    if not timm.is_model(name.partition(".")[0]):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
+        raise DodistillError(f"timm has no model {name!r}; near it: {', '.join(close) or 'none'}.")
+    kwargs: dict[str, Any] = {} if classes is None else {"num_classes": classes}
+    if channels is not None:
+        kwargs["in_chans"] = channels
+    net: Any
+    try:
+        net = timm.create_model(name, pretrained=False, **(kwargs | ({"img_size": size} if size else {})))
+    except TypeError:  # convolutional networks take no img_size
+        net = timm.create_model(name, pretrained=False, **kwargs)
+    own = (list(net.pretrained_cfg["mean"]), list(net.pretrained_cfg["std"]))
+    if channels == 1:
+        own = ([sum(own[0]) / len(own[0])], [sum(own[1]) / len(own[1])])
+    return net, own if channels in (None, 1, len(own[0])) else None
+
+
+def _from_torchvision(name: str, classes: int | None, channels: int | None) -> nn.Module:
+    try:
+        from torchvision import models
+    except (ImportError, RuntimeError) as error:
+        raise DodistillError(
+            f"torchvision:{name} needs a torchvision that fits this torch ({error}): pip install 'dodistill[timm]'"
+        ) from error
+    known = models.list_models(module=models)
+    if name not in known:
+        raise DodistillError(nearest(name, known, "torchvision model"))
+    if channels not in (None, 3):
+        raise DodistillError(f"torchvision:{name} takes 3 channels, not {channels}; use the zoo or timm:NAME.")
+    net = models.get_model(name, weights=None, **({} if classes is None else {"num_classes": classes}))
+    assert isinstance(net, nn.Module)
+    return net
+
+
+def _from_file(spec: str, classes: int | None, channels: int | None) -> nn.Module:
+    """Import the file under a name of its own and call its factory."""
+    path, name = spec.rsplit(":", 1)
+    file = Path(path).expanduser().resolve()
+    if not file.is_file():
+        raise DodistillError(f"no file {path} (looked for from {Path.cwd()}), asked for by {spec!r}.")
+    module_spec = importlib.util.spec_from_file_location(f"_dodistill_file_{file.stem}", file)
+    assert module_spec is not None
+    assert module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # dataclasses and pickling look there
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        raise DodistillError(f"{path} does not import: {type(error).__name__}: {error}") from error
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        callables = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]
+        raise DodistillError(f"{path}: {nearest(name, callables, 'factory')}")
+    with contextlib.suppress(ValueError):
+        takes = inspect.signature(factory).parameters
+    given = {"num_classes": classes, "in_channels": channels}
+    try:
+        net = factory(**{k: v for k, v in given.items() if k in takes and v is not None})
+    except Exception as error:
+        raise DodistillError(f"{spec} failed: {type(error).__name__}: {error}") from error
+    if not isinstance(net, nn.Module):
+        raise DodistillError(f"{spec} returned a {type(net).__name__}, not a torch.nn.Module.")
+    return net
+
+
+@contextlib.contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    """Initialise from `seed`, then leave torch's global CPU generator as it was found."""
+    if seed is None:
+        yield
+        return
+    before: Tensor = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)

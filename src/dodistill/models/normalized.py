@@ -1,0 +1,77 @@
+"""A network and the normalisation that it was trained with, as one module on images in [0, 1]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import DodistillError, nearest
+
+Values = Sequence[float]
+
+#: (mean, std) per channel. The CIFAR-10 std is the literature's (a mean of per-image stds), which its checkpoints need.
+NORMALISATION: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "mnist": ((0.1307,), (0.3081,)),
+    "none": ((0.0,), (1.0,)),
+}
+
+
+class Normalized(nn.Module):
+    """`model((x - mean) / std)` for x [B, C, H, W] in [0, 1].
+
+    `mean` and `std` have one value per channel, or one for all. `spec` says how to build `model` again where that is
+    known: `spec, num_classes, in_channels, image_size`. The state dict holds the network alone.
+    """
+
+    mean: Tensor  #: [1, C or 1, 1, 1]
+    std: Tensor
+
+    def __init__(
+        self, model: nn.Module, mean: Values = (0.0,), std: Values = (1.0,), spec: dict[str, Any] | None = None
+    ) -> None:
+        super().__init__()
+        if len(mean) != len(std) or not mean or not all(s > 0 for s in std):
+            raise DodistillError(f"mean {list(mean)} and std {list(std)} must be as long as each other, and std > 0.")
+        self.model = model
+        self.register_buffer("mean", torch.tensor(list(mean), dtype=torch.float32).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(list(std), dtype=torch.float32).view(1, -1, 1, 1), persistent=False)
+        self.identity = all(m == 0 for m in mean) and all(s == 1 for s in std)
+        self.spec: dict[str, Any] = dict(spec or {})
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.model(x if self.identity else (x - self.mean) / self.std)
+        return logits
+
+
+def constants(
+    mean: str | Values | None, std: str | Values | None, channels: int | None
+) -> tuple[list[float], list[float]] | None:
+    """(mean, std) of what was asked for, None where nothing was; a name of NORMALISATION stands for both.
+
+    Raises DodistillError for an unknown name, one of the two without the other, or a length that is not `channels`.
+    """
+    if mean is None and std is None:
+        return None
+    if isinstance(mean, str) or isinstance(std, str):
+        name = mean if isinstance(mean, str) else std
+        assert isinstance(name, str)
+        if name not in NORMALISATION:
+            raise DodistillError(nearest(name, NORMALISATION, "normalisation"))
+        if (mean is not None and mean != name) or (std is not None and std != name):
+            raise DodistillError(f"mean {mean!r} and std {std!r} do not belong together; the name {name!r} sets both.")
+        mean, std = NORMALISATION[name]
+    if mean is None or std is None:
+        raise DodistillError(f"mean is {mean} and std is {std}: give both, or one name of {', '.join(NORMALISATION)}.")
+    for values in (mean, std):
+        if channels is not None and len(values) not in (1, channels):
+            raise DodistillError(
+                f"normalisation has {len(values)} channels ({list(values)}), the model takes {channels}; "
+                f"give {channels} values, or one for all."
+            )
+    return [float(v) for v in mean], [float(v) for v in std]

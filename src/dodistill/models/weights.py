@@ -1,0 +1,171 @@
+"""Weights in and out: never by running code from a file, never half a file, never silently the wrong ones."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from ..errors import DodistillError
+from .normalized import Normalized
+
+_INSIDE = ("state_dict", "model_state_dict", "model", "net")  # where training scripts put the state dict
+_HEAD = re.compile(r"(^|\.)(fc|linear|classifier|head|heads)(\.\w+)?\.weight$")
+_PREFIXES = ("module.", "_orig_mod.", "model.")  # DataParallel, torch.compile, Normalized
+
+_REFUSED = """{path} is a pickle that would run code when read ({reason}); refused. Ask its author for a state dict, \
+or, if you trust it, convert it once yourself:
+  python -c "import torch; o = torch.load('{path}', map_location='cpu', weights_only=False); \
+torch.save(o.state_dict() if hasattr(o, 'state_dict') else o, 'converted.pt')\""""
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """What `save_model` wrote beside the tensors of a `.safetensors` file; {} for a file of another origin."""
+    path = _existing(path)
+    try:
+        with safe_open(path, "pt") as f:
+            raw = f.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise DodistillError(f"{path} is damaged or cut short ({error}); copy or download it again.") from error
+    metadata = {}
+    for key, value in raw.items():
+        with contextlib.suppress(ValueError):  # other programs' metadata need not be JSON
+            metadata[key] = json.loads(value)
+    return metadata
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a `.safetensors` file, or in a torch file (`.pt`, `.pth`, `.th`) that holds only tensors.
+
+    Raises DodistillError for a file that is missing, damaged, would run code, or holds something else.
+    """
+    path = _existing(path)
+    damaged = f"{path} is damaged or cut short ({{}}); copy or download it again."
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise DodistillError(damaged.format(error)) from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on pickle protocols; the error below says what is wrong
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        if wanted or path.read_bytes()[:1] == b"\x80":
+            reason = f"it calls {wanted[1]}" if wanted else "it holds more than tensors"
+            raise DodistillError(_REFUSED.format(path=path, reason=reason)) from error
+        raise DodistillError(damaged.format("it is no torch file")) from error
+    except Exception as error:  # torch reports damage in many ways: RuntimeError, EOFError, KeyError, ...
+        raise DodistillError(damaged.format(str(error).splitlines()[0] if str(error) else repr(error))) from error
+    for key in _INSIDE:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        found = sorted(map(str, content))[:8] if isinstance(content, Mapping) else type(content).__name__
+        raise DodistillError(
+            f"{path} holds no state dict (found {found}); save one with torch.save(net.state_dict(), ..)."
+        )
+    return dict(content)
+
+
+def guess_classes(state: Mapping[str, Tensor]) -> int | None:
+    """Class count by the rows of the classifier: the last matrix, one with a classifier's name first (files may be
+    sorted by name). None without a matrix."""
+    matrices = {k: v.shape[0] for k, v in state.items() if v.dim() == 2 and k.endswith("weight")}
+    heads = [rows for k, rows in matrices.items() if _HEAD.search(k)]
+    rows = heads or list(matrices.values())
+    return rows[-1] if rows else None
+
+
+def guess_channels(state: Mapping[str, Tensor]) -> int | None:
+    """Input channels of the first convolution. None without one."""
+    return next((v.shape[1] for k, v in state.items() if v.dim() == 4 and k.endswith("weight")), None)
+
+
+def load_state(net: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
+    """Load `state` into `net`, strictly, except for a known prefix and BatchNorm's step counters.
+
+    Raises DodistillError that names what differs: the class count, shapes, missing and unexpected keys.
+    """
+    own = net.state_dict()
+    state = _stripped(state, own)
+    shapes = [k for k in own if k in state and own[k].shape != state[k].shape]
+    matrices = [k for k in own if own[k].dim() == 2 and k.endswith("weight")]
+    head = matrices[-1] if matrices else ""
+    if head in shapes and own[head].shape[1:] == state[head].shape[1:]:
+        raise DodistillError(
+            f"weights {name} have {state[head].shape[0]} classes, num_classes is {own[head].shape[0]} "
+            f"({head}: {tuple(state[head].shape)} against {tuple(own[head].shape)}); "
+            f"use num_classes={state[head].shape[0]} or other weights."
+        )
+    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
+    unexpected = [k for k in state if k not in own and not k.endswith("num_batches_tracked")]
+    if shapes or missing or unexpected:
+        differ = [f"{k} is {tuple(state[k].shape)}, the network has {tuple(own[k].shape)}" for k in shapes]
+        lines = [("other shapes", differ), ("missing", missing), ("unexpected", unexpected)]
+        told = "; ".join(f"{what}: {_few(keys)}" for what, keys in lines if keys)
+        raise DodistillError(f"weights {name} are of another network. {told}.")
+    net.load_state_dict(dict(state), strict=False)
+
+
+def save_model(model: nn.Module, path: str | Path, **extra_metadata: Any) -> Path:
+    """Write weights as `.safetensors`, whole or not at all, with what `load_model(path)` needs to build them again.
+
+    The keys are those of the bare network. Metadata (JSON strings): `spec, num_classes, in_channels, image_size, mean,
+    std` of a `Normalized`, and `extra_metadata`. Raises DodistillError when the disk is full or may not be written.
+    """
+    path, net, metadata = Path(path), model, dict[str, Any]()
+    if isinstance(model, Normalized):
+        net, metadata = model.model, dict(model.spec)
+        metadata |= {"mean": model.mean.flatten().tolist(), "std": model.std.flatten().tolist()}
+    metadata |= extra_metadata
+    # cloned: safetensors wants every tensor dense and none shared
+    tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in net.state_dict().items()}
+    data = to_bytes(tensors, {"format": "pt"} | {k: json.dumps(v) for k, v in metadata.items()})
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(partial, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise DodistillError(
+            f"cannot write {path}: {error.strerror or error} ({len(data) / 1e6:.1f} MB needed); "
+            "choose another folder or free some space. What stood there before is untouched."
+        ) from error
+    return path
+
+
+def _existing(path: str | Path) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        raise DodistillError(f"no weights file at {path}; check the path (it is looked for from {Path.cwd()}).")
+    return path
+
+
+def _stripped(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    while True:
+        prefix = next((p for p in _PREFIXES if state and all(k.startswith(p) for k in state)), None)
+        if prefix is None or any(k in own for k in state):
+            return state
+        state = {k[len(prefix) :]: v for k, v in state.items()}
+
+
+def _few(items: list[str], n: int = 4) -> str:
+    return ", ".join(items[:n]) + (f" and {len(items) - n} more" if len(items) > n else "")

@@ -1,0 +1,33 @@
+"""The names of our own networks, and how each is built."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+from ..errors import DodistillError, nearest
+from . import cifar_resnet, mobilenetv2, vgg, wrn
+from .tiny import Tiny
+
+_BUILDERS = {**cifar_resnet.ZOO, **mobilenetv2.ZOO, **vgg.ZOO, **wrn.ZOO}
+
+
+def zoo_names() -> list[str]:
+    """Every name of the zoo; of the family `tiny{W}` the usual widths stand for all."""
+    return sorted(_BUILDERS) + ["tiny8", "tiny16", "tiny32"]
+
+
+def default_channels(name: str) -> int:
+    """1 for the digits' family `tiny{W}`, 3 for the rest."""
+    return 1 if re.fullmatch(r"tiny\d+", name) else 3
+
+
+def build(name: str, num_classes: int, in_channels: int) -> nn.Module:
+    """A freshly initialised network. Raises DodistillError with the nearest names for one that is not there."""
+    tiny = re.fullmatch(r"tiny([1-9]\d{0,3})", name)
+    if tiny:
+        return Tiny(int(tiny[1]), num_classes, in_channels)
+    if name not in _BUILDERS:
+        raise DodistillError(nearest(name, zoo_names(), "model"))
+    return _BUILDERS[name](num_classes, in_channels)

@@ -1,0 +1,171 @@
+"""The run folder: what was asked for, what happened, and one checkpoint of everything.
+
+    config.json      the resolved config        metrics.jsonl   one JSON per line: log, eval, pool
+    checkpoint.pt    everything but the pool    pool-N.pt       the pool's version N, written only when it changed
+    previous.pt      the checkpoint before      summary.json    the outcome, once the run has ended
+
+Every file is written beside its final name and moved there, so a kill or a full disk leaves the old one whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from .config import RUNTIME, Distill, difference
+from .errors import DodistillError
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Raises DodistillError where the folder is read-only or the disk is full; the old file is then still whole."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise DodistillError(
+            f"cannot write {path}: {error.strerror}. The last good checkpoint in {path.parent} is untouched; "
+            "make room or choose another folder (--out), then start the same command again."
+        ) from error
+
+
+def _save(path: Path, state: Any) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
+        temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise DodistillError(
+            f"cannot write {path}: {reason}. The last good checkpoint in {path.parent} is untouched; "
+            "make room, then start the same command again."
+        ) from error
+
+
+def _load(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise DodistillError(f"{path} is damaged or truncated ({str(error).splitlines()[0]}).") from error
+
+
+class RunFolder:
+    """One run's files. Opening it again with the same config resumes; with another config it is refused."""
+
+    def __init__(self, path: str | Path, config: Distill) -> None:
+        self.path, self.config = Path(path), config
+        self.notes: list[str] = []  #: what the user should hear of (a damaged checkpoint that was passed over)
+        tree = config.to_tree()
+        known = self.path / "config.json"
+        if known.exists():
+            try:
+                old = json.loads(known.read_text())
+            except (OSError, json.JSONDecodeError) as error:
+                raise DodistillError(f"{known} cannot be read ({error}); choose another --out.") from error
+            lines = [d for d in difference(old, tree) if d.split(":")[0].removeprefix("loop.") not in RUNTIME]
+            if lines:
+                raise DodistillError(
+                    f"run folder {self.path} belongs to another config; choose another --out, or repeat its own.\n  "
+                    + "\n  ".join(lines[:12])
+                )
+        elif self.path.is_dir() and any(p.name != "config.yaml" for p in self.path.iterdir()):
+            raise DodistillError(f"{self.path} is not empty and holds no config.json; choose another --out.")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DodistillError(f"cannot make run folder {self.path}: {error.strerror}; choose another --out.") from error
+        write_atomically(known, json.dumps(tree, indent=1).encode())
+        self._metrics: TextIO | None = None
+        self._pools: set[int] = set()  #: pool versions that the two checkpoints refer to
+
+    # ------------------------------------------------------------------------------------------- metrics
+
+    def log(self, **values: Any) -> None:
+        """Append one line to metrics.jsonl."""
+        if self._metrics is None:
+            self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")
+        try:
+            self._metrics.write(json.dumps(values) + "\n")
+            self._metrics.flush()
+        except OSError as error:
+            raise DodistillError(f"cannot write {self.path / 'metrics.jsonl'}: {error.strerror}.") from error
+
+    def close(self) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+
+    # ---------------------------------------------------------------------------------------- checkpoint
+
+    def save(self, state: Mapping[str, Any], pool: Mapping[str, Any], version: int) -> None:
+        """Write a checkpoint; the one before stays as previous.pt."""
+        file = self.path / f"pool-{version}.pt"
+        if not file.exists():
+            _save(file, dict(pool))
+        metrics = self.path / "metrics.jsonl"
+        size = metrics.stat().st_size if metrics.exists() else 0
+        new, current, before = (self.path / name for name in (".next.pt", "checkpoint.pt", "previous.pt"))
+        _save(new, {**state, "pool_version": version, "metrics_bytes": size})
+        if current.exists():
+            os.replace(current, before)
+        os.replace(new, current)
+        self._pools = {version, *sorted(self._pools)[-1:]}  # the two newest; older pools serve no checkpoint
+        for old in self.path.glob("pool-*.pt"):
+            if int(old.stem.split("-")[1]) < min(self._pools):
+                old.unlink(missing_ok=True)
+
+    def load(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """The newest whole checkpoint and its pool, or None where there is none.
+
+        A damaged one is passed over with a note, and the previous one loads. Raises DodistillError when none is whole.
+        """
+        found = [p for p in (self.path / "checkpoint.pt", self.path / "previous.pt") if p.exists()]
+        for path in found:
+            try:
+                state = _load(path)
+                pool = _load(self.path / f"pool-{state['pool_version']}.pt")
+            except (DodistillError, KeyError) as error:
+                self.notes.append(f"{error} Falling back to the checkpoint before it.")
+                continue
+            self._pools = {state["pool_version"]}
+            metrics = self.path / "metrics.jsonl"
+            if metrics.exists():
+                with open(metrics, "r+b") as file:
+                    file.truncate(min(state["metrics_bytes"], metrics.stat().st_size))
+            return state, pool
+        if found:
+            raise DodistillError(" ".join(self.notes) + f" No whole checkpoint is left in {self.path}; choose a new --out.")
+        return None
+
+    def drop_checkpoints(self) -> None:
+        """Free the disk after a finished run; the student, metrics and report stay."""
+        for pattern in ("checkpoint.pt*", "previous.pt*", "pool-*.pt"):
+            for file in self.path.glob(pattern):
+                file.unlink(missing_ok=True)
+
+    # ------------------------------------------------------------------------------------------- outcome
+
+    def write_json(self, name: str, value: Any) -> None:
+        write_atomically(self.path / name, json.dumps(value, indent=1).encode())
+
+    def summary(self) -> dict[str, Any] | None:
+        """The outcome of a finished run, else None."""
+        path = self.path / "summary.json"
+        if not path.exists():
+            return None
+        out: dict[str, Any] = json.loads(path.read_text())
+        return out

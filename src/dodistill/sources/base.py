@@ -1,0 +1,80 @@
+"""What every source is: a frozen dataclass of its hyper-parameters, and the thing that makes or finds inputs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..runtime import Context
+
+Kind = Literal["generator", "inversion", "sampler", "data"]
+
+
+@dataclass(frozen=True)
+class SourceConfig(ABC):
+    """Base of every source's `Config`.
+
+    Class attributes:
+        name: its file's name.
+        kind: decides the paper's dictionary size (KDCI Sec. 4.3: 8 generator, 32 inversion, 128 sampler).
+        needs: of the teacher or the user: `batchnorm`, `unlabeled`.
+        presets: named partial configs over all axes, e.g. {"desk": {"source": {"K": 5}, "optim": {"lr": 0.1}}}.
+        origin: preset name -> where its numbers come from (`ours` where the papers leave a gap).
+    """
+
+    warmup: int = 0  #: acquisitions before the first matching step
+    every: int = 400  #: matching steps per acquisition; 0 acquires once, before the first step
+
+    name: ClassVar[str]
+    kind: ClassVar[Kind]
+    needs: ClassVar[frozenset[str]] = frozenset()
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}
+    origin: ClassVar[dict[str, str]] = {}
+
+    @abstractmethod
+    def build(self, context: Context) -> Source: ...
+
+
+@dataclass
+class Acquired:
+    """A batch of substitution inputs: float in [0, 1] or uint8, [n, C, H, W]; the teacher's logits if already known."""
+
+    images: Tensor
+    logits: Tensor | None = None
+
+
+class Source(ABC):
+    """Makes or finds substitution inputs. All that changes while it does so is in its state."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.generator = context.generator("source")
+        #: the loss terms of the last acquisition (tensors, unsynced), for the log
+        self.terms: dict[str, Tensor] = {}
+
+    @abstractmethod
+    def acquire(self, student: nn.Module, round: int) -> Acquired:
+        """The inputs of acquisition number `round` (from 0). The student is in eval mode and gets no gradients."""
+
+    def parts(self) -> dict[str, Any]:
+        """Name -> anything with state_dict/load_state_dict, or a tensor, that changes from one acquisition to the next."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"generator": self.generator.get_state()}
+        for name, part in self.parts().items():
+            state[name] = part if isinstance(part, Tensor) else part.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.generator.set_state(state["generator"].cpu())
+        for name, part in self.parts().items():
+            if isinstance(part, Tensor):
+                with torch.no_grad():
+                    part.copy_(state[name])
+            else:
+                part.load_state_dict(state[name])

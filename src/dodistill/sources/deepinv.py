@@ -1,0 +1,178 @@
+"""DeepInv: Dreaming to Distill, Data-free Knowledge Transfer via DeepInversion (Yin et al., CVPR 2020).
+
+Per acquisition the pixels x themselves descend, from noise, towards labels y and the teacher's BatchNorm statistics:
+
+    L = oh * CE(T(x), y) + bn * sum_l r_l + tv * R_tv(x) + l2 * ||x||_2 + adv * (1 - JS(T(x), S(x)))
+
+    r_l  = || mu_l - E_l ||_2 + || var_l - V_l ||_2      statistics of each BatchNorm's input
+    R_tv = sum over the four difference images (right, down, two diagonals) of their L2 norm
+
+The last term is Adaptive DeepInversion: it looks for images on which teacher and student disagree.
+
+Deviations, and why
+ 1. `js = "true"` is the Jensen-Shannon divergence at temperature 3. The released code's "JS" is KL(M || P) with
+    probabilities clamped to [0.01, 0.99], which has almost no gradient with 100 classes; it stands as `js = "published"`.
+ 2. `best` returns the iterate of lowest loss, as the release means to; the release's copy aliases the tensor that is
+    updated in place, so it always returns the last one. `best = false` is that.
+ 3. Pixels descend in the teacher's normalised coordinates, as in the release, and are clipped to valid pixels after
+    each step. A teacher without a known normalisation gets mean 0.5 and deviation 0.25.
+ 4. The toolbox subtracts 0.001 of the student's BatchNorm loss; no paper has it, nor have we.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from .. import losses
+from ..runtime import Context
+from ..taps import batchnorm_inputs
+from .base import Acquired, Kind, Source, SourceConfig
+
+_TOOLBOX: dict[str, Any] = {
+    "source": {"batch": 256, "iterations": 1000, "lr": 0.1, "betas": (0.5, 0.99), "every": 400},
+    "criterion": {"name": "kl", "temperature": 20.0},
+    "optim": {"lr": 0.1, "weight_decay": 1e-4, "floor": 0.0},
+    "loop": {"steps": 80_000, "batch": 256},
+}
+
+
+@dataclass(frozen=True)
+class Config(SourceConfig):
+    """Hyper-parameters of (Adaptive) DeepInversion; defaults are the toolbox's, which made the literature's tables."""
+
+    warmup: int = 0
+    every: int = 400
+    batch: int = 256  #: images inverted together
+    iterations: int = 1000  #: descent steps per acquisition
+    lr: float = 0.1  #: Adam's rate, in the teacher's normalised coordinates
+    betas: tuple[float, float] = (0.5, 0.99)
+    schedule: Literal["constant", "cosine"] = "constant"  #: of that rate, over the iterations
+    oh: float = 1.0  #: weight of the cross-entropy to the drawn labels
+    bn: float = 10.0  #: weight of the BatchNorm statistics
+    first_bn: float = 1.0  #: extra factor on the first BatchNorm (10 in NVIDIA's ImageNet setting)
+    adv: float = 1.0  #: weight of the adaptive Jensen-Shannon term (0: plain DeepInversion)
+    tv: float = 1e-3  #: weight of the total variation
+    l2: float = 0.0  #: weight of the pixels' L2 norm
+    js: Literal["true", "published"] = "true"
+    temperature: float = 3.0  #: of the Jensen-Shannon term
+    jitter: int = 0  #: largest roll in pixels; 0 means an eighth of the height
+    flip: bool = True  #: mirror the whole batch at half of the iterations
+    clip: bool = True  #: keep pixels valid after each step
+    best: bool = True  #: return the iterate of lowest loss instead of the last
+    balanced: bool = False  #: every class equally often, instead of labels drawn uniformly
+
+    name: ClassVar[str] = "deepinv"
+    kind: ClassVar[Kind] = "inversion"
+    needs: ClassVar[frozenset[str]] = frozenset({"batchnorm"})
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "toolbox": _TOOLBOX,
+        "nvidia": {
+            **_TOOLBOX,
+            "source": {
+                "batch": 256, "iterations": 2000, "lr": 0.05, "betas": (0.9, 0.999), "tv": 2.5e-5, "l2": 3e-8, "adv": 10.0,
+                "jitter": 2, "every": 50, "balanced": True, "clip": False, "flip": False,
+            },
+            "criterion": {"name": "kl", "temperature": 3.0},
+        },
+        "desk": {
+            **_TOOLBOX,
+            "source": {
+                "batch": 128, "iterations": 60, "lr": 0.1, "betas": (0.5, 0.99), "schedule": "cosine", "every": 60,
+                "best": False,
+            },
+            "optim": {"lr": 0.1, "weight_decay": 5e-4, "floor": 0.0},
+            "loop": {"steps": 2000, "batch": 128},
+        },
+    }  # fmt: skip
+    origin: ClassVar[dict[str, str]] = {
+        "toolbox": "the DFKD toolbox's script, WRN-40-2 -> WRN-16-1 on CIFAR-10; other pairs have none",
+        "nvidia": "NVIDIA's CIFAR-10 flags and its authors' answers (50 steps per batch, T 3); l2 and adv from memory",
+        "desk": "ours: the same losses on a schedule for two CPU cores",
+    }
+
+    def build(self, context: Context) -> Source:
+        return DeepInv(self, context)
+
+
+class DeepInv(Source):
+    """Inversion of pixels; nothing but the random stream lives from one acquisition to the next."""
+
+    def __init__(self, config: Config, context: Context) -> None:
+        super().__init__(context)
+        self.config = config
+        self.host = torch.Generator().manual_seed(context.seed)  # rolls and flips are host decisions: no sync
+        model = context.teacher.model
+        self.mean = torch.as_tensor(getattr(model, "mean", 0.5), device=context.device).float().view(1, -1, 1, 1)
+        self.std = torch.as_tensor(getattr(model, "std", 0.25), device=context.device).float().view(1, -1, 1, 1)
+
+    def acquire(self, student: nn.Module, round: int) -> Acquired:
+        c, ctx = self.config, self.context
+        shape = (c.batch, *ctx.image_shape)
+        u = torch.randn(shape, generator=self.generator, device=ctx.device)
+        u = u.contiguous(memory_format=torch.channels_last).requires_grad_()  # normalised: x = mean + std * u
+        if c.balanced:
+            y = torch.arange(c.batch, device=ctx.device) % ctx.num_classes
+        else:
+            y = torch.randint(ctx.num_classes, (c.batch,), generator=self.generator, device=ctx.device)
+        low, high = (0 - self.mean) / self.std, (1 - self.mean) / self.std
+        opt = torch.optim.Adam([u], lr=c.lr, betas=c.betas, fused=True)
+        jitter = c.jitter or max(1, ctx.image_shape[1] // 8)
+        best, lowest = u.detach().clone(), torch.full((), float("inf"), device=ctx.device)
+
+        with batchnorm_inputs(ctx.teacher) as taps:
+            for i in range(c.iterations):
+                terms = self._terms(u, y, student, jitter, taps)
+                loss = torch.stack(list(terms.values())).sum()
+                if c.best:
+                    with torch.no_grad():
+                        best = torch.where(loss < lowest, u, best)
+                        lowest = torch.minimum(loss, lowest)
+                if c.schedule == "cosine":
+                    cosine = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * i / c.iterations))).item()
+                    opt.param_groups[0]["lr"] = c.lr * cosine
+                opt.zero_grad()
+                loss.backward()
+                opt.step()
+                if c.clip:
+                    with torch.no_grad():
+                        u.copy_(torch.minimum(torch.maximum(u, low), high))
+                ctx.progress("inverting", i + 1, c.iterations)
+        self.terms = {name: value.detach() for name, value in terms.items()}
+        chosen = best if c.best else u.detach()
+        return Acquired((self.mean + self.std * chosen).clamp_(0, 1))
+
+    def _terms(self, u: Tensor, y: Tensor, student: nn.Module, jitter: int, taps: Any) -> dict[str, Tensor]:
+        c, ctx = self.config, self.context
+        dy, dx = torch.randint(-jitter, jitter + 1, (2,), generator=self.host).tolist()
+        ua = u.roll((dy, dx), (2, 3))
+        if c.flip and int(torch.randint(2, (1,), generator=self.host)):
+            ua = ua.flip(3)
+        x = self.mean + self.std * ua
+        with ctx.autocast():
+            t = ctx.teacher(x)
+        terms = {
+            "ce": c.oh * nnf.cross_entropy(t, y),
+            "bn": c.bn * losses.bn_statistics(taps, taps.modules, first=c.first_bn),
+        }
+        if c.tv:
+            terms["tv"] = c.tv * losses.total_variation(ua)
+        if c.l2:
+            terms["l2"] = c.l2 * ua.norm()
+        if c.adv:
+            with ctx.autocast():
+                s = student(x)
+            js = losses.js if c.js == "true" else losses.js_published
+            terms["js"] = c.adv * (1 - js(s.float(), t, c.temperature))
+        return terms
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"host": self.host.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.host.set_state(state["host"].cpu())

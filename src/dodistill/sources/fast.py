@@ -1,0 +1,182 @@
+"""Fast: Up to 100x Faster Data-Free Knowledge Distillation (Fang et al., AAAI 2022), "FastDFKD".
+
+A meta-generator G_meta learns a start from which a few steps suffice. Per acquisition, from z ~ N(0, I) and random
+labels y, a copy G of it and z descend together for K steps on
+
+    L = bn * sum_l (|| mu_l - E_l ||_2 + || var_l - V_l ||_2)  +  oh * CE(T(x), y)  +  adv * L_adv,     x = G(z)
+
+with the batch statistics of the BatchNorm inputs smoothed over acquisitions (momentum `bn_momentum`), and
+L_adv = -mean(1[argmax s = argmax t] * KL(t || s)), the decision-adversarial term. G_meta then moves by the sum of the
+inner gradients (`fomaml`) or towards the copy (`reptile`). The batch of lowest loss joins the pool.
+
+Deviations, and why
+ 1. L_adv sets in once the student has matched at all (acquisition `warmup` + 1). The release starts two acquisitions
+    earlier, against an untrained student.
+ 2. Labels are equally frequent in a batch when `balanced` is set. Default off, as published (uniform draw).
+ 3. The reset of the first layer and, oddly, the first BatchNorm at acquisition 120 + warm-up is in the code alone, not
+    in the paper: `reset_at` (0 = never).
+ 4. The pool is drawn with replacement; the release walks a shuffled loader over PNG files on disk.
+Published settings are presets by teacher-student pair; K = 2, 5, 10 are the paper's Fast-2, -5, -10.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from .. import losses
+from ..augment import crop_flip
+from ..runtime import Context
+from ..taps import batchnorm_inputs
+from .base import Acquired, Kind, Source, SourceConfig
+from .generators import ConvGenerator, seeded
+
+_COMMON = {
+    "source": {"batch": 256, "warmup": 20, "every": 400, "bn": 10.0, "bn_momentum": 0.9, "latent": 256, "reset_at": 120},
+    "criterion": {"name": "kl", "temperature": 20.0},
+    "optim": {"lr": 0.2, "weight_decay": 1e-4, "floor": 2e-4},
+    "loop": {"steps": 80_000, "batch": 256},
+}
+
+
+def _pair(K: int, lr_g: float, lr_z: float, adv: float, oh: float) -> dict[str, Any]:
+    return {**_COMMON, "source": {**_COMMON["source"], "K": K, "lr_g": lr_g, "lr_z": lr_z, "adv": adv, "oh": oh}}
+
+
+@dataclass(frozen=True)
+class Config(SourceConfig):
+    """Hyper-parameters of FastDFKD; defaults are those for WRN teachers on CIFAR."""
+
+    warmup: int = 20
+    every: int = 400
+    batch: int = 256  #: images per acquisition
+    K: int = 10  #: inner steps per acquisition
+    lr_g: float = 2e-3  #: inner rate of the generator; its meta rate is K * lr_g
+    lr_z: float = 0.01  #: inner rate of the latents
+    latent: int = 256  #: size of z
+    width: int = 64  #: channels of the generator's last hidden layer
+    bn: float = 10.0  #: weight of the BatchNorm statistics
+    oh: float = 0.4  #: weight of the cross-entropy to the drawn labels
+    adv: float = 1.1  #: weight of the decision-adversarial term
+    bn_momentum: float = 0.9  #: smoothing of batch statistics over acquisitions (0: none)
+    meta: Literal["fomaml", "reptile", "none"] = "fomaml"
+    reptile_factor: float = 67.0  #: Reptile's meta-gradient is this times (meta - fast)
+    reset_at: int = 120  #: redraw the first layers at this acquisition after the warm-up (0: never)
+    balanced: bool = False  #: every class equally often in a batch, instead of labels drawn uniformly
+
+    name: ClassVar[str] = "fast"
+    kind: ClassVar[Kind] = "generator"
+    needs: ClassVar[frozenset[str]] = frozenset({"batchnorm"})
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "wrn": _pair(10, 2e-3, 0.01, 1.1, 0.4),
+        "vgg11": _pair(5, 3e-3, 0.01, 1.0, 0.5),
+        "resnet34": _pair(2, 5e-3, 0.015, 1.33, 0.5),
+        "desk": {
+            **_pair(10, 2e-3, 0.01, 1.1, 0.4),
+            "source": {"K": 10, "batch": 128, "warmup": 20, "every": 10, "reset_at": 0},
+            "optim": {"lr": 0.1, "weight_decay": 5e-4, "floor": 0.0},
+            "loop": {"steps": 2000, "batch": 128},
+        },
+    }
+    origin: ClassVar[dict[str, str]] = {
+        "wrn": "release scripts, WRN-40-2 pairs, CIFAR-10 = CIFAR-100",
+        "vgg11": "release scripts, VGG-11 -> ResNet-18",
+        "resnet34": "release scripts, ResNet-34 -> ResNet-18",
+        "desk": "ours: the same losses on a schedule for two CPU cores",
+    }
+
+    def build(self, context: Context) -> Source:
+        return Fast(self, context)
+
+
+class Fast(Source):
+    """The meta-generator and its inner descent."""
+
+    def __init__(self, config: Config, context: Context) -> None:
+        super().__init__(context)
+        self.config = config
+        args = (config.latent, context.image_shape, config.width)
+        to: dict[str, Any] = {"device": context.device, "memory_format": torch.channels_last}
+        self.meta = seeded(ConvGenerator, self.generator, *args).to(**to)
+        self.fast = seeded(ConvGenerator, self.generator, *args).to(**to)  # weights overwritten at every acquisition
+        self.opt_meta = torch.optim.Adam(self.meta.parameters(), lr=config.lr_g * config.K, betas=(0.5, 0.999), fused=True)
+        #: smoothed BatchNorm input statistics, one (mean, var) per layer; empty until the first acquisition
+        self.ema: list[tuple[Tensor, Tensor]] = []
+
+    def _labels(self) -> Tensor:
+        n, classes, g = self.config.batch, self.context.num_classes, self.generator
+        if self.config.balanced:
+            return torch.arange(n, device=g.device) % classes
+        return torch.randint(classes, (n,), generator=g, device=g.device)
+
+    def acquire(self, student: nn.Module, round: int) -> Acquired:
+        c, ctx = self.config, self.context
+        if c.reset_at and round == c.reset_at + c.warmup:
+            self.meta.reset_first_layers(self.generator)
+        z = torch.randn(c.batch, c.latent, generator=self.generator, device=ctx.device).requires_grad_()
+        y = self._labels()
+        with torch.no_grad():
+            self.fast.load_state_dict(self.meta.state_dict())
+        groups = [{"params": self.fast.parameters(), "lr": c.lr_g}, {"params": [z], "lr": c.lr_z}]
+        opt = torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)
+        self.opt_meta.zero_grad()
+        adversarial = c.adv > 0 and round > c.warmup
+
+        best = torch.empty(0)
+        lowest = torch.full((), float("inf"), device=ctx.device)
+        with batchnorm_inputs(ctx.teacher) as taps:
+            for k in range(c.K):
+                with ctx.autocast():
+                    x = self.fast(z)
+                    xa = crop_flip(x, ctx.augment.pad, self.generator, ctx.augment.flip)
+                    t = ctx.teacher(xa)
+                terms = {
+                    "bn": c.bn * losses.bn_statistics(taps, taps.modules, self.ema or None, c.bn_momentum),
+                    "ce": c.oh * nnf.cross_entropy(t, y),
+                }
+                if adversarial:
+                    with ctx.autocast():
+                        s = student(xa)
+                    terms["adv"] = c.adv * losses.adversarial(s.float(), t)
+                loss = torch.stack(list(terms.values())).sum()
+                with torch.no_grad():
+                    better = loss < lowest
+                    best = torch.where(better, x, best) if k else x.detach().clone()
+                    lowest = torch.minimum(loss, lowest)
+                opt.zero_grad()
+                loss.backward()
+                if c.meta == "fomaml":
+                    self._accumulate()
+                opt.step()
+            if c.bn_momentum > 0:
+                self.ema = losses.bn_average(self.ema or None, taps, c.bn_momentum)
+        if c.meta == "none":
+            self.meta.load_state_dict(self.fast.state_dict())
+        else:
+            if c.meta == "reptile":
+                for p, q in zip(self.meta.parameters(), self.fast.parameters()):
+                    p.grad = c.reptile_factor * (p.detach() - q.detach())
+            self.opt_meta.step()
+        self.terms = {name: value.detach() for name, value in terms.items()}
+        return Acquired(best.detach())
+
+    def _accumulate(self) -> None:
+        """First-order MAML: the meta-gradient is the sum of the inner gradients."""
+        for p, q in zip(self.meta.parameters(), self.fast.parameters()):
+            assert q.grad is not None
+            p.grad = q.grad.clone() if p.grad is None else p.grad.add_(q.grad)
+
+    def parts(self) -> dict[str, Any]:
+        return {"meta": self.meta, "opt_meta": self.opt_meta}
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"ema": [t for pair in self.ema for t in pair]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        flat = [t.to(self.context.device) for t in state["ema"]]
+        self.ema = list(zip(flat[::2], flat[1::2]))

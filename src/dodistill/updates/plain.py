@@ -1,0 +1,30 @@
+"""The plain update: the gradient of the matching loss at the student's weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .base import Objective, Update, UpdateConfig
+
+
+@dataclass(frozen=True)
+class Config(UpdateConfig):
+    """Nothing to set."""
+
+    name: ClassVar[str] = "plain"
+
+    def build(self) -> Update:
+        return Plain()
+
+
+class Plain(Update):
+    """loss.backward()."""
+
+    def backward(self, student: nn.Module, objective: Objective) -> dict[str, Tensor]:
+        terms = objective(student)
+        torch.stack(list(terms.values())).sum().backward()
+        return {name: value.detach() for name, value in terms.items()}

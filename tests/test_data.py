@@ -1,0 +1,189 @@
+"""Images from every source, and what is said of bad ones."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dodistill.data import load_images, minival
+from dodistill.errors import DodistillError
+
+RNG = np.random.default_rng(0)
+RGB = RNG.integers(0, 256, (6, 8, 10, 3), dtype=np.uint8)
+GREY = RNG.integers(0, 256, (4, 8, 8), dtype=np.uint8)
+Y = np.array([0, 1, 2, 0, 1, 2], np.uint8)
+
+
+def test_npz_splits_layouts_and_labels(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    np.savez(path, x_train=RGB, y_train=Y, x_test=GREY)
+    train = load_images(path)
+    assert train.x.dtype == torch.uint8
+    assert train.x.is_contiguous()
+    assert train.image_shape == (3, 8, 10)
+    assert np.array_equal(train.x[2, :, 5, 7].numpy(), RGB[2, 5, 7])
+    assert train.y.dtype == torch.int64
+    assert (train.y.tolist(), train.num_classes, len(train)) == ([0, 1, 2, 0, 1, 2], 3, 6)
+    test = load_images(path, "test")
+    assert test.y is None
+    assert np.array_equal(test.x[:, 0].numpy(), GREY)
+    assert load_images(path, labels=False).y is None
+    part = train.select(torch.tensor([4, 0]))
+    assert part.y.tolist() == [1, 0]
+    assert torch.equal(part.x[0], train.x[4])
+    with pytest.raises(DodistillError, match="no labels"):
+        _ = test.num_classes
+
+
+def test_npy_in_both_layouts(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", RGB)
+    np.save(tmp_path / "b.npy", RGB.transpose(0, 3, 1, 2))
+    a, b = load_images(tmp_path / "a.npy"), load_images(tmp_path / "b.npy")
+    assert torch.equal(a.x, b.x)
+    assert a.y is None
+
+
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        ({"x_train": RGB.astype(np.float32)}, "float32; images must be uint8"),
+        ({"x_train": RGB[0, 0]}, r"shape \(10, 3\)"),
+        ({"x_train": RGB[:0]}, "not empty"),
+        ({"images": RGB}, r"no 'x_train' \(it has images\)"),
+        ({"x_train": RGB, "y_train": Y[:5]}, "must be 6 class numbers"),
+        ({"x_train": RGB, "y_train": Y.astype(float)}, "class numbers"),
+        ({"x_train": RGB, "y_train": Y.astype(int) - 1}, "class numbers from 0"),
+        ({"x_train": np.array([{}], object)}, "no readable numpy file"),
+    ],
+)
+def test_bad_arrays(tmp_path: Path, arrays, said: str) -> None:
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(DodistillError, match=said):
+        load_images(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("kind", ["npz", "npy"])
+@pytest.mark.parametrize("keep", [0, 20, 0.5, 0.95])
+def test_truncated_arrays(tmp_path: Path, kind: str, keep: float) -> None:
+    path = tmp_path / f"a.{kind}"
+    np.savez(path, x_train=RGB) if kind == "npz" else np.save(path, RGB)
+    data = path.read_bytes()
+    path.write_bytes(data[: keep if isinstance(keep, int) else int(len(data) * keep)])
+    with pytest.raises(DodistillError, match="cut short"):
+        load_images(path)
+
+
+def test_arrays_of_another_shape_name_both(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", RGB)
+    with pytest.raises(DodistillError, match=r"shape \(3, 8, 10\).*takes \(1, 28, 28\)"):
+        load_images(tmp_path / "a.npy", image_shape=(1, 28, 28))
+
+
+def test_folder_with_bad_files(tmp_path: Path) -> None:
+    for k, name in enumerate(["b/1.png", "a/2.png", "a/deep/3.jpg"]):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 10), (100 * k, 50, 50)).save(tmp_path / name)
+    whole = (tmp_path / "b/1.png").read_bytes()
+    (tmp_path / "a/broken.png").write_bytes(whole[: len(whole) - 30])
+    (tmp_path / "a/notes.txt").write_text("no image")
+    (tmp_path / "b/empty.png").write_bytes(b"")
+    images = load_images(tmp_path, image_shape=(3, 8, 8))
+    assert images.x.shape == (3, 3, 8, 8)
+    assert images.y.tolist() == [0, 0, 1]
+    assert [round(v, -2) for v in images.x[:, 0].float().mean((1, 2)).tolist()] == [100, 200, 0]
+    assert images.skipped == 3
+    assert "skipped 3 of 6" in images.note
+    assert "broken.png" in images.note
+    assert load_images(tmp_path, image_shape=(1, 8, 8), labels=False).y is None
+    Image.new("L", (9, 9)).save(tmp_path / "top.png")
+    assert load_images(tmp_path, image_shape=(3, 8, 8)).y is None  # not every image has a class
+
+
+def test_folder_pixels_are_the_centre_resized(tmp_path: Path) -> None:
+    """A left-to-right ramp 40x20: the centre square spans the middle half of it."""
+    ramp = np.tile(np.linspace(0, 255, 40, dtype=np.uint8), (20, 1))
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    row = load_images(tmp_path, image_shape=(1, 10, 10)).x[0, 0, 5].float()
+    assert (row[1:] > row[:-1]).all()
+    assert row[0].item() == pytest.approx(255 * 10.5 / 39, abs=4)
+    assert row[-1].item() == pytest.approx(255 * 28.5 / 39, abs=4)
+
+
+def test_folder_of_splits(tmp_path: Path) -> None:
+    for split, count in (("train", 2), ("test", 1)):
+        (tmp_path / split / "cat").mkdir(parents=True)
+        for k in range(count):
+            Image.new("L", (8, 8)).save(tmp_path / split / "cat" / f"{k}.png")
+    assert len(load_images(tmp_path, image_shape=(1, 8, 8))) == 2
+    assert len(load_images(tmp_path, "test", image_shape=(1, 8, 8))) == 1
+
+
+def test_bad_folders_and_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DodistillError, match="is empty"):
+        load_images(tmp_path, image_shape=(3, 8, 8))
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(DodistillError, match="none of the 1 files"):
+        load_images(tmp_path, image_shape=(3, 8, 8))
+    with pytest.raises(DodistillError, match="give image_shape"):
+        load_images(tmp_path)
+    with pytest.raises(DodistillError, match="did you mean 'cifar10'"):
+        load_images("cifar1O")
+    with pytest.raises(DodistillError, match="that exists"):
+        load_images(tmp_path / "gone.npz")
+    with pytest.raises(DodistillError, match="train or test"):
+        load_images("digits", "val")
+    monkeypatch.delenv("DODISTILL_DATA", raising=False)
+    with pytest.raises(DodistillError, match="Set DODISTILL_DATA"):
+        load_images("mnist")
+    monkeypatch.setenv("DODISTILL_DATA", str(tmp_path))
+    with pytest.raises(DodistillError, match=r"no .*mnist.npz(.|\n)*numpy.savez"):
+        load_images("mnist")
+    np.savez(tmp_path / "mnist.npz", x_train=GREY, y_train=Y[:4], x_test=GREY[:1], y_test=Y[:1])
+    assert len(load_images("mnist", "test")) == 1
+
+
+def test_digits() -> None:
+    datasets = pytest.importorskip("sklearn.datasets")
+    train, test = load_images("digits"), load_images("digits", "test")
+    assert train.x.shape == (1297, 1, 8, 8)
+    assert test.x.shape == (500, 1, 8, 8)
+    assert (int(train.x.min()), int(train.x.max())) == (0, 255)
+    every = torch.cat([train.x, test.x]).flatten(1).long().sum(1).sort()[0]
+    source = torch.from_numpy(datasets.load_digits().images * 255 / 16).round().flatten(1).long().sum(1).sort()[0]
+    assert torch.equal(every, source)  # all of them, each once
+    assert torch.equal(train.x, load_images("digits").x)
+    assert torch.bincount(test.y, minlength=10).min() > 30
+    assert load_images("digits", image_shape=(3, 16, 16)).x.shape == (1297, 3, 16, 16)
+
+
+def test_photos() -> None:
+    pytest.importorskip("sklearn")
+    a = load_images("photos", image_shape=(1, 8, 8), n=500)
+    assert a.x.shape == (500, 1, 8, 8)
+    assert a.y is None
+    assert torch.equal(a.x, load_images("photos", image_shape=(1, 8, 8), n=500).x)
+    assert not torch.equal(a.x, load_images("photos", image_shape=(1, 8, 8), n=500, seed=1).x)
+    assert not torch.equal(a.x, load_images("photos", "test", image_shape=(1, 8, 8), n=500).x)
+    assert len(a.x.flatten(1).unique(dim=0)) > 450
+    colour = load_images("photos", image_shape=(3, 32, 32), n=100)
+    assert colour.x.shape == (100, 3, 32, 32)
+    assert (colour.x[:, 0] != colour.x[:, 2]).any()
+
+
+def test_without_scikit_learn_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "sklearn", None)
+    with pytest.raises(DodistillError, match=r"pip install 'dodistill\[demo\]'"):
+        load_images("digits")
+
+
+def test_minival_parts_the_indices() -> None:
+    train, held = minival(100, 0.1, 0)
+    assert len(held) == 10
+    assert sorted(torch.cat([train, held]).tolist()) == list(range(100))
+    assert torch.equal(held, minival(100, 0.1, 0)[1])
+    assert not torch.equal(held, minival(100, 0.1, 1)[1])
+    assert len(minival(100, 0, 0)[1]) == 0
+    with pytest.raises(DodistillError, match="fraction"):
+        minival(10, 1.0, 0)

@@ -1,0 +1,73 @@
+"""Measures against their definitions."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dodistill import evaluate
+from dodistill.data import Images
+from dodistill.errors import DodistillError
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Dropout(0.5), nn.Linear(16, 4))
+
+
+X = torch.randint(0, 256, (37, 1, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def test_predict_is_the_eval_forward_and_restores_each_mode() -> None:
+    model = net()
+    model[0].eval()
+    want = net().eval()(X.float() / 255)
+    got = evaluate.predict(model, X, batch=10)
+    assert torch.allclose(got, want, atol=1e-6)
+    assert not got.requires_grad
+    assert [m.training for m in model] == [False, True, True, True]
+    assert model[0].num_batches_tracked == 0
+    low = evaluate.predict(model, X, autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    assert low.dtype == torch.float32
+    assert torch.allclose(low, want, atol=0.05)
+    assert not torch.equal(low, got)
+    with pytest.raises(DodistillError, match="no images"):
+        evaluate.predict(model, X[:0])
+
+
+def test_mode_is_restored_after_an_exception() -> None:
+    model = net()
+    with pytest.raises(RuntimeError):
+        evaluate.predict(model, X[:, :, :2])
+    assert model.training
+
+
+def test_accuracy_agreement_shares() -> None:
+    logits = torch.tensor([[3.0, 1, 0], [0, 1, 0], [0, 1, 2], [5, 0, 0]])
+    other = torch.tensor([[1.0, 2, 0], [0, 9, 0], [0, 1, 2], [5, 0, 0]])
+    assert evaluate.top1(logits, torch.tensor([0, 1, 0, 2])) == 50
+    assert evaluate.agreement(logits, other) == 75
+    assert evaluate.class_shares(logits).tolist() == [0.5, 0.25, 0.25]
+    assert evaluate.class_shares(logits[:1]).tolist() == [1, 0, 0]
+    model = net().eval()
+    y = model(X.float() / 255).argmax(1)
+    assert evaluate.accuracy(model, Images(X, y)) == 100
+    y[:10] = (y[:10] + 1) % 4
+    assert evaluate.accuracy(model, Images(X, y), batch=7) == pytest.approx(100 * 27 / 37)
+    with pytest.raises(DodistillError, match="labels"):
+        evaluate.accuracy(model, Images(X))
+
+
+def test_calibration_error_by_its_definition() -> None:
+    g = torch.Generator().manual_seed(0)
+    logits, y = torch.randn(500, 5, generator=g) * 2, torch.randint(0, 5, (500,), generator=g)
+    p = logits.softmax(1).numpy()
+    confidence, right, want = p.max(1), p.argmax(1) == y.numpy(), 0.0
+    for low in np.arange(15) / 15:
+        inside = (confidence > low) & (confidence <= low + 1 / 15)
+        if inside.any():
+            want += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
+    assert evaluate.expected_calibration_error(logits, y) == pytest.approx(want, abs=1e-5)
+    sure = 50 * torch.eye(4)
+    assert evaluate.expected_calibration_error(sure, torch.arange(4)) == pytest.approx(0, abs=1e-6)
+    assert evaluate.expected_calibration_error(sure, torch.tensor([1, 2, 3, 0])) == pytest.approx(1)

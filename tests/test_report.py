@@ -1,0 +1,333 @@
+"""The report: offline, escaped, whole where pieces are missing, and right in its arithmetic."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dodistill import svg
+from dodistill.card import model_card
+from dodistill.errors import DodistillError
+from dodistill.figures import advice, shares
+from dodistill.format import count, duration, number, percent
+from dodistill.images import save_grid
+from dodistill.report import markdown_table, write_compare, write_report
+
+CONFIG: dict[str, Any] = {
+    "teacher": {"spec": "wrn40_2", "weights": "teacher.safetensors"},
+    "student": {"spec": "wrn16_1", "weights": ""},
+    "source": {"name": "fast", "K": 10},
+    "intervention": "kdci",
+    "kdci": {"scale": 1.0},
+    "loop": {"steps": 400, "batch": 64, "seed": 3},
+}
+SUMMARY: dict[str, Any] = {
+    "teacher_accuracy": 94.87,
+    "student_accuracy": 86.42,
+    "best_on_test": 87.1,
+    "delivered_accuracy": 87.02,
+    "agreement": 91.9,
+    "delivered": "ema",
+    "student_parameters": 175066,
+    "teacher_parameters": 2243546,
+    "seconds": 1268.0,
+    "acquire_seconds": 810.0,
+    "match_seconds": 440.0,
+    "images": 25600,
+    "steps": 400,
+    "peak_memory_mb": 900.0,
+    "command": "dodistill distill --source fast --intervention kdci --out runs/a",
+    "versions": {"torch": "2.8.0"},
+    "machine": "2 CPU cores",
+    "warnings": [],
+}
+
+
+def lines(shares_: list[float], test: bool = True) -> list[dict[str, Any]]:
+    out: list[dict[str, Any]] = []
+    for step in range(20, 401, 20):
+        out.append(
+            {"kind": "log", "step": step, "seconds": step / 10, "rate": 300.0, "lr": 0.1, "loss": 2 / step}
+            | {"match/kl": 2 / step, "source/ce": 0.3, "source/bn": 40 / step, "kdci/F_over_S": 0.003}
+            | {"kdci/attention_entropy": 1.9, "kdci/agreement_with_F": 0.5, "kdci/agreement": 0.6}
+        )
+        if step % 100 == 0:
+            out.append(
+                {"kind": "eval", "step": step, "agreement": 80.0, "agreement_ema": 82.0}
+                | ({"test": 70.0 + step / 100, "test_ema": 75.0} if test else {})
+            )
+            out.append({"kind": "pool", "step": step, "size": step, "class_shares": shares_, "drawn_shares": shares_})
+    return out
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps(CONFIG))
+    (run / "summary.json").write_text(json.dumps(SUMMARY))
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines([0.1] * 10))))
+    (run / "dictionary.json").write_text(json.dumps({"P": [0.5, 0.5, 0.0], "Z": [[1.0, -2.0]] * 3}))
+    save_grid(torch.randint(0, 256, (12, 3, 8, 8), dtype=torch.uint8), run / "samples.png")
+    return run
+
+
+class Page(HTMLParser):
+    """Collects tags and checks that they nest."""
+
+    void = frozenset({"meta", "img", "br", "path", "rect", "circle", "image"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def assert_offline(text: str) -> None:
+    page = Page(text)
+    assert not any(tag in ("script", "link", "iframe", "object", "base") for tag, _ in page.tags)
+    for _, attributes in page.tags:
+        assert not any(name.startswith("on") for name in attributes)
+        for name in ("src", "href", "xlink:href", "action", "data"):
+            assert (attributes.get(name) or "data:").startswith("data:")
+    assert not re.search(r"https?://|url\(|@import|//[a-z]+\.", re.sub(r"base64,[A-Za-z0-9+/=]+", "", text))
+
+
+def test_whole_report(folder: Path) -> None:
+    text = write_report(folder).read_text()
+    assert_offline(text)
+    for piece in (
+        "86.42 %",
+        "94.87 %",
+        "87.02 %",
+        "91.90 %",
+        "12.8×",
+        "21 min 08 s",
+        "175,066",
+        "2 CPU cores",
+        "torch 2.8.0",
+    ):
+        assert piece in text
+    for piece in ("last epoch", "best on test (selection on the test set; as the literature reports)", "load_model"):
+        assert piece in text
+    assert SUMMARY["command"] in re.sub(r"</?span[^>]*>", "", text)
+    assert "hardly changed the loss" in text
+    assert "1 empty" in text
+    assert "with F <b>50 %</b>" in text  # a fraction in the log, a percentage on the page
+    assert not list(folder.glob("*.part"))
+
+
+def test_what_the_user_wrote_is_escaped(folder: Path) -> None:
+    evil = "<script>alert(1)</script><img src=x onerror=y>"
+    config = {**CONFIG, "teacher": {"spec": evil}, evil: {evil: evil}, "intervention": evil}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "summary.json").write_text(json.dumps({**SUMMARY, "warnings": [evil], "command": evil, "machine": evil}))
+    record = {"kind": "log", "step": 1, f"match/{evil}": 1.0, f"match/b{evil}": 1.0, evil: 3.0}
+    (folder / "metrics.jsonl").write_text(json.dumps(record))
+    text = write_report(folder).read_text()
+    assert_offline(text)
+    assert "&lt;script&gt;alert(1)" in text
+
+
+@pytest.mark.parametrize("gone", ["config.json", "summary.json", "metrics.jsonl", "dictionary.json", "samples.png"])
+def test_each_piece_may_be_missing_or_torn(folder: Path, gone: str) -> None:
+    whole = (folder / gone).read_bytes()
+    (folder / gone).write_bytes(whole[: len(whole) // 2])
+    assert_offline(write_report(folder).read_text())
+    (folder / gone).unlink()
+    assert_offline(write_report(folder).read_text())
+
+
+def test_interrupted_run_says_so(folder: Path) -> None:
+    (folder / "summary.json").unlink()
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines([0.1] * 10, test=False))) + '\n{"kind": "lo')
+    text = write_report(folder).read_text()
+    assert "This run is not finished" in text
+    assert "step 400 of 400" in text
+    assert "no test set was handed over" in text
+    assert "Test accuracy, last epoch" not in text
+    assert "82.00 %" in text
+
+
+def test_odd_metrics_do_not_break_it(folder: Path) -> None:
+    odd = ["", "[]", "7", '{"kind": "log"}', '{"kind": "log", "step": 1, "loss": NaN}', '{"kind": "other", "step": 1}']
+    odd += ['{"kind": "eval", "step": 5, "agreement": null}', '{"kind": "pool", "step": 5, "class_shares": [0, 0]}']
+    (folder / "metrics.jsonl").write_text("\n".join(odd))
+    (folder / "dictionary.json").write_text('{"P": [], "Z": [[1], [1, 2]]}')
+    assert_offline(write_report(folder).read_text())
+
+
+def test_no_run_is_an_error_that_names_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(DodistillError, match="holds no run"):
+        write_report(tmp_path)
+    with pytest.raises(DodistillError, match="nowhere"):
+        write_report(tmp_path / "nowhere")
+
+
+def test_shares() -> None:
+    even = shares([2, 2, 2, 2])
+    assert even is not None
+    assert (even.ratio, even.missing, even.skewed) == (1.0, [], False)
+    assert even.effective == pytest.approx(4)
+    one = shares([1.0, 0.0])
+    assert one is not None
+    assert (one.ratio, one.missing, one.effective) == (math.inf, [1], 1.0)
+    assert shares([]) is shares([0.0, 0.0]) is shares(None) is shares("abc") is None
+
+
+def test_advice_on_skew_names_the_knob() -> None:
+    skewed, even = shares([0.9, 0.05, 0.05]), shares([1, 1, 1])
+    assert advice(None, None, "none") == ("quiet", [])
+    assert advice(even, even, "none")[0] == "good"
+    tone, says = advice(skewed, skewed, "none")
+    assert tone == "warn"
+    assert "class 0 came up 18 times as often as class 1" in says[0]
+    assert "`--intervention stratified`" in says[1]
+    assert "`--intervention kdci+stratified`" in advice(skewed, None, "kdci")[1][1]
+    assert "--intervention" not in " ".join(advice(skewed, skewed, "stratified")[1])
+    assert "evened it out" in advice(skewed, even, "stratified")[1][0]
+    assert "Class 2 never appears" in advice(shares([1, 1, 0]), None, "none")[1][0]
+
+
+CELLS: list[dict[str, Any]] = [
+    {"label": {"source": s, "intervention": i, "seed": seed, "pair": "a|b"}, "last": last + seed, "best": last + 2}
+    | {"agreement": 90.0, "seconds": 60.0 + seed, "published": 88.0 if i == "none" else None}
+    for s, i, last in (("fast", "none", 80.0), ("fast", "kdci", 81.5), ("dfnd", "none", 70.0))
+    for seed in range(3)
+]
+
+
+def test_markdown_table_means_and_sds() -> None:
+    table = markdown_table(CELLS).splitlines()
+    head = [c.strip() for c in table[0].strip("|").split("|")]
+    assert head[:2] == ["source", "intervention"]
+    assert head[2:] == ["last epoch", "best on test*", "published", "agreement", "time", "n"]
+    row = [c.strip() for c in table[2].strip("|").split("|")]
+    values = [80.0, 81.0, 82.0]
+    mean_sd = f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+    assert row == ["fast", "none", mean_sd, "82.00 ± 0.00", "88.00", "90.00 ± 0.00", "1 min 01 s", "3"]
+    assert "In all rows: pair a\\|b." in table
+    assert len({len(line) for line in table[:5]}) == 1
+
+
+def test_markdown_table_of_unfinished_single_and_no_cells() -> None:
+    cells = [*CELLS[:2], {"label": {**CELLS[2]["label"]}, "last": None}]
+    assert "2 of 3" in markdown_table(cells)
+    assert "80.50 ± 0.71" in markdown_table(cells)
+    assert "| 80.00 |" in re.sub(" +", " ", markdown_table(CELLS[:1]))
+    assert markdown_table([]) == "No runs yet."
+    assert "–" in markdown_table([{"label": {"source": "fast", "seed": 0}}])
+
+
+def test_compare_page(tmp_path: Path) -> None:
+    evil = "<script>x</script>"
+    cells = [*CELLS, {"label": {"source": evil, "intervention": evil, "seed": 0, "pair": "a|b"}, "last": 50.0}]
+    text = write_compare(cells, tmp_path / "new" / "compare.html", title=evil).read_text()
+    assert_offline(text)
+    assert "81.00 ± 1.00" in text
+    assert "&lt;script&gt;" in text
+    assert "No runs yet" in write_compare([], tmp_path / "none.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("y", "log"),
+    [
+        ([1.0], False),
+        ([5.0] * 4, False),
+        ([0.0] * 4, True),
+        ([math.nan] * 3, False),
+        ([1, math.nan, 2, math.nan, 3, 4], False),
+        ([1e-6, 1.0, 1e5], True),
+        ([-1.0, 0.0, 10.0], True),
+        ([math.inf, 1.0], False),
+        ([], False),
+        ([1e12, 1e12 + 1], False),
+        ([float(i % 7) for i in range(5000)], False),
+    ],
+)
+def test_line_plots_hold_only_finite_numbers(y: list[float], log: bool) -> None:
+    plot = str(svg.line_plot([svg.Series("a<b", list(range(len(y))), y)], log=log))
+    Page(plot)
+    assert "a<b" not in plot
+    assert not re.search(r'(?:d|x|y|cx|cy|r)="[^"]*(?:nan|inf)', plot)
+
+
+def test_thinning_keeps_spikes_and_gaps_break_the_line() -> None:
+    y = [0.0] * 5000
+    y[2501] = 9.0
+    assert max(svg.thin(range(5000), y)[1]) == 9.0
+    assert len(svg.thin(range(5000), y)[0]) <= svg.MOST_POINTS
+    plot = str(svg.line_plot([svg.Series("a", range(5), [1, 2, math.nan, 3, 4])]))
+    assert plot.count('<path class="line c0"') == 3  # the legend's key and two stretches
+
+
+def test_ticks_are_round_and_inside() -> None:
+    assert svg.ticks(0, 97) == [0, 20, 40, 60, 80]
+    assert svg.log_ticks(0.05, 200) == [0.1, 1, 10, 100]
+    for low, high in ((0.013, 0.017), (-3, 4e6), (1e-9, 2e-9)):
+        assert 2 <= len(svg.ticks(low, high)) <= 7
+        assert all(low <= t <= high for t in svg.ticks(low, high))
+
+
+@pytest.mark.parametrize("k", [1, 10, 100, 1000])
+def test_bars_and_heatmap_of_any_width(k: int) -> None:
+    Page(str(svg.bars([("a", [1 / k] * k), ("b", [0.0] * k)], x_label="class", reference=("even", 1 / k))))
+    heat = str(svg.heatmap([[math.nan] + [1.0] * (k - 1)] * 128, x_label="class", y_label="cluster"))
+    Page(heat)
+    assert len(heat) < 60_000
+
+
+def test_model_card() -> None:
+    text = model_card(CONFIG, SUMMARY)
+    for piece in (
+        "`wrn16_1` distilled from `wrn40_2`",
+        "86.42 %",
+        "selection on the test set",
+        "None of the teacher's",
+    ):
+        assert piece in text
+    assert SUMMARY["command"] in text
+    assert 'load_model("student.safetensors")' in text
+    assert "inherit its terms" in text
+    bare = model_card({}, {})
+    assert "accuracy of this model is not known" in bare
+    assert "Nothing was measured" in bare
+    assert "`Net` distilled from `the teacher`" in model_card({"student": {"spec": ""}}, {"student_name": "Net"})
+    tricky = model_card({"teacher": {"spec": "a`b\n# c"}}, {"command": "x ``` y", "warnings": ["<b>"]})
+    assert "``a`b # c``" in tricky
+    assert "````sh\nx ``` y\n````" in tricky
+
+
+def test_numbers() -> None:
+    assert [number(v) for v in (0.12345, 12345.6, 1e-7, math.nan, None, True, 0)] == (
+        ["0.1235", "12346", "1.00e-07", "–", "–", "–", "0"]
+    )
+    assert [duration(v) for v in (0.05, 59.6, 228, 7322, None)] == [
+        "0.1 s",
+        "1 min 00 s",
+        "3 min 48 s",
+        "2 h 02 min",
+        "–",
+    ]
+    assert (count(175066), percent(91.234), percent(None)) == ("175,066", "91.23 %", "–")

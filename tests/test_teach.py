@@ -1,0 +1,107 @@
+"""Training: it learns, repeats itself, says what it did, and refuses what cannot work."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from dodistill.data import Images, load_images
+from dodistill.errors import DodistillError
+from dodistill.models import load_model
+from dodistill.teach import Teach, lr_at, teach
+
+QUICK = Teach(model="tiny8", epochs=6, batch=64, lr=0.2, pad=1, flip=False, minival=0.1, precision="fp32")
+
+
+def digits() -> tuple[Images, Images]:
+    pytest.importorskip("sklearn")
+    return load_images("digits"), load_images("digits", "test")
+
+
+def test_it_learns_digits_and_reports() -> None:
+    train, test = digits()
+    net = load_model("tiny8", num_classes=10, seed=0)
+    logs: list[dict] = []
+    result = teach(net, train, test, QUICK, logs.append)
+    assert result["test"] > 90
+    assert result["minival"] > 85
+    assert result["train_images"] == 1297 - 130
+    assert result["steps"] == 6 * (1167 // 64) == logs[-1]["step"]
+    assert [log["epoch"] for log in logs] == [1, 2, 3, 4, 5, 6]
+    assert logs[-1]["loss"] < logs[0]["loss"]
+    assert not net.training
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not() -> None:
+    train, _ = digits()
+    nets = []
+    train = train.select(torch.arange(300))
+    for seed in (0, 0, 1):
+        net = load_model("tiny8", num_classes=10, seed=0)
+        teach(net, train, config=dataclasses.replace(QUICK, epochs=1, seed=seed))
+        nets.append(net.model.conv1.weight)
+    assert torch.equal(nets[0], nets[1])
+    assert not torch.equal(nets[0], nets[2])
+
+
+def test_test_images_change_nothing() -> None:
+    train, test = digits()
+    nets = []
+    for given in (test, None):
+        net = load_model("tiny8", num_classes=10, seed=0)
+        result = teach(net, train, given, dataclasses.replace(QUICK, epochs=1, minival=0))
+        nets.append(net.model.fc.weight)
+    assert torch.equal(nets[0], nets[1])
+    assert (result["test"], result["minival"]) == (None, None)
+
+
+def test_one_step_is_nesterov_sgd() -> None:
+    """A single full-batch step without augmentation against torch's update written out."""
+    train, _ = digits()
+    few = train.select(torch.arange(32))
+    config = dataclasses.replace(QUICK, epochs=1, batch=32, pad=0, minival=0, lr=0.1, label_smoothing=0.1)
+    net, twin = (load_model("tiny8", num_classes=10, seed=0).train() for _ in range(2))
+    loss = torch.nn.functional.cross_entropy(twin(few.x / 255), few.y, label_smoothing=0.1)
+    grads = torch.autograd.grad(loss, list(twin.parameters()))
+    result = teach(net, few, config=config)
+    assert result["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    lr = lr_at(config, 0, 1)
+    for p, q, g in zip(net.parameters(), twin.parameters(), grads):
+        d = g + 5e-4 * q
+        assert torch.allclose(p, q - lr * 1.9 * d, atol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", ["onecycle", "cosine"])
+def test_schedules(schedule: str) -> None:
+    config = Teach(lr=2.0, schedule=schedule, warmup=0.2)
+    rates = [lr_at(config, t, 100) for t in range(100)]
+    assert max(rates) == pytest.approx(2.0)
+    assert rates.index(max(rates)) == (19 if schedule == "onecycle" else 0)
+    assert 0 < rates[-1] < 0.03
+    down = rates[rates.index(max(rates)) :]
+    assert down == sorted(down, reverse=True)
+    assert lr_at(config, 0, 1) > 0
+
+
+def test_what_cannot_work_is_refused() -> None:
+    train, _ = digits()
+    net = load_model("tiny8", num_classes=10, seed=0)
+    with pytest.raises(DodistillError, match="needs labels"):
+        teach(net, Images(train.x))
+    with pytest.raises(DodistillError, match="labels go up to 9, the model has 4 classes"):
+        teach(load_model("tiny8", num_classes=4), train, config=QUICK)
+    with pytest.raises(DodistillError, match=r"shape \(1, 8, 8\)"):
+        teach(load_model("wrn16_1", num_classes=10), train, config=QUICK)
+    with pytest.raises(DodistillError, match="pad is 9"):
+        teach(net, train, config=dataclasses.replace(QUICK, pad=9))
+    with pytest.raises(DodistillError, match="loss became"):
+        teach(net, train, config=dataclasses.replace(QUICK, lr=1e30))
+    with pytest.raises(DodistillError, match="onecycle or cosine"):
+        Teach(schedule="step")
+
+
+def test_bf16_learns_too() -> None:
+    train, test = digits()
+    net = load_model("tiny8", num_classes=10, seed=0)
+    assert teach(net, train, test, dataclasses.replace(QUICK, precision="bf16"))["test"] > 90
+    assert next(net.parameters()).dtype == torch.float32
