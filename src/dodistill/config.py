@@ -93,7 +93,8 @@ class Loop:
 
 
 #: What may differ between two starts of the same run: where it runs and how often it looks, not what it computes.
-RUNTIME = ("device", "log_every", "checkpoint_seconds")
+#: (The same bits need the same device and number of threads.)
+RUNTIME = ("device", "threads", "log_every", "checkpoint_seconds")
 
 
 @dataclass(frozen=True)

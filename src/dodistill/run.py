@@ -63,6 +63,27 @@ def _load(path: Path) -> Any:
         raise DodistillError(f"{path} is damaged or truncated ({str(error).splitlines()[0]}).") from error
 
 
+def check_writable(path: Path) -> None:
+    """Raises DodistillError now, if `path` could not be written later."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab"):
+            pass
+        if path.stat().st_size == 0:
+            path.unlink()
+    except OSError as error:
+        raise DodistillError(f"cannot write {path}: {error.strerror}; choose another --out.") from error
+
+
+def newest_pool(path: Path) -> dict[str, Any]:
+    """The pool of a run folder: {"x": uint8 [n, C, H, W], "logits": [n, K], ...}. Raises DodistillError without one."""
+    files = sorted(path.glob("pool-*.pt"), key=lambda p: int(p.stem.split("-")[1]))
+    if not files:
+        raise DodistillError(f"{path} holds no pool-N.pt; it is written with the first checkpoint.")
+    out: dict[str, Any] = _load(files[-1])
+    return out
+
+
 class RunFolder:
     """One run's files. Opening it again with the same config resumes; with another config it is refused."""
 

@@ -1,0 +1,306 @@
+"""The command line. Torch is imported by the commands that need it, so that help answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .errors import DodistillError
+
+STOPPED = 75  #: exit status of a run that stopped at its deadline and can go on
+
+_DISTILL = """examples:
+  dodistill distill --teacher teacher.safetensors --student wrn16_1 --source fast --preset wrn --out runs/a
+  dodistill distill --teacher wrn40_2 --teacher.weights t.pth --teacher.normalise cifar10 --image-shape 3,32,32 \\
+      --student wrn16_1 --source dfnd --unlabeled folder/ --intervention kdci+stratified --out runs/b
+every setting is a flag, --part.field VALUE; `dodistill distill --source NAME --intervention NAMES --help` lists them.
+The same command started again goes on where it was stopped."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="dodistill",
+        description="Distil a trained image classifier into a small one without its training data, under P(S | do(X)).",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="start with: dodistill demo",
+        allow_abbrev=False,
+    )
+    top.add_argument("--version", action="version", version=f"dodistill {__version__}")
+    sub = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(name: str, help: str, **more: Any) -> argparse.ArgumentParser:
+        return sub.add_parser(
+            name, help=help, description=help, allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter, **more,
+        )  # fmt: skip
+
+    demo = add("demo", "the main job on bundled data, in minutes: three methods, with and without de-confounding")
+    demo.add_argument("--out", default="runs/demo", help="folder for the runs and the report")
+    demo.add_argument("--seed", type=int, default=0)
+
+    distill = add("distill", "distil a teacher into a student", epilog=_DISTILL, add_help=False)
+    distill.add_argument("recipe", nargs="?", help="YAML file with any part of the config tree; flags win over it")
+    distill.add_argument("--out", help="run folder (default: runs/SOURCE-INTERVENTION-KEY)")
+    distill.add_argument("--quiet", action="store_true", help="no progress")
+    distill.add_argument("--no-report", action="store_true", help="do not write report.html")
+    distill.add_argument("--max-seconds", type=float, default=math.inf, help="stop cleanly after so long, exit 75")
+    distill.add_argument("-h", "--help", action="store_true")
+
+    teach = add("teach", "train a teacher (or a student on real data, the upper bound)", add_help=False)
+    teach.add_argument("model", nargs="?", help="a model spec, as in wrn40_2")
+    teach.add_argument("--data", help="labelled images: .npz, folder of class folders, or cifar10, cifar100, mnist, digits")
+    teach.add_argument("--test", help="labelled images to report on (default: the data's own test part, if any)")
+    teach.add_argument("--normalise", help="cifar10, cifar100, imagenet, mnist or none (default)")
+    teach.add_argument("--out", default="teacher.safetensors", help="the weights to write")
+    teach.add_argument("-h", "--help", action="store_true")
+
+    evaluate = add("evaluate", "score a model on labelled images, and against a teacher")
+    evaluate.add_argument("model", help="a .safetensors that dodistill wrote, or a model spec with --weights")
+    evaluate.add_argument("--weights")
+    evaluate.add_argument("--test", required=True, help="labelled images: .npz, folder, or a data set's name")
+    evaluate.add_argument("--teacher", help="another model, to report agreement with")
+
+    compare = add("compare", "run a grid of methods with equal steps, seeds and teacher")
+    compare.add_argument("recipe", help="YAML grid; see recipes/")
+    compare.add_argument("--out", help="folder of the results (default: runs/NAME)")
+    compare.add_argument("--jobs", type=int, default=1, help="cells side by side")
+    compare.add_argument("--budget", help="stop cleanly after so long, as in 25m, 2h or 90s")
+    compare.add_argument("--only", action="append", default=[], metavar="AXIS=LABEL", help="only these cells")
+    compare.add_argument("--table", action="store_true", help="print the table of what is there, run nothing")
+    compare.add_argument("--dry-run", action="store_true", help="list the cells and what is done")
+
+    report = add("report", "write report.html of a run folder again")
+    report.add_argument("run")
+
+    export = add("export", "write the pool of an unfinished or finished run as images")
+    export.add_argument("run")
+    export.add_argument("folder")
+
+    add("methods", "the sources, what they need, and their presets")
+    add("doctor", "what this machine has, and what is wrong with it")
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status (0 done, 2 a mistake in what was asked, 75 stopped at the deadline)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _parser()
+    known, rest = parser.parse_known_args(arguments)
+    if rest and known.command not in ("distill", "teach"):
+        parser.error(f"{known.command} does not know {' '.join(rest)}")
+    try:
+        return int(globals()[f"_{known.command}"](known, rest, arguments))
+    except DodistillError as error:
+        print(f"dodistill: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from the last checkpoint.", file=sys.stderr)
+        return 130
+
+
+# ------------------------------------------------------------------------------------------------ commands
+
+
+def _demo(known: argparse.Namespace, _rest: list[str], _all: list[str]) -> int:
+    from .demo import demo
+
+    demo(Path(known.out), known.seed)
+    return 0
+
+
+def _recipe(path: str | None) -> dict[str, Any]:
+    import yaml
+
+    if path is None:
+        return {}
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise DodistillError(f"cannot read recipe {path}: {error}") from error
+    if not isinstance(tree, dict):
+        raise DodistillError(f"recipe {path} must be a mapping of settings.")
+    return tree
+
+
+def _distill(known: argparse.Namespace, rest: list[str], every: list[str]) -> int:
+    from . import flags
+    from .config import resolve
+
+    given = flags.tree(rest)
+    if known.help:
+        _distill_help(given)
+        return 0
+    start = time.monotonic()
+    config = resolve(_recipe(known.recipe), given)
+    from .api import distill_config, shell_command
+
+    out = known.out or f"runs/{config.source.name}-{config.intervention}-{config.key()}"
+    result = distill_config(
+        config, out, verbose=not known.quiet, deadline=start + known.max_seconds, command=shell_command(every),
+        report=not known.no_report,
+    )  # fmt: skip
+    if not result.summary.get("finished"):
+        print(f"stopped at step {result.summary['step']} of {config.loop.steps}; the same command goes on.", file=sys.stderr)
+        return STOPPED
+    _say(result.summary, Path(out))
+    return 0
+
+
+def _say(summary: dict[str, Any], out: Path) -> None:
+    print(f"student    {summary['student_parameters']:,} parameters (teacher {summary['teacher_parameters']:,})")
+    print(f"agreement  {summary['agreement']:.2f} % with the teacher on held-back inputs ({summary['delivered']} weights)")
+    if "student_accuracy" in summary:
+        print(f"accuracy   {summary['student_accuracy']:.2f} % last step, teacher {summary['teacher_accuracy']:.2f} %")
+    print(f"weights    {out / 'student.safetensors'}")
+    if (out / "report.html").exists():
+        print(f"report     {out / 'report.html'}")
+
+
+def _distill_help(given: dict[str, Any]) -> None:
+    from . import config as c
+    from . import flags, registry
+    from .causal.dictionary import DictionaryConfig
+
+    print("usage: dodistill distill [RECIPE.yaml] [--out DIR] [--quiet] [--no-report] [--max-seconds S] [--PART.FIELD VALUE ...]")
+    print(f"\n{_DISTILL}\n")
+    print("short   " + "  ".join(f"--{k}" for k in flags.SHORT))
+    print(f"--source        {', '.join(registry.names('source'))}        --preset NAME")
+    print(f"--intervention  none, {', '.join(registry.names('intervention'))}, or several joined by +")
+    print(f"--criterion     {', '.join(registry.names('criterion'))}        --update  {', '.join(registry.names('update'))}\n")
+    parts: list[tuple[str, type]] = [("teacher.", c.Model), ("student.", c.Model), ("data.", c.Data)]
+    source = str(given.get("source", "fast"))
+    parts.append(("source.", registry.config("source", source)))
+    chosen = [n for n in str(given.get("intervention", "none")).split("+") if n not in ("", "none")]
+    parts += [(f"{n}.", registry.config("intervention", n)) for n in chosen]
+    parts.append(("criterion.", registry.config("criterion", str(given.get("criterion", "kl")))))
+    parts += [("dictionary.", DictionaryConfig), ("optim.", c.Optim), ("pool.", c.Pool), ("augment.", c.Augment), ("loop.", c.Loop)]
+    for prefix, cls in parts:
+        text = flags.help_of(cls, prefix)
+        if text:
+            print(f"{prefix[:-1]}{f' {source}' if prefix == 'source.' else ''}\n{text}\n")
+    presets: dict[str, Any] = registry.config("source", source).presets  # type: ignore[attr-defined]
+    origin: dict[str, str] = registry.config("source", source).origin  # type: ignore[attr-defined]
+    print("presets of source " + source + "\n" + "\n".join(f"  {p}: {origin.get(p, '')}" for p in presets))
+
+
+def _teach(known: argparse.Namespace, rest: list[str], _all: list[str]) -> int:
+    from . import flags
+    from .config import build
+    from .data import load_images
+    from .models import load_model, save_model
+    from .progress import Progress
+    from .run import check_writable
+    from .teach import Teach, teach
+
+    if known.help or not known.model:
+        print("usage: dodistill teach MODEL --data SPEC [--test SPEC] [--normalise NAME] [--out FILE] [--FIELD VALUE ...]\n")
+        print(flags.help_of(Teach, ""))
+        return 0
+    if not known.data:
+        raise DodistillError("teach needs labelled images; give --data cifar10, a .npz, or a folder of class folders.")
+    config = build(Teach, {**flags.tree(rest, {}), "model": known.model}, "teach")
+    check_writable(Path(known.out))
+    train = load_images(known.data)
+    test = None
+    if known.test or known.data.endswith(".npz") or "/" not in known.data:
+        try:
+            test = load_images(known.test or known.data, split="test")
+        except DodistillError:
+            if known.test:
+                raise
+    classes = config.num_classes or train.num_classes
+    channels, size, _ = train.image_shape
+    model = load_model(
+        known.model, num_classes=classes, in_channels=channels, image_size=size, mean=known.normalise, seed=config.seed
+    )
+    from .runtime import pick_device
+
+    steps = config.epochs * max(1, int(len(train) * (1 - config.minival)) // config.batch)
+    with Progress(steps, f"teach {known.model} on {known.data}") as progress:
+
+        def on_log(log: dict[str, Any]) -> None:
+            progress.update(int(log["step"]), loss=float(log["loss"]), accuracy=float(log["minival"] or 0.0))
+
+        result = teach(model, train, test, config, on_log, pick_device())
+    numbers = {k: v for k, v in result.items() if isinstance(v, int | float)}
+    save_model(model, known.out, **numbers)
+    print(json.dumps(numbers))
+    print(f"weights    {known.out}")
+    return 0
+
+
+def _evaluate(known: argparse.Namespace, _rest: list[str], _all: list[str]) -> int:
+    from .api import parameters, shape_of
+    from .data import load_images
+    from .evaluate import agreement, class_shares, expected_calibration_error, predict, top1
+    from .models import load_model
+
+    model = load_model(known.model, weights=known.weights)
+    images = load_images(known.test, split="test", image_shape=shape_of(model))
+    if images.y is None:
+        raise DodistillError(f"{known.test} has no labels; accuracy needs them.")
+    logits = predict(model, images.x)
+    print(f"model      {known.model}, {parameters(model):,} parameters")
+    print(f"accuracy   {top1(logits, images.y):.2f} % of {len(images.x):,} images")
+    print(f"ECE        {expected_calibration_error(logits, images.y):.4f}")
+    shares = ", ".join(f"{100 * v:.1f}" for v in class_shares(logits).tolist()[:20])
+    print(f"predicted class shares (%)  {shares}")
+    if known.teacher:
+        other = predict(load_model(known.teacher), images.x)
+        print(f"teacher    {top1(other, images.y):.2f} %, agreement {agreement(logits, other):.2f} %")
+    return 0
+
+
+def _compare(known: argparse.Namespace, _rest: list[str], _all: list[str]) -> int:
+    from .compare import compare
+
+    return compare(
+        Path(known.recipe), Path(known.out) if known.out else None, known.jobs, known.budget, known.only, known.table,
+        known.dry_run,
+    )  # fmt: skip
+
+
+def _report(known: argparse.Namespace, _rest: list[str], _all: list[str]) -> int:
+    from .report import write_report
+
+    print(write_report(known.run))
+    return 0
+
+
+def _export(known: argparse.Namespace, _rest: list[str], _all: list[str]) -> int:
+    from .images import export_images
+    from .run import newest_pool
+
+    pool = newest_pool(Path(known.run))
+    n = export_images(pool["x"], known.folder, pool["logits"].argmax(1))
+    print(f"{n} images in {known.folder}, one folder for each class of the teacher's prediction")
+    return 0
+
+
+def _methods(_known: argparse.Namespace, _rest: list[str], _all: list[str]) -> int:
+    from . import registry
+
+    print(f"{'source':<10} {'kind':<10} {'needs':<22} presets")
+    for name in registry.names("source"):
+        config: Any = registry.config("source", name)
+        print(f"{name:<10} {config.kind:<10} {', '.join(sorted(config.needs)) or '-':<22} {', '.join(config.presets)}")
+    for axis in ("intervention", "criterion", "update"):
+        print(f"{axis:<13}{', '.join(registry.names(axis))}")
+    return 0
+
+
+def _doctor(_known: argparse.Namespace, _rest: list[str], _all: list[str]) -> int:
+    from .doctor import doctor
+
+    return doctor()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""Command-line flags from dataclasses: `--part.field VALUE` for every field of the config tree, with its help."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from .errors import DodistillError
+
+#: What people type most, and where it lives in the tree.
+SHORT = {
+    "teacher": "teacher.spec", "student": "student.spec", "unlabeled": "data.unlabeled", "test": "data.test",
+    "image_shape": "data.image_shape", "steps": "loop.steps", "batch": "loop.batch", "seed": "loop.seed",
+    "device": "loop.device", "precision": "loop.precision", "threads": "loop.threads",
+}  # fmt: skip
+
+
+def value(text: str) -> Any:
+    """A flag's text as YAML reads it; `3,32,32` is a list, `1e-3` a float."""
+    try:
+        out = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError:
+        return text
+    if isinstance(out, str):
+        if re.fullmatch(r"[-+\d.eE]+(,[-+\d.eE]+)+", out):
+            return [value(part) for part in out.split(",")]
+        if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", out):
+            return float(out)
+    return out
+
+
+def tree(tokens: Sequence[str], short: dict[str, str] = SHORT) -> dict[str, Any]:
+    """`--loop.steps 60 --kdci.renormalize` -> {"loop.steps": 60, "kdci.renormalize": True}.
+
+    Raises DodistillError for a token that is no flag.
+    """
+    out: dict[str, Any] = {}
+    i = 0
+    while i < len(tokens):
+        token = tokens[i]
+        if not token.startswith("--") or len(token) < 3:
+            raise DodistillError(f"did not expect {token!r}; settings are written --part.field VALUE.")
+        name, given, text = token[2:].partition("=")
+        name = name.replace("-", "_")
+        name = short.get(name, name)
+        if given:
+            out[name] = value(text)
+        elif i + 1 < len(tokens) and not re.match(r"--[a-zA-Z]", tokens[i + 1]):
+            out[name] = value(tokens[i + 1])
+            i += 1
+        else:
+            out[name] = True
+        i += 1
+    return out
+
+
+def help_of(cls: type, prefix: str) -> str:
+    """One line per field: flag, default, and the `#:` comment beside it in the source."""
+    source = inspect.getsource(cls)
+    lines = []
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.type) or isinstance(field.default_factory, type):
+            continue
+        comment = re.search(rf"^\s*{field.name}\b[^\n]*?#:\s*(.*)$", source, re.MULTILINE)
+        default = "" if field.default is dataclasses.MISSING else f"[{field.default!r}]"
+        lines.append(f"  --{prefix}{field.name} {default}  {comment.group(1) if comment else ''}".rstrip())
+    return "\n".join(lines)
