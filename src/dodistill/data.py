@@ -71,7 +71,7 @@ def load_images(
       subfolders if it has them and `labels`; a `train` or `test` subfolder is followed when it is there;
     * `mnist`, `cifar10`, `cifar100`: `$DODISTILL_DATA/NAME.npz`;
     * `digits`: scikit-learn's 1797 scans (8x8, or resized to `image_shape`), 1297 for train and 500 for test;
-    * `photos`: `n` random patches of scikit-learn's two photographs at `image_shape` and several scales, by `seed`.
+    * `photos` or `photos:20000`: `n` (or so many) random patches of scikit-learn's two photographs at `image_shape` and several scales, by `seed`.
 
     Raises DodistillError for whatever is missing, empty, broken, or of another shape than `image_shape`.
     """
@@ -80,8 +80,11 @@ def load_images(
     name = str(spec)
     if name == "digits":
         return _digits(split, labels, image_shape)
-    if name == "photos":
-        return _photos(split, image_shape or (3, 32, 32), n, seed)
+    if name == "photos" or name.startswith("photos:"):
+        number = name.partition(":")[2]
+        if number and not number.isdigit():
+            raise DodistillError(f"{name!r}: write photos:20000 for that many patches.")
+        return _photos(split, image_shape or (3, 32, 32), int(number or n), seed)
     if name in _NAMED:
         images = _named(name, split)
     else:

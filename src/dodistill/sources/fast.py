@@ -77,7 +77,7 @@ class Config(SourceConfig):
         "resnet34": _pair(2, 5e-3, 0.015, 1.33, 0.5),
         "desk": {
             **_pair(10, 2e-3, 0.01, 1.1, 0.4),
-            "source": {"K": 10, "batch": 128, "warmup": 20, "every": 10, "reset_at": 0},
+            "source": {"K": 5, "batch": 128, "width": 32, "warmup": 10, "every": 20, "reset_at": 0},
             "optim": {"lr": 0.1, "weight_decay": 5e-4, "floor": 0.0},
             "loop": {"steps": 2000, "batch": 128},
         },

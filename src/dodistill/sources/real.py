@@ -1,0 +1,94 @@
+"""Real images as the substitution data, with a dial of skew: the control experiment of this house.
+
+The thesis of KDCI is that the substitution data's class shares confound the student. Here they can be dialled: n real
+images whose shares, by the teacher's own prediction, fall off geometrically over the classes,
+
+    share_k ~ skew^(-k / (K - 1)),     k = 0 .. K-1 in a seeded order,
+
+so that the most frequent class has `skew` times the images of the rarest. Labels are never read. Everything else that
+differs between real and synthesized inputs is thereby held still, and the question "when does an intervention help?"
+becomes a grid of cheap runs (recipes/skew.yaml). `skew = 1` keeps classes balanced; `skew = 0` keeps the data's own shares.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..augment import to_float
+from ..errors import DodistillError
+from ..runtime import Context
+from .base import Acquired, Kind, Source, SourceConfig
+
+
+@dataclass(frozen=True)
+class Config(SourceConfig):
+    """How many real images, and how skewed."""
+
+    warmup: int = 0
+    every: int = 0
+    n: int = 6000  #: images kept (fewer, where the most frequent class does not have enough)
+    skew: float = 0.0  #: most frequent class : rarest class; 1 balanced, 0 as the data are
+
+    name: ClassVar[str] = "real"
+    kind: ClassVar[Kind] = "data"
+    needs: ClassVar[frozenset[str]] = frozenset({"unlabeled"})
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "desk": {
+            "source": {"n": 6000},
+            "criterion": {"name": "kl", "temperature": 4.0},
+            "optim": {"lr": 0.1, "weight_decay": 5e-4},
+            "loop": {"steps": 1500, "batch": 128},
+        }
+    }
+    origin: ClassVar[dict[str, str]] = {"desk": "ours"}
+
+    def build(self, context: Context) -> Source:
+        return Real(self, context)
+
+
+class Real(Source):
+    """Looks once through the images and keeps those that the dial asks for."""
+
+    def __init__(self, config: Config, context: Context) -> None:
+        super().__init__(context)
+        self.config = config
+        if config.skew != 0 and config.skew < 1:
+            raise DodistillError(f"source real: skew is {config.skew}; it must be 0 (as the data are) or at least 1.")
+
+    @torch.no_grad()
+    def acquire(self, student: nn.Module, round: int) -> Acquired:
+        ctx, x = self.context, self.context.unlabeled
+        assert x is not None  # `needs` was checked before the run began
+        chunks = []
+        for part in x.split(1000):
+            with ctx.autocast():
+                chunks.append(ctx.teacher(to_float(part.to(ctx.device))))
+            ctx.progress("asking the teacher", len(torch.cat(chunks[-1:])) + 1000 * (len(chunks) - 1), len(x))
+        t = torch.cat(chunks)
+        keep = thin(t.argmax(1), ctx.num_classes, self.config.n, self.config.skew, self.generator)
+        return Acquired(x[keep.to(x.device)], t[keep])
+
+
+def thin(y: Tensor, classes: int, n: int, skew: float, generator: torch.Generator) -> Tensor:
+    """Indices of about n of the labels y [N] whose class shares fall off as skew^(-k/(K-1)), in random class order.
+
+    Where a class has fewer members than its share of n, all shares shrink together: the shape is kept, not the number.
+    """
+    shuffled = torch.randperm(len(y), generator=generator, device=y.device)
+    if skew == 0:
+        return shuffled[:n]
+    order = torch.randperm(classes, generator=generator, device=y.device)
+    fall = torch.empty(classes, device=y.device)
+    fall[order] = skew ** (-torch.arange(classes, device=y.device) / max(classes - 1, 1))
+    wanted = fall / fall.sum() * n
+    have = torch.bincount(y, minlength=classes).float()
+    wanted = (wanted * (have / wanted).min().clamp(max=1)).round().clamp(min=1)
+    kept = []
+    for k in range(classes):
+        members = shuffled[y[shuffled] == k]
+        kept.append(members[: int(wanted[k])])
+    return torch.cat(kept)
