@@ -101,12 +101,14 @@ def peak(step: Step, device: torch.device) -> int:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    assert profile.profiler is not None
-    assert profile.profiler.kineto_results is not None
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        step()  # so that the sizes of what the measured step releases (the old gradients) are on record
+        with torch.profiler.record_function("measured"):
+            step()
+    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    begin = next(e.start_ns() for e in events if e.name() == "measured")
     held = highest = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        highest = max(highest, held)
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        if event.start_ns() >= begin:
+            held += event.nbytes()
+            highest = max(highest, held)
     return highest

@@ -4,7 +4,7 @@
 
 Bare: K times generator forward, teacher forward, backward through both, at the same precision, on what lies there.
 `fast` adds the BatchNorm statistics of every layer, crop and flip, the losses, two optimisers, the copy of the
-generator, and, once the student matches, a pass through the student (shown apart). Aim: at most 1.3 times the bare cost.
+generator, and, once the student matches, a pass through the student (shown apart). Aim: at most 1.3 times the bare.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from .engine import Distiller, Result, Test
 from .errors import DodistillError
 from .images import save_grid
 from .models import Normalized, load_model, save_model
+from .models.weights import load_state, read_weights
 from .progress import Progress
 from .report import write_report
 from .run import RunFolder, write_atomically
@@ -64,7 +65,8 @@ def load_student(part: Model, teacher: nn.Module, classes: int, shape: Shape, se
         raise DodistillError("no student given; use --student SPEC, as in --student wrn16_1.")
     if part.num_classes and part.num_classes != classes:
         raise DodistillError(
-            f"student.num_classes is {part.num_classes}, the teacher has {classes} classes; leave it out, or make it {classes}."
+            f"student.num_classes is {part.num_classes}, the teacher has {classes} classes; leave it out, "
+            f"or make it {classes}."
         )
     mean: Any = part.normalise or None
     std: Any = None
@@ -142,7 +144,7 @@ def distill_config(config: Distill, out: str | Path | None, verbose: bool = True
                    command: str = "", report: bool = True) -> Result:  # fmt: skip
     """The same from a config alone: models and data are loaded as it says. This is what the CLI calls."""
     if out is not None:
-        RunFolder(out, config)  # refuse a foreign folder before anything heavy is loaded
+        RunFolder(out, config, create=False)  # refuse a foreign folder before anything heavy is loaded
     teacher, shape = load_teacher(config.teacher, config.data.image_shape)
     wrapped = Teacher(teacher, shape)
     student = load_student(config.student, teacher, wrapped.num_classes, shape, config.loop.seed)
@@ -158,7 +160,9 @@ def distill_config(config: Distill, out: str | Path | None, verbose: bool = True
         labelled = load_images(config.data.test, split="test", image_shape=shape)
         test = _test(labelled)
     foreign = load_teacher(config.data.foreign, shape)[0] if config.data.foreign.spec else None
-    return run(config, wrapped, student, shape, unlabeled, test, foreign, out, verbose, deadline, command, report, notes)
+    return run(
+        config, wrapped, student, shape, unlabeled, test, foreign, out, verbose, deadline, command, report, notes
+    )
 
 
 def run(
@@ -177,15 +181,22 @@ def run(
     notes: list[str] | None = None,
 ) -> Result:
     """Build, run (or resume), and leave everything in the folder. A finished folder is not run again."""
-    folder = RunFolder(out, config) if out is not None else None
     names = f"{_name(config.teacher, teacher)} -> {_name(config.student, student)}"
     title = f"{config.source.name} + {config.intervention}: {names}"
     job = Distiller(config, teacher, student, shape, unlabeled, test, foreign)
+    # After all that can be refused, so that a mistake leaves no folder behind.
+    folder = RunFolder(out, config) if out is not None else None
     if folder is not None and (done := folder.summary()) is not None:
         saved = folder.load()
         if saved is not None:
             job.load_state_dict(*saved)
-            return Result(job.ema if done["delivered"] == "ema" else job.student, done, folder.path)
+            if report and not (folder.path / "report.html").exists():  # killed while it was written
+                write_report(folder.path)
+            return Result(job.ema if done["delivered"] == "ema" else job.student.eval(), done, folder.path)
+        kept = folder.path / "student.safetensors"
+        if kept.exists():  # its checkpoints were deleted
+            load_state(getattr(job.student, "model", job.student), read_weights(kept), str(kept))
+            return Result(job.student.eval(), done, folder.path)
     said = list(notes or [])
     try:
         if verbose:

@@ -13,9 +13,9 @@ def crop_flip(x: Tensor, pad: int, generator: torch.Generator, flip: bool = True
     reflected (`mode="reflect"`, pad < H, W) or zero (`mode="zeros"`). Never synchronises with the device.
     """
     b = x.shape[0]
-    shifts = torch.randint(0, 2 * pad + 1, (2, b), device=x.device, generator=generator)
+    shifts = torch.randint(-pad, pad + 1, (2, b), device=x.device, generator=generator)
     mirrored = torch.rand(b, device=x.device, generator=generator) < 0.5
-    return shift_flip(x, shifts[0] - pad, shifts[1] - pad, mirrored if flip else torch.zeros_like(mirrored), mode, pad)
+    return shift_flip(x, shifts[0], shifts[1], mirrored if flip else torch.zeros_like(mirrored), mode, pad)
 
 
 def shift_flip(x: Tensor, dy: Tensor, dx: Tensor, mirrored: Tensor, mode: str, limit: int) -> Tensor:

@@ -247,10 +247,15 @@ def _finish(cell: Cell, process: subprocess.Popen[bytes], out: Path, n: int, tot
 
 def record_of(cell: Cell, summary: Mapping[str, Any]) -> dict[str, Any]:
     """One cell's JSON: what `tables` reads, and everything to trace it by."""
+    record = record_of_summary(cell.label, summary)
+    return record | {"key": cell.key, "published": cell.published, "config": cell.config.to_tree()}
+
+
+def record_of_summary(label: Mapping[str, str], summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The measures of one finished run, under its label."""
     shares = summary["class_shares"]
     return {
-        "key": cell.key,
-        "label": cell.label,
+        "label": dict(label),
         "last": summary.get("student_accuracy"),
         "best": summary.get("best_on_test"),
         "delivered": summary.get("delivered_accuracy"),
@@ -258,9 +263,7 @@ def record_of(cell: Cell, summary: Mapping[str, Any]) -> dict[str, Any]:
         "agreement": summary["agreement"],
         "seconds": summary["seconds"],
         "share_ratio": max(shares) / max(min(shares), 0.5 / max(summary["images"], 1)),
-        "published": cell.published,
         "summary": {k: v for k, v in summary.items() if k != "command"},
-        "config": cell.config.to_tree(),
     }
 
 

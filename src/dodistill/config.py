@@ -4,7 +4,8 @@ A tree is a nested dict of plain values, for instance
 
     {"source": {"name": "fast", "K": 5}, "intervention": "kdci+stratified", "kdci": {"scale": 2.0}, "loop": {"seed": 1}}
 
-`resolve` fills in the preset and the defaults, refuses what it does not know by naming the nearest key, and checks types.
+`resolve` fills in the preset and the defaults, refuses what it does not know by naming the nearest key, and checks
+types.
 No torch here, except through the methods that a tree names.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -160,6 +162,8 @@ def _fits(value: Any, hint: Any, where: str) -> Any:
         assert problem is not None
         raise problem
     if origin is Literal:
+        if isinstance(value, bool):  # YAML reads true as a boolean
+            value = str(value).lower()
         if value in args:
             return value
         raise DodistillError(f"{where}: {nearest(str(value), map(str, args), 'value')}")
@@ -223,9 +227,8 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
             if key != "intervention":
                 value = {label: value} if isinstance(value, str) else value
                 old = {label: old} if isinstance(old, str) else old
-            if isinstance(old, Mapping) and isinstance(value, Mapping):
-                if label in value and label in old and value[label] != old[label]:
-                    old = {}
+            if isinstance(old, Mapping) and isinstance(value, Mapping) and label in old and label in value:
+                old = old if old[label] == value[label] else {}
         out[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
     return out
 
@@ -249,11 +252,16 @@ def resolve(*trees: Mapping[str, Any]) -> Distill:
     intervention = tree.pop("intervention", "none") or "none"
     if not isinstance(intervention, str):
         raise DodistillError(f"intervention is {intervention!r}; name them, as in none, kdci or kdci+stratified.")
-    names = [n for n in intervention.split("+") if n not in ("", "none")]
+    names = [n.strip() for n in intervention.split("+") if n.strip() not in ("", "none")]
+    if len(set(names)) < len(names):
+        raise DodistillError(f"intervention {intervention!r} names one twice; name each once, as in kdci+stratified.")
     acts = {n: registry.config("intervention", n) for n in names}
     # settings of an intervention that is not chosen are allowed, so that a recipe can state them once for all arms
-    settings = {n: build(registry.config("intervention", n), tree.pop(n), n)
-                for n in registry.names("intervention") if n in tree}  # fmt: skip
+    settings: dict[str, Any] = {
+        n: build(registry.config("intervention", n), tree.pop(n), n)
+        for n in registry.names("intervention")
+        if n in tree
+    }
     interventions = tuple(settings.get(n) or cls() for n, cls in acts.items())
 
     def choose(axis: str, default: str) -> Any:
@@ -299,8 +307,13 @@ def _check(config: Distill) -> None:
         raise DodistillError(f"pool.holdout is {pool.holdout}; it must lie between 0 and 1, as in 0.03.")
     if not 0 <= loop.ema < 1:
         raise DodistillError(f"loop.ema is {loop.ema}; it must lie in [0, 1), as in 0.998.")
-    if config.optim.lr <= 0:
-        raise DodistillError(f"optim.lr is {config.optim.lr}; it must be positive, as in 0.1.")
+    optim = config.optim
+    if not 0 < optim.lr < math.inf:
+        raise DodistillError(f"optim.lr is {optim.lr}; it must be positive, as in 0.1.")
+    if not 0 <= optim.momentum < 1 or (optim.nesterov and not optim.momentum):
+        raise DodistillError(f"optim.momentum is {optim.momentum}; it must lie in [0, 1), and above 0 for nesterov.")
+    if not 0 <= optim.weight_decay < math.inf:
+        raise DodistillError(f"optim.weight_decay is {optim.weight_decay}; it must be at least 0, as in 5e-4.")
 
 
 def difference(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -19,7 +19,7 @@ from .errors import DodistillError, nearest
 
 Shape = tuple[int, int, int]
 _NAMED = ("mnist", "cifar10", "cifar100")
-_SAMPLES = ("digits", "photos")
+_SAMPLES = ("digits", "photos", "strokes")
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,9 @@ def load_images(
       subfolders if it has them and `labels`; a `train` or `test` subfolder is followed when it is there;
     * `mnist`, `cifar10`, `cifar100`: `$DODISTILL_DATA/NAME.npz`;
     * `digits`: scikit-learn's 1797 scans (8x8, or resized to `image_shape`), 1297 for train and 500 for test;
-    * `photos` or `photos:20000`: `n` (or so many) random patches of scikit-learn's two photographs at `image_shape` and several scales, by `seed`.
+    * `photos` or `photos:20000`: `n` (or so many) random patches of scikit-learn's two photographs at `image_shape`
+      and several scales, by `seed`;
+    * `strokes`, likewise: the same patches, stretched in contrast to bright strokes on black, as digits are.
 
     Raises DodistillError for whatever is missing, empty, broken, or of another shape than `image_shape`.
     """
@@ -80,11 +82,12 @@ def load_images(
     name = str(spec)
     if name == "digits":
         return _digits(split, labels, image_shape)
-    if name == "photos" or name.startswith("photos:"):
-        number = name.partition(":")[2]
+    kind, _, number = name.partition(":")
+    if kind in ("photos", "strokes"):
         if number and not number.isdigit():
-            raise DodistillError(f"{name!r}: write photos:20000 for that many patches.")
-        return _photos(split, image_shape or (3, 32, 32), int(number or n), seed)
+            raise DodistillError(f"{name!r}: write {kind}:20000 for that many patches.")
+        patches = _photos(split, image_shape or (3, 32, 32), int(number or n), seed)
+        return patches if kind == "photos" else Images(_strokes(patches.x, seed))
     if name in _NAMED:
         images = _named(name, split)
     else:
@@ -212,6 +215,21 @@ def _digits(split: str, labels: bool, image_shape: Shape | None) -> Images:
     part = order[:1297] if split == "train" else order[1297:]
     pixels = x.round().to(torch.uint8).expand(-1, c, -1, -1)[part].contiguous()
     return Images(pixels, torch.from_numpy(found.target).long()[part] if labels else None)
+
+
+def _strokes(x: Tensor, seed: int) -> Tensor:
+    """Each patch, inverted or not, stretched so that its p-th to 98th percentile of brightness becomes 0 to 255.
+
+    p is drawn from 30 to 90 for each patch: bright lines and blobs on black, as handwritten digits are.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    flat = x.flatten(1).float()
+    inverted = torch.rand(len(x), generator=generator) < 0.5
+    flat = torch.where(inverted[:, None], 255 - flat, flat)
+    steps = torch.quantile(flat, torch.linspace(0, 1, 51), dim=1)  # [51, n], every second percentile
+    p = 15 + (torch.rand(len(x), generator=generator) * 30).long()
+    low, high = steps.gather(0, p[None])[0][:, None], steps[49][:, None]
+    return ((flat - low) / (high - low + 1) * 255).round().clamp(0, 255).to(torch.uint8).view_as(x)
 
 
 def _photos(split: str, image_shape: Shape, n: int, seed: int) -> Images:

@@ -70,6 +70,11 @@ class Distiller:
         self.teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher, image_shape)
         self.teacher.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         require(config.source, self.teacher, unlabeled is not None)
+        if not 0 <= config.augment.pad < min(self.teacher.image_shape[1:]):
+            raise DodistillError(
+                f"augment.pad is {config.augment.pad} pixels; for images of {self.teacher.image_shape} it must lie "
+                f"between 0 and {min(self.teacher.image_shape[1:]) - 1}."
+            )
         self.student = student.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._check_student()
         self.test = test if test is None else Test(test.x.to(device), test.y.to(device))
@@ -108,8 +113,8 @@ class Distiller:
         with torch.no_grad():
             self.student.eval()
             try:
-                out = self.student(torch.rand(2, *self.teacher.image_shape, device=self.device))
-            except RuntimeError as error:
+                out = self.student(torch.full((2, *self.teacher.image_shape), 0.5, device=self.device))
+            except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
                 raise DodistillError(
                     f"the student cannot read images of shape {self.teacher.image_shape} (C, H, W): {error}"
                 ) from error
@@ -159,6 +164,8 @@ class Distiller:
             bad = [k for k, v in self.source.terms.items() if not bool(torch.isfinite(v))]
             raise Diverged(self._divergence(f"acquisition {self.round} made images that are not finite", bad))
         logits = got.logits if got.logits is not None else predict(self.teacher, images, autocast=self.autocast)
+        if not bool(torch.isfinite(logits).all()):
+            raise Diverged(self._divergence(f"the teacher answers acquisition {self.round} with NaN", ["teacher"]))
         g = self.generators["pool"]
         n = len(images)
         held = min(max(1, round(n * self.config.pool.holdout)), self.config.pool.holdout_capacity)
@@ -224,10 +231,11 @@ class Distiller:
             mine, its = self.student.state_dict(), self.ema.state_dict()
             floats = [k for k in mine if mine[k].is_floating_point()]
             self._pairs = ([its[k] for k in floats], [mine[k] for k in floats])
-            self._counts = [(its[k], mine[k]) for k in mine if not mine[k].is_floating_point()]
+            counts = [k for k in mine if not mine[k].is_floating_point()]
+            self._counts = ([its[k] for k in counts], [mine[k] for k in counts])
         torch._foreach_lerp_(self._pairs[0], self._pairs[1], 1 - decay)
-        for old, new in self._counts:
-            old.copy_(new)
+        if self._counts[0]:
+            torch._foreach_copy_(*self._counts)
 
     # ---------------------------------------------------------------------------------- look, evaluate
 
@@ -317,36 +325,45 @@ class Distiller:
         source = self.config.source
         if self.round <= source.warmup:
             return True
-        return source.every > 0 and self.step >= (self.round - source.warmup) * source.every
+        due: bool = source.every > 0 and self.step >= (self.round - source.warmup) * source.every
+        return due
 
-    def run(self, folder: RunFolder | None = None, progress: Progress | None = None, deadline: float = math.inf) -> bool:
+    def run(
+        self, folder: RunFolder | None = None, progress: Progress | None = None, deadline: float = math.inf
+    ) -> bool:
         """Go on to the last step, or to `deadline` (time.monotonic()). True when the last step is done."""
         loop = self.config.loop
         if folder is not None and (saved := folder.load()) is not None:
             self.load_state_dict(*saved)
+            if self.step >= loop.steps:  # killed between its last step and its delivery
+                return True
         if progress is not None:
             self.context.progress = progress.inner
         mark = saved_at = time.monotonic()
         looked = (self.step, mark)
         while self.step < loop.steps:
-            if self._due():
+            matched = not self._due()
+            if not matched:
                 self._acquire()
                 if folder is not None and (self.config.source.every == 0 or self.round % 10 == 1):
                     folder.log(kind="pool", step=self.step, **self._pool_line())
             else:
                 self._match()
             now = time.monotonic()
-            looking = self.step > looked[0] and (self.step % loop.log_every == 0 or self.step == loop.steps)
+            last = self.step == loop.steps
+            looking = matched and (self.step % loop.log_every == 0 or last)
+            values: dict[str, float] = {}
             if looking:
                 values = self._log()
                 now = time.monotonic()
                 values["rate"] = (self.step - looked[0]) * loop.batch / max(now - looked[1], 1e-9)
                 values["lr"] = self._rate()
                 looked = (self.step, now)
-                if self.step % loop.eval_every == 0 or self.step == loop.steps:
-                    result = self.evaluate()
-                    if folder is not None:
-                        folder.log(kind="eval", step=self.step, **result)
+            if matched and (self.step % loop.eval_every == 0 or last):
+                result = self.evaluate()
+                if folder is not None:
+                    folder.log(kind="eval", step=self.step, **result)
+            if looking:
                 elapsed = self.seconds + now - mark
                 if folder is not None:
                     folder.log(kind="log", step=self.step, seconds=round(elapsed, 3), **values)
@@ -354,7 +371,7 @@ class Distiller:
                     progress.update(self.step, **_shown(values, self.last_eval))
             elif progress is not None and self.step == 0:
                 progress.inner("warming up the source", self.round, self.config.source.warmup + 1)
-            stop = now > deadline
+            stop = now > deadline and not last
             if folder is not None and (stop or (now - saved_at > loop.checkpoint_seconds)) and self.step < loop.steps:
                 self.seconds += now - mark
                 mark = now
@@ -364,6 +381,7 @@ class Distiller:
             if stop:
                 return False
         self.seconds += time.monotonic() - mark
+        self._finite()
         if folder is not None:
             folder.log(kind="pool", step=self.step, **self._pool_line())
             folder.save(self.state_dict(), self.pool.state_dict(), self.pool.version)

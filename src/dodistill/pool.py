@@ -98,7 +98,8 @@ class Pool:
         self.version += 1
 
     def state_dict(self) -> dict[str, Any]:
-        return {"x": self.x, "logits": self.logits, "seen": self.seen, "version": self.version}
+        # Copies: a view would be saved with all the room behind it that nothing has been written to.
+        return {"x": self.x.clone(), "logits": self.logits.clone(), "seen": self.seen, "version": self.version}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.size, self.seen, self.version = len(state["x"]), state["seen"], state["version"]

@@ -60,7 +60,7 @@ def _load(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise DodistillError(f"{path} is damaged or truncated ({str(error).splitlines()[0]}).") from error
+        raise DodistillError(f"{path} is damaged or truncated ({str(error).partition(chr(10))[0]}).") from error
 
 
 def check_writable(path: Path) -> None:
@@ -84,14 +84,26 @@ def newest_pool(path: Path) -> dict[str, Any]:
     return out
 
 
+#: What may lie in a folder without config.json: a recipe put there by the user, or the remains of a start killed early.
+_EARLY = ("config.yaml", ".config.json.tmp")
+
+
 class RunFolder:
     """One run's files. Opening it again with the same config resumes; with another config it is refused."""
 
-    def __init__(self, path: str | Path, config: Distill) -> None:
+    def __init__(self, path: str | Path, config: Distill, create: bool = True) -> None:
+        """`create=False` only asks whether the folder could be used, and leaves no trace."""
         self.path, self.config = Path(path), config
         self.notes: list[str] = []  #: what the user should hear of (a damaged checkpoint that was passed over)
+        self._metrics: TextIO | None = None
+        self._pools: set[int] = set()  #: pool versions that the two checkpoints refer to
         tree = config.to_tree()
         known = self.path / "config.json"
+        there = next(p for p in (self.path, *self.path.absolute().parents) if os.path.exists(p))
+        if not os.path.isdir(there):
+            raise DodistillError(f"cannot make run folder {self.path}: {there} is a file; choose another --out.")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise DodistillError(f"cannot write to {there}: no permission; choose another --out.")
         if known.exists():
             try:
                 old = json.loads(known.read_text())
@@ -103,23 +115,25 @@ class RunFolder:
                     f"run folder {self.path} belongs to another config; choose another --out, or repeat its own.\n  "
                     + "\n  ".join(lines[:12])
                 )
-        elif self.path.is_dir() and any(p.name != "config.yaml" for p in self.path.iterdir()):
+        elif self.path.is_dir() and any(p.name not in _EARLY for p in self.path.iterdir()):
             raise DodistillError(f"{self.path} is not empty and holds no config.json; choose another --out.")
+        if not create:
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise DodistillError(f"cannot make run folder {self.path}: {error.strerror}; choose another --out.") from error
+            raise DodistillError(
+                f"cannot make run folder {self.path}: {error.strerror}; choose another --out."
+            ) from error
         write_atomically(known, json.dumps(tree, indent=1).encode())
-        self._metrics: TextIO | None = None
-        self._pools: set[int] = set()  #: pool versions that the two checkpoints refer to
 
     # ------------------------------------------------------------------------------------------- metrics
 
     def log(self, **values: Any) -> None:
         """Append one line to metrics.jsonl."""
-        if self._metrics is None:
-            self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")
         try:
+            if self._metrics is None:
+                self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
             self._metrics.write(json.dumps(values) + "\n")
             self._metrics.flush()
         except OSError as error:
@@ -141,9 +155,15 @@ class RunFolder:
         size = metrics.stat().st_size if metrics.exists() else 0
         new, current, before = (self.path / name for name in (".next.pt", "checkpoint.pt", "previous.pt"))
         _save(new, {**state, "pool_version": version, "metrics_bytes": size})
-        if current.exists():
-            os.replace(current, before)
-        os.replace(new, current)
+        try:
+            if current.exists():
+                os.replace(current, before)
+            os.replace(new, current)
+        except OSError as error:
+            raise DodistillError(
+                f"cannot write {current}: {error.strerror}. The checkpoint before is whole ({before.name}); "
+                "make the folder writable, then start the same command again."
+            ) from error
         self._pools = {version, *sorted(self._pools)[-1:]}  # the two newest; older pools serve no checkpoint
         for old in self.path.glob("pool-*.pt"):
             if int(old.stem.split("-")[1]) < min(self._pools):
@@ -163,14 +183,27 @@ class RunFolder:
                 self.notes.append(f"{error} Falling back to the checkpoint before it.")
                 continue
             self._pools = {state["pool_version"]}
-            metrics = self.path / "metrics.jsonl"
-            if metrics.exists():
-                with open(metrics, "r+b") as file:
-                    file.truncate(min(state["metrics_bytes"], metrics.stat().st_size))
+            self._forget_after(state["metrics_bytes"], state["pool_version"])
+            if path.name == "previous.pt":  # the next save must not push the damaged one over the whole one
+                os.replace(path, self.path / "checkpoint.pt")
             return state, pool
         if found:
-            raise DodistillError(" ".join(self.notes) + f" No whole checkpoint is left in {self.path}; choose a new --out.")
+            raise DodistillError(
+                " ".join(self.notes) + f" No whole checkpoint is left in {self.path}; choose a new --out."
+            )
+        if self.summary() is None:  # a start that was killed before its first checkpoint
+            self._forget_after(0, 0)
         return None
+
+    def _forget_after(self, metrics_bytes: int, pool_version: int) -> None:
+        """Drop what was written after a checkpoint, by a life of this run that ended before the next one."""
+        metrics = self.path / "metrics.jsonl"
+        if metrics.exists():
+            with open(metrics, "r+b") as file:
+                file.truncate(min(metrics_bytes, metrics.stat().st_size))
+        for pool in self.path.glob("pool-*.pt"):
+            if int(pool.stem.split("-")[1]) > pool_version:
+                pool.unlink(missing_ok=True)
 
     def drop_checkpoints(self) -> None:
         """Free the disk after a finished run; the student, metrics and report stay."""

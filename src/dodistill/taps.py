@@ -25,9 +25,11 @@ class _ChannelMoments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Moments:
-        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        low = x.dtype in (torch.bfloat16, torch.float16)
+        wide = x.float() if low else x  # a copy where it converts, which may then be overwritten
         mean = wide.mean((0, 2, 3))
-        var = (wide - mean.view(1, -1, 1, 1)).square_().mean((0, 2, 3))
+        shift = mean.view(1, -1, 1, 1)
+        var = (wide.sub_(shift) if low else wide - shift).square_().mean((0, 2, 3))
         ctx.save_for_backward(x, mean)
         return mean, var
 

@@ -69,7 +69,7 @@ class Stratified(Intervention):
             if dictionary.foreign:
                 raise DodistillError(
                     "stratified: by=cluster needs the teacher's own dictionary, not a foreign model's; use by=class, "
-                    "or leave dictionary.model out."
+                    "or leave data.foreign out."
                 )
             if dictionary.of == "batch":
                 raise DodistillError(

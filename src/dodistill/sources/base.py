@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ..errors import DodistillError
 from ..runtime import Context
 
 Kind = Literal["generator", "inversion", "sampler", "data"]
@@ -39,6 +40,13 @@ class SourceConfig(ABC):
     def build(self, context: Context) -> Source: ...
 
 
+def at_least(config: SourceConfig, least: int, *fields: str) -> None:
+    """Raise DodistillError for the first of the config's `fields` that is below `least`."""
+    for name in fields:
+        if getattr(config, name) < least:
+            raise DodistillError(f"source.{name} is {getattr(config, name)}; it must be at least {least}.")
+
+
 @dataclass
 class Acquired:
     """A batch of substitution inputs: float in [0, 1] or uint8, [n, C, H, W]; the teacher's logits if already known."""
@@ -61,7 +69,7 @@ class Source(ABC):
         """The inputs of acquisition number `round` (from 0). The student is in eval mode and gets no gradients."""
 
     def parts(self) -> dict[str, Any]:
-        """Name -> anything with state_dict/load_state_dict, or a tensor, that changes from one acquisition to the next."""
+        """Name -> anything with state_dict/load_state_dict, or a tensor, that changes between acquisitions."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:

@@ -11,7 +11,8 @@ The last term is Adaptive DeepInversion: it looks for images on which teacher an
 
 Deviations, and why
  1. `js = "true"` is the Jensen-Shannon divergence at temperature 3. The released code's "JS" is KL(M || P) with
-    probabilities clamped to [0.01, 0.99], which has almost no gradient with 100 classes; it stands as `js = "published"`.
+    probabilities clamped to [0.01, 0.99], which has almost no gradient with 100 classes; it stands as
+    `js = "published"`.
  2. `best` returns the iterate of lowest loss, as the release means to; the release's copy aliases the tensor that is
     updated in place, so it always returns the last one. `best = false` is that.
  3. Pixels descend in the teacher's normalised coordinates, as in the release, and are clipped to valid pixels after
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from .. import losses
 from ..runtime import Context
 from ..taps import batchnorm_inputs
-from .base import Acquired, Kind, Source, SourceConfig
+from .base import Acquired, Kind, Source, SourceConfig, at_least
 
 _TOOLBOX: dict[str, Any] = {
     "source": {"batch": 256, "iterations": 1000, "lr": 0.1, "betas": (0.5, 0.99), "every": 400},
@@ -74,10 +75,11 @@ class Config(SourceConfig):
         "nvidia": {
             **_TOOLBOX,
             "source": {
-                "batch": 256, "iterations": 2000, "lr": 0.05, "betas": (0.9, 0.999), "tv": 2.5e-5, "l2": 3e-8, "adv": 10.0,
-                "jitter": 2, "every": 50, "balanced": True, "clip": False, "flip": False,
+                "batch": 256, "iterations": 2000, "lr": 0.05, "betas": (0.9, 0.999), "tv": 2.5e-5, "l2": 3e-8,
+                "adv": 10.0, "jitter": 2, "every": 50, "balanced": True, "clip": False, "flip": False,
             },
             "criterion": {"name": "kl", "temperature": 3.0},
+            "pool": {"capacity": 409_600},
         },
         "desk": {
             **_TOOLBOX,
@@ -105,6 +107,8 @@ class DeepInv(Source):
     def __init__(self, config: Config, context: Context) -> None:
         super().__init__(context)
         self.config = config
+        at_least(config, 1, "iterations")
+        at_least(config, 2, "batch")
         self.host = torch.Generator().manual_seed(context.seed)  # rolls and flips are host decisions: no sync
         model = context.teacher.model
         self.mean = torch.as_tensor(getattr(model, "mean", 0.5), device=context.device).float().view(1, -1, 1, 1)
@@ -136,7 +140,7 @@ class DeepInv(Source):
                     cosine = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * i / c.iterations))).item()
                     opt.param_groups[0]["lr"] = c.lr * cosine
                 opt.zero_grad()
-                loss.backward()
+                loss.backward(inputs=[u])  # the student gets no gradients, nor pays for them
                 opt.step()
                 if c.clip:
                     with torch.no_grad():

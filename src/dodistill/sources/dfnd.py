@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ..augment import to_float
 from ..errors import DodistillError
 from ..runtime import Context
-from .base import Acquired, Kind, Source, SourceConfig
+from .base import Acquired, Kind, Source, SourceConfig, at_least
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Config(SourceConfig):
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": {
             "source": {"n": 600_000},
+            "pool": {"capacity": 600_000},
             "criterion": {"name": "adaptation", "temperature": 4.0},
             "optim": {"lr": 0.1, "weight_decay": 5e-4, "schedule": "steps"},
             "loop": {"steps": 80_000, "batch": 256},
@@ -72,8 +73,14 @@ class Dfnd(Source):
     def __init__(self, config: Config, context: Context) -> None:
         super().__init__(context)
         self.config = config
-        if context.unlabeled is None or not len(context.unlabeled):
-            raise DodistillError("source dfnd needs unlabelled images; give --data.unlabeled FOLDER (or .npz, .npy).")
+        at_least(config, 2, "n")
+        at_least(config, 1, "chunk")
+        have = 0 if context.unlabeled is None else len(context.unlabeled)
+        if have < 2:
+            raise DodistillError(
+                f"source dfnd has {have} unlabelled image(s), and needs 2 at least; give --data.unlabeled FOLDER "
+                "(or .npz, .npy)."
+            )
 
     @torch.no_grad()
     def acquire(self, student: nn.Module, round: int) -> Acquired:

@@ -32,15 +32,17 @@ from .. import losses
 from ..augment import crop_flip
 from ..runtime import Context
 from ..taps import batchnorm_inputs
-from .base import Acquired, Kind, Source, SourceConfig
+from .base import Acquired, Kind, Source, SourceConfig, at_least
 from .generators import ConvGenerator, seeded
 
-_COMMON = {
-    "source": {"batch": 256, "warmup": 20, "every": 400, "bn": 10.0, "bn_momentum": 0.9, "latent": 256, "reset_at": 120},
+_COMMON: dict[str, Any] = {
+    "source": {
+        "batch": 256, "warmup": 20, "every": 400, "bn": 10.0, "bn_momentum": 0.9, "latent": 256, "reset_at": 120,
+    },
     "criterion": {"name": "kl", "temperature": 20.0},
     "optim": {"lr": 0.2, "weight_decay": 1e-4, "floor": 2e-4},
     "loop": {"steps": 80_000, "batch": 256},
-}
+}  # fmt: skip
 
 
 def _pair(K: int, lr_g: float, lr_z: float, adv: float, oh: float) -> dict[str, Any]:
@@ -99,11 +101,15 @@ class Fast(Source):
     def __init__(self, config: Config, context: Context) -> None:
         super().__init__(context)
         self.config = config
+        at_least(config, 1, "K", "latent", "width")
+        at_least(config, 2, "batch")
         args = (config.latent, context.image_shape, config.width)
         to: dict[str, Any] = {"device": context.device, "memory_format": torch.channels_last}
         self.meta = seeded(ConvGenerator, self.generator, *args).to(**to)
-        self.fast = seeded(ConvGenerator, self.generator, *args).to(**to)  # weights overwritten at every acquisition
-        self.opt_meta = torch.optim.Adam(self.meta.parameters(), lr=config.lr_g * config.K, betas=(0.5, 0.999), fused=True)
+        self.fast = seeded(ConvGenerator, self.generator, *args).to(**to)  # overwritten at every acquisition
+        self.opt_meta = torch.optim.Adam(
+            self.meta.parameters(), lr=config.lr_g * config.K, betas=(0.5, 0.999), fused=True
+        )
         #: smoothed BatchNorm input statistics, one (mean, var) per layer; empty until the first acquisition
         self.ema: list[tuple[Tensor, Tensor]] = []
 
@@ -148,7 +154,7 @@ class Fast(Source):
                     best = torch.where(better, x, best) if k else x.detach().clone()
                     lowest = torch.minimum(loss, lowest)
                 opt.zero_grad()
-                loss.backward()
+                loss.backward(inputs=[z, *self.fast.parameters()])  # the student gets no gradients, nor pays for them
                 if c.meta == "fomaml":
                     self._accumulate()
                 opt.step()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..errors import DodistillError
+
 
 class ConvGenerator(nn.Module):
     """Latent -> Linear -> two (upsample, conv) blocks -> Sigmoid, the toolbox's small generator.
@@ -21,7 +23,10 @@ class ConvGenerator(nn.Module):
         super().__init__()
         channels, height, w = image_shape
         if height % 4 or w % 4:
-            raise ValueError(f"image size {height}x{w} is not divisible by 4")
+            raise DodistillError(
+                "this generator makes images whose height and width are multiples of 4, the teacher reads "
+                f"{height}x{w}; use another source (dodistill methods lists them)."
+            )
         self.latent, self.base = latent, (2 * width, height // 4, w // 4)
         self.l1 = nn.Linear(latent, 2 * width * (height // 4) * (w // 4))
         self.conv_blocks = nn.Sequential(

@@ -7,7 +7,8 @@ images whose shares, by the teacher's own prediction, fall off geometrically ove
 
 so that the most frequent class has `skew` times the images of the rarest. Labels are never read. Everything else that
 differs between real and synthesized inputs is thereby held still, and the question "when does an intervention help?"
-becomes a grid of cheap runs (recipes/skew.yaml). `skew = 1` keeps classes balanced; `skew = 0` keeps the data's own shares.
+becomes a grid of cheap runs (recipes/skew.yaml). `skew = 1` keeps classes balanced; `skew = 0` keeps the data's own
+shares.
 """
 
 from __future__ import annotations

@@ -1,0 +1,33 @@
+# Targets: demo (the main job in minutes), test (everything CI checks), bench, clean. Each makes its own environment.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+
+.PHONY: help demo test lint bench clean
+help:
+	@grep -E '^# Targets' Makefile
+
+$(BIN)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[demo,dev]'
+	@touch $@
+
+demo: $(BIN)/.installed
+	$(BIN)/dodistill demo
+
+lint: $(BIN)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest
+
+bench: $(BIN)/.installed
+	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/synthesis.py
+	$(BIN)/python benchmarks/kdci_overhead.py
+
+clean:
+	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache

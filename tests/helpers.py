@@ -1,0 +1,90 @@
+"""What several test files build: tiny configs, jobs, and exact comparison of nested state."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dodistill.config import Distill, Tree, merge, resolve
+from dodistill.engine import Distiller, Test
+from dodistill.models import load_model
+from dodistill.runtime import Context
+from dodistill.teacher import Teacher
+
+SHAPE = (1, 8, 8)
+SOURCES: dict[str, Tree] = {
+    "fast": {"name": "fast", "K": 2, "batch": 32, "warmup": 1, "every": 4, "latent": 16, "width": 4, "reset_at": 2},
+    "deepinv": {"name": "deepinv", "iterations": 3, "batch": 32, "every": 4},
+    "dfnd": {"name": "dfnd", "n": 200},
+}
+
+
+def tree(source: str = "fast", intervention: str = "none", steps: int = 6, **more: Any) -> Tree:
+    """A config tree that runs in a moment. `more` wins."""
+    base: Tree = {
+        "source": SOURCES[source], "intervention": intervention, "augment": {"pad": 1, "flip": False},
+        "dictionary": {"clusters": 4, "iterations": 3}, "optim": {"lr": 0.05},
+        "loop": {"steps": steps, "batch": 16, "device": "cpu", "threads": 1, "log_every": 1, "eval_every": 3, "ema": 0.9},
+    }  # fmt: skip
+    return merge(base, more)
+
+
+def config(*args: Any, **more: Any) -> Distill:
+    return resolve(tree(*args, **more))
+
+
+def student(seed: int = 1, width: int = 4, classes: int = 10) -> nn.Module:
+    return load_model(f"tiny{width}", num_classes=classes, in_channels=1, image_size=8, seed=seed)
+
+
+def context(teacher: nn.Module, seed: int = 0, unlabeled: Tensor | None = None, pad: int = 1) -> Context:
+    wrapped = teacher if isinstance(teacher, Teacher) else Teacher(teacher, SHAPE)
+    chosen = resolve({"augment": {"pad": pad, "flip": False}}).augment
+    return Context(wrapped, torch.device("cpu"), seed=seed, augment=chosen, unlabeled=unlabeled)
+
+
+def job(
+    teacher: nn.Module, cfg: Distill, unlabeled: Tensor | None = None, test: Test | None = None, seed: int = 1
+) -> Distiller:
+    return Distiller(cfg, teacher, student(seed), SHAPE, unlabeled, test)
+
+
+def same(a: Any, b: Any, where: str = "") -> None:
+    """Assert that two nested states hold the same bits."""
+    if isinstance(a, Tensor):
+        assert isinstance(b, Tensor), where
+        assert a.shape == b.shape, where
+        assert a.dtype == b.dtype, where
+        assert torch.equal(a, b), f"{where} differs"
+    elif isinstance(a, Mapping):
+        assert isinstance(b, Mapping), where
+        assert list(a) == list(b), where
+        for key in a:
+            same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b)):
+            same(x, y, f"{where}[{i}]")
+    elif isinstance(a, float) and math.isnan(a):
+        assert math.isnan(b), where
+    else:
+        assert a == b, f"{where}: {a!r} is not {b!r}"
+
+
+TIMING = ("seconds", "rate", "acquire_seconds")
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what a clock decides."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMING} for line in lines]
+
+
+def untimed(state: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in state.items() if k not in TIMING}
