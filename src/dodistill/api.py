@@ -221,8 +221,15 @@ def run(
 
 
 def _name(part: Model, model: nn.Module) -> str:
-    inner = getattr(model, "model", model)
-    return part.spec or type(getattr(inner, "model", inner)).__name__
+    """What to call a model: its spec where one is known (a saved file knows its own), else its class."""
+    while True:
+        known = getattr(model, "spec", None) or {}
+        if known.get("spec"):
+            return str(known["spec"])
+        inner = getattr(model, "model", None)
+        if not isinstance(inner, nn.Module):
+            return part.spec or type(model).__name__
+        model = inner
 
 
 def _summary(job: Distiller, which: str, command: str, notes: list[str]) -> dict[str, Any]:
@@ -234,6 +241,8 @@ def _summary(job: Distiller, which: str, command: str, notes: list[str]) -> dict
         "agreement": score["agreement_ema" if which == "ema" else "agreement"],
         "agreement_last": score["agreement"],
         "delivered": which,
+        "teacher_name": _name(job.config.teacher, job.teacher),
+        "student_name": _name(job.config.student, job.student),
         "student_parameters": parameters(job.student),
         "teacher_parameters": parameters(job.teacher),
         "steps": job.step,
@@ -275,7 +284,7 @@ def _deliver(job: Distiller, best: nn.Module, folder: RunFolder, summary: dict[s
     save_grid(job.pool.x[index.to(job.device)].cpu(), path / "samples.png")
     if job.dictionary is not None:
         folder.write_json("dictionary.json", {"P": job.dictionary.P.tolist(), "Z": job.dictionary.Z.tolist()})
-    write_atomically(path / "README.md", model_card(config, summary, str(path)).encode())
+    write_atomically(path / "README.md", model_card(config, summary).encode())
     folder.write_json("summary.json", summary)
     if report:
         write_report(path)

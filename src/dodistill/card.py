@@ -21,8 +21,8 @@ def part(config: Mapping[str, Any], *keys: str) -> Any:
 
 
 def name_of(config: Mapping[str, Any], summary: Mapping[str, Any], who: str) -> str:
-    """The spec of "teacher" or "student"; for a module handed over in Python, its name in the summary."""
-    return str(part(config, who, "spec") or summary.get(f"{who}_name") or f"the {who}")
+    """What the run called "teacher" or "student"; before its end, the spec that it was given."""
+    return str(summary.get(f"{who}_name") or part(config, who, "spec") or f"the {who}")
 
 
 def compression(summary: Mapping[str, Any]) -> float | None:

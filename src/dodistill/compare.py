@@ -8,6 +8,8 @@
       seed: [0, 1, 2]
       source: [fast, deepinv]
       intervention: {plain: {}, kdci: {intervention: kdci}}
+    when:                                       # what a combination of labels decides, beyond each label alone
+      - {where: {source: fast, seed: 0}, then: {source.K: 2}}
     published:
       - {where: {source: fast, intervention: plain}, value: 89.29}
 
@@ -37,7 +39,7 @@ from .config import RUNTIME, Distill, Tree, expand, merge, resolve
 from .errors import DodistillError, nearest
 from .run import write_atomically
 
-KEYS = ("name", "about", "teachers", "base", "grid", "skip", "published")
+KEYS = ("name", "about", "teachers", "base", "grid", "when", "skip", "published")
 SHORT = {"seed": "loop.seed", "steps": "loop.steps", "lr": "optim.lr", "student": "student.spec"}
 STOPPED = 75
 
@@ -121,6 +123,9 @@ def cells(recipe: Tree, teachers: Path) -> Iterator[Cell]:
         tree = expand(base)
         for _, over in combination:
             tree = merge(tree, expand(_fill(over, teachers)))
+        for rule in recipe.get("when") or []:
+            if _matches(rule["where"], label):
+                tree = merge(tree, expand(_fill(rule["then"], teachers)))
         try:
             config = resolve(tree)
         except DodistillError as error:

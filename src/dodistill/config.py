@@ -176,7 +176,7 @@ def _fits(value: Any, hint: Any, where: str) -> Any:
             return tuple(_fits(v, a, f"{where}[{i}]") for i, (v, a) in enumerate(zip(value, args)))
         return origin(_fits(v, args[0], f"{where}[{i}]") for i, v in enumerate(value))
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return build(hint, value, where)
+        return build(hint, {"spec": value} if hint is Model and isinstance(value, str) else value, where)
     if hint is float and isinstance(value, str):  # YAML reads 1e-3 as a string
         try:
             return float(value)
