@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from dodistill.config import Distill, Tree, merge, resolve
-from dodistill.engine import Distiller, Test
+from dodistill import engine
+from dodistill.engine import Distiller
 from dodistill.models import load_model
 from dodistill.runtime import Context
 from dodistill.teacher import Teacher
 
 SHAPE = (1, 8, 8)
 SOURCES: dict[str, Tree] = {
+    "real": {"name": "real", "n": 200},
     "fast": {"name": "fast", "K": 2, "batch": 32, "warmup": 1, "every": 4, "latent": 16, "width": 4, "reset_at": 2},
     "deepinv": {"name": "deepinv", "iterations": 3, "batch": 32, "every": 4},
     "dfnd": {"name": "dfnd", "n": 200},
@@ -50,7 +52,7 @@ def context(teacher: nn.Module, seed: int = 0, unlabeled: Tensor | None = None, 
 
 
 def job(
-    teacher: nn.Module, cfg: Distill, unlabeled: Tensor | None = None, test: Test | None = None, seed: int = 1
+    teacher: nn.Module, cfg: Distill, unlabeled: Tensor | None = None, test: engine.Test | None = None, seed: int = 1
 ) -> Distiller:
     return Distiller(cfg, teacher, student(seed), SHAPE, unlabeled, test)
 

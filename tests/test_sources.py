@@ -141,7 +141,9 @@ def slow_fast(source: Fast, pupil: nn.Module, round: int) -> tuple[list[Tensor],
     net = copy.deepcopy(source.meta)
     z = torch.randn(c.batch, c.latent, generator=g).requires_grad_()
     y = torch.randint(10, (c.batch,), generator=g)
-    opt = torch.optim.Adam([{"params": net.parameters(), "lr": c.lr_g}, {"params": [z], "lr": c.lr_z}], betas=(0.5, 0.999))
+    opt = torch.optim.Adam(
+        [{"params": net.parameters(), "lr": c.lr_g}, {"params": [z], "lr": c.lr_z}], betas=(0.5, 0.999)
+    )
     total = [torch.zeros_like(p) for p in net.parameters()]
     images = []
     layers = batchnorms(ctx.teacher)
@@ -433,7 +435,9 @@ def test_select_at_random() -> None:
     assert kept.tolist() != select(t, 20, "random", torch.Generator().manual_seed(1)).tolist()
 
 
-def test_dfnd_takes_what_there_is_and_asks_the_teacher_once(teacher: nn.Module, pupil: nn.Module, digits: Images) -> None:
+def test_dfnd_takes_what_there_is_and_asks_the_teacher_once(
+    teacher: nn.Module, pupil: nn.Module, digits: Images
+) -> None:
     source = build("dfnd", teacher, 0, digits.x[:40], n=600, chunk=7)
     asked: list[int] = []
     handle = source.context.teacher.register_forward_hook(lambda _m, a, _o: asked.append(len(a[0])))
@@ -463,9 +467,7 @@ def test_the_noisy_adaptation_comes_through_the_criterion(preset: str, teacher: 
 
 
 @pytest.mark.parametrize("skew", [1.0, 10.0])
-def test_real_has_the_skew_that_was_dialled(
-    skew: float, teacher: nn.Module, pupil: nn.Module, digits: Images
-) -> None:
+def test_real_has_the_skew_that_was_dialled(skew: float, teacher: nn.Module, pupil: nn.Module, digits: Images) -> None:
     source: Source = build("real", teacher, 0, digits.x, n=400, skew=skew)
     got = source.acquire(pupil, 0)
     assert got.logits is not None

@@ -55,7 +55,9 @@ def _parser() -> argparse.ArgumentParser:
 
     teach = add("teach", "train a teacher (or a student on real data, the upper bound)", add_help=False)
     teach.add_argument("model", nargs="?", help="a model spec, as in wrn40_2")
-    teach.add_argument("--data", help="labelled images: .npz, folder of class folders, or cifar10, cifar100, mnist, digits")
+    teach.add_argument(
+        "--data", help="labelled images: .npz, folder of class folders, or cifar10, cifar100, mnist, digits"
+    )
     teach.add_argument("--test", help="labelled images to report on (default: the data's own test part, if any)")
     teach.add_argument("--normalise", help="cifar10, cifar100, imagenet, mnist or none (default)")
     teach.add_argument("--out", default="teacher.safetensors", help="the weights to write")
@@ -100,6 +102,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DodistillError as error:
         print(f"dodistill: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of our output has seen enough
+        sys.stderr.close()
+        return 0
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from the last checkpoint.", file=sys.stderr)
         return 130
@@ -147,7 +152,10 @@ def _distill(known: argparse.Namespace, rest: list[str], every: list[str]) -> in
         report=not known.no_report,
     )  # fmt: skip
     if not result.summary.get("finished"):
-        print(f"stopped at step {result.summary['step']} of {config.loop.steps}; the same command goes on.", file=sys.stderr)
+        print(
+            f"stopped at step {result.summary['step']} of {config.loop.steps}; the same command goes on.",
+            file=sys.stderr,
+        )
         return STOPPED
     _say(result.summary, Path(out))
     return 0
@@ -155,7 +163,9 @@ def _distill(known: argparse.Namespace, rest: list[str], every: list[str]) -> in
 
 def _say(summary: dict[str, Any], out: Path) -> None:
     print(f"student    {summary['student_parameters']:,} parameters (teacher {summary['teacher_parameters']:,})")
-    print(f"agreement  {summary['agreement']:.2f} % with the teacher on held-back inputs ({summary['delivered']} weights)")
+    print(
+        f"agreement  {summary['agreement']:.2f} % with the teacher on held-back inputs ({summary['delivered']} weights)"
+    )
     if "student_accuracy" in summary:
         print(f"accuracy   {summary['student_accuracy']:.2f} % last step, teacher {summary['teacher_accuracy']:.2f} %")
     print(f"weights    {out / 'student.safetensors'}")
@@ -168,19 +178,29 @@ def _distill_help(given: dict[str, Any]) -> None:
     from . import flags, registry
     from .causal.dictionary import DictionaryConfig
 
-    print("usage: dodistill distill [RECIPE.yaml] [--out DIR] [--quiet] [--no-report] [--max-seconds S] [--PART.FIELD VALUE ...]")
+    print(
+        "usage: dodistill distill [RECIPE.yaml] [--out DIR] [--quiet] [--no-report] [--max-seconds S] [--PART.FIELD VALUE ...]"
+    )
     print(f"\n{_DISTILL}\n")
     print("short   " + "  ".join(f"--{k}" for k in flags.SHORT))
     print(f"--source        {', '.join(registry.names('source'))}        --preset NAME")
     print(f"--intervention  none, {', '.join(registry.names('intervention'))}, or several joined by +")
-    print(f"--criterion     {', '.join(registry.names('criterion'))}        --update  {', '.join(registry.names('update'))}\n")
+    print(
+        f"--criterion     {', '.join(registry.names('criterion'))}        --update  {', '.join(registry.names('update'))}\n"
+    )
     parts: list[tuple[str, type]] = [("teacher.", c.Model), ("student.", c.Model), ("data.", c.Data)]
     source = str(given.get("source", "fast"))
     parts.append(("source.", registry.config("source", source)))
     chosen = [n for n in str(given.get("intervention", "none")).split("+") if n not in ("", "none")]
     parts += [(f"{n}.", registry.config("intervention", n)) for n in chosen]
     parts.append(("criterion.", registry.config("criterion", str(given.get("criterion", "kl")))))
-    parts += [("dictionary.", DictionaryConfig), ("optim.", c.Optim), ("pool.", c.Pool), ("augment.", c.Augment), ("loop.", c.Loop)]
+    parts += [
+        ("dictionary.", DictionaryConfig),
+        ("optim.", c.Optim),
+        ("pool.", c.Pool),
+        ("augment.", c.Augment),
+        ("loop.", c.Loop),
+    ]
     for prefix, cls in parts:
         text = flags.help_of(cls, prefix)
         if text:
@@ -200,7 +220,9 @@ def _teach(known: argparse.Namespace, rest: list[str], _all: list[str]) -> int:
     from .teach import Teach, teach
 
     if known.help or not known.model:
-        print("usage: dodistill teach MODEL --data SPEC [--test SPEC] [--normalise NAME] [--out FILE] [--FIELD VALUE ...]\n")
+        print(
+            "usage: dodistill teach MODEL --data SPEC [--test SPEC] [--normalise NAME] [--out FILE] [--FIELD VALUE ...]\n"
+        )
         print(flags.help_of(Teach, ""))
         return 0
     if not known.data:

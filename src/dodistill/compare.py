@@ -130,7 +130,9 @@ def cells(recipe: Tree, teachers: Path) -> Iterator[Cell]:
             config = resolve(tree)
         except DodistillError as error:
             raise DodistillError(f"cell {label}: {error}") from error
-        published = next((float(p["value"]) for p in recipe.get("published") or [] if _matches(p["where"], label)), None)
+        published = next(
+            (float(p["value"]) for p in recipe.get("published") or [] if _matches(p["where"], label)), None
+        )
         yield Cell(label, config, cell_key(config), published)
 
 
@@ -227,7 +229,9 @@ def _start(cell: Cell, out: Path, threads: int, deadline: float) -> tuple[Cell, 
     if math.isfinite(deadline):
         command += ["--max-seconds", f"{max(1.0, deadline - time.monotonic()):.1f}"]
     with open(run.with_suffix(".log"), "ab") as log:
-        return cell, subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+        return cell, subprocess.Popen(
+            command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": str(threads)}
+        )
 
 
 def _finish(cell: Cell, process: subprocess.Popen[bytes], out: Path, n: int, total: int) -> None:
@@ -241,7 +245,8 @@ def _finish(cell: Cell, process: subprocess.Popen[bytes], out: Path, n: int, tot
         return
     record = record_of(cell, json.loads((run / "summary.json").read_text()))
     (out / "cells").mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "cells" / f"{cell.key}.json", json.dumps(record, indent=1).encode())
+    text = json.dumps(record, indent=1).replace(str(out / "teachers"), "{teachers}")  # a cell names no machine's path
+    write_atomically(out / "cells" / f"{cell.key}.json", text.encode())
     for pattern in ("checkpoint.pt", "previous.pt", "pool-*.pt"):  # a finished cell is never resumed
         for file in run.glob(pattern):
             file.unlink()

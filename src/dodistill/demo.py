@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -68,9 +69,12 @@ def demo(out: Path, seed: int = 0, steps: int = 600) -> list[dict[str, Any]]:
     for cell, net in zip(cells, students):
         cell["last"] = top1(predict(net, held_out.x), held_out.y)
     console.print(_table(cells, accuracy, parameters(teacher), cells[0]["summary"]["student_parameters"]))
+    _picture(out)
     page = write_compare(cells, out / "compare.html", "dodistill demo")
     console.print(f"\nReports: {page} (all), {out / 'fast-none' / 'report.html'} (one student, with pictures)")
-    console.print(f"The student: {out / 'fast-none' / 'student.safetensors'}    {time.monotonic() - start:.0f} s in all")
+    console.print(
+        f"The student: {out / 'fast-none' / 'student.safetensors'}    {time.monotonic() - start:.0f} s in all"
+    )
     console.print("Next: dodistill distill --help, or README.md for your own model.")
     return cells
 
@@ -78,6 +82,21 @@ def demo(out: Path, seed: int = 0, steps: int = 600) -> list[dict[str, Any]]:
 def _inside(out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     return out
+
+
+def _picture(out: Path) -> None:
+    """`out/samples.png`: what each method gave its students to learn from, one under the other."""
+    rows = []
+    for name in SOURCES:
+        image = Image.open(out / f"{name}-none" / "samples.png").convert("RGB")
+        rows.append(image.crop((0, 0, image.width, image.height // 2)))  # two of its four rows
+    gap = 14
+    sheet = Image.new("RGB", (rows[0].width, sum(r.height + gap for r in rows) - gap), "white")
+    y = 0
+    for row in rows:
+        sheet.paste(row, (0, y))
+        y += row.height + gap
+    sheet.save(out / "samples.png")
 
 
 def _table(cells: list[dict[str, Any]], teacher: float, large: int, small: int) -> Table:

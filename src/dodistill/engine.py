@@ -168,6 +168,8 @@ class Distiller:
             raise Diverged(self._divergence(f"the teacher answers acquisition {self.round} with NaN", ["teacher"]))
         g = self.generators["pool"]
         n = len(images)
+        if n < 2:
+            raise DodistillError(f"acquisition {self.round} has {n} image(s); one to learn from and one to judge by needed.")
         held = min(max(1, round(n * self.config.pool.holdout)), self.config.pool.holdout_capacity)
         order = torch.randperm(n, generator=g, device=self.device).to(images.device)
         back, front = order[:held], order[held:]
