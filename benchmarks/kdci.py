@@ -1,6 +1,6 @@
 """What KDCI costs: one distillation step with and without it, in turns in one process, as a ratio.
 
-    python benchmarks/kdci.py [--batch 64] [--precision fp32]
+    python benchmarks/kdci.py [--batch 64] [--classes 100]
 
 The paper reports +1.3 to 3.3 % time and at most +0.12 % memory; the aim here is at most 1 % and 0.1 %. The time of `F`
 alone, forward and backward, is printed beside the ratio: where a step is long and the machine is busy, the ratio is

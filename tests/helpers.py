@@ -27,7 +27,7 @@ SOURCES: dict[str, Tree] = {
 }
 
 
-def tree(source: str = "fast", intervention: str = "none", steps: int = 6, **more: Any) -> Tree:
+def tree(source: str = "fast", intervention: str = "none", /, steps: int = 6, **more: Any) -> Tree:
     """A config tree that runs in a moment. `more` wins."""
     base: Tree = {
         "source": SOURCES[source], "intervention": intervention, "augment": {"pad": 1, "flip": False},

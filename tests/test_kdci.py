@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dodistill import losses, registry
+from dodistill.causal import kdci
 from dodistill.causal.base import Intervention, Interventions, parse
 from dodistill.causal.dictionary import ConfounderDictionary
 from dodistill.causal.kdci import KDCI, Config
@@ -282,3 +283,19 @@ def test_names_are_parsed_and_refused() -> None:
     for name in registry.names("intervention"):
         assert registry.config("intervention", name)().name == name
     assert Config().needs_dictionary
+
+
+def test_attention_done_in_parts_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = kdci.PriorAttention(5, 5, 5, torch.Generator().manual_seed(0))
+    g = torch.Generator().manual_seed(1)
+    s, Z, valid = torch.randn(7, 5, generator=g), torch.randn(3, 5, generator=g), torch.tensor([True, True, False])
+    weigh = torch.randn(7, 3, generator=g)
+    found = []
+    for room in (2**19, 30):  # all at once; two rows at a time
+        monkeypatch.setattr(kdci, "ROOM", room)
+        query = s.clone().requires_grad_()
+        lam = attention(query, Z, valid)
+        grads = torch.autograd.grad((lam * weigh).sum(), [query, *attention.parameters()])
+        found.append((lam.detach(), *grads))
+    for whole, parts in zip(*found):
+        torch.testing.assert_close(parts, whole)

@@ -45,23 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", default="runs/demo", help="folder for the runs and the report")
     demo.add_argument("--seed", type=int, default=0)
 
-    distill = add("distill", "distil a teacher into a student", epilog=_DISTILL, add_help=False)
-    distill.add_argument("recipe", nargs="?", help="YAML file with any part of the config tree; flags win over it")
-    distill.add_argument("--out", help="run folder (default: runs/SOURCE-INTERVENTION-KEY)")
-    distill.add_argument("--quiet", action="store_true", help="no progress")
-    distill.add_argument("--no-report", action="store_true", help="do not write report.html")
-    distill.add_argument("--max-seconds", type=float, default=math.inf, help="stop cleanly after so long, exit 75")
-    distill.add_argument("-h", "--help", action="store_true")
-
-    teach = add("teach", "train a teacher (or a student on real data, the upper bound)", add_help=False)
-    teach.add_argument("model", nargs="?", help="a model spec, as in wrn40_2")
-    teach.add_argument(
-        "--data", help="labelled images: .npz, folder of class folders, or cifar10, cifar100, mnist, digits"
-    )
-    teach.add_argument("--test", help="labelled images to report on (default: the data's own test part, if any)")
-    teach.add_argument("--normalise", help="cifar10, cifar100, imagenet, mnist or none (default)")
-    teach.add_argument("--out", default="teacher.safetensors", help="the weights to write")
-    teach.add_argument("-h", "--help", action="store_true")
+    add("distill", "distil a teacher into a student")  # its flags, and teach's, come from the config tree
+    add("teach", "train a teacher (or a student on real data, the upper bound)")
 
     evaluate = add("evaluate", "score a model on labelled images, and against a teacher")
     evaluate.add_argument("model", help="a .safetensors that dodistill wrote, or a model spec with --weights")
@@ -93,12 +78,12 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status (0 done, 2 a mistake in what was asked, 75 stopped at the deadline)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = _parser()
-    known, rest = parser.parse_known_args(arguments)
-    if rest and known.command not in ("distill", "teach"):
-        parser.error(f"{known.command} does not know {' '.join(rest)}")
     try:
-        return int(globals()[f"_{known.command}"](known, rest, arguments))
+        if arguments[:1] in (["distill"], ["teach"]):
+            given = Given(arguments[1:])
+            return (_distill if arguments[0] == "distill" else _teach)(given, arguments)
+        known = _parser().parse_args(arguments)
+        return int(globals()[f"_{known.command}"](known))
     except DodistillError as error:
         print(f"dodistill: {error}", file=sys.stderr)
         return 2
@@ -110,10 +95,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+class Given:
+    """What follows `distill` or `teach`: perhaps one word, then flags of the config tree and a few of the command's own."""
+
+    def __init__(self, tokens: Sequence[str]) -> None:
+        from . import flags
+
+        tokens = ["--help" if t == "-h" else t for t in tokens]
+        self.word = tokens[0] if tokens and not tokens[0].startswith("-") else None
+        self.help = "--help" in tokens
+        rest = [t for t in tokens[self.word is not None :] if t != "--help"]
+        self._flags = flags.raw(rest)
+
+    def own(self, name: str, default: Any) -> Any:
+        """Take one of the command's own flags."""
+        return self._flags.pop(name, default)
+
+    def tree(self, short: bool = True) -> dict[str, Any]:
+        """What is left, as a config tree."""
+        from . import flags
+
+        return flags.tree(self._flags, flags.SHORT if short else {})
+
+
 # ------------------------------------------------------------------------------------------------ commands
 
 
-def _demo(known: argparse.Namespace, _rest: list[str], _all: list[str]) -> int:
+def _demo(known: argparse.Namespace) -> int:
     from .demo import demo
 
     demo(Path(known.out), known.seed)
@@ -134,28 +142,24 @@ def _recipe(path: str | None) -> dict[str, Any]:
     return tree
 
 
-def _distill(known: argparse.Namespace, rest: list[str], every: list[str]) -> int:
-    from . import flags
+def _distill(given: Given, every: list[str]) -> int:
     from .config import resolve
 
-    given = flags.tree(rest)
-    if known.help:
-        _distill_help(given)
+    if given.help:
+        _distill_help(given.tree())
         return 0
     start = time.monotonic()
-    config = resolve(_recipe(known.recipe), given)
+    out, quiet = given.own("out", None), given.own("quiet", False)
+    report, seconds = not given.own("no_report", False), float(given.own("max_seconds", math.inf))
+    config = resolve(_recipe(given.word), given.tree())
     from .api import distill_config, shell_command
 
-    out = known.out or f"runs/{config.source.name}-{config.intervention}-{config.key()}"
+    out = str(out or f"runs/{config.source.name}-{config.intervention}-{config.key()}")
     result = distill_config(
-        config, out, verbose=not known.quiet, deadline=start + known.max_seconds, command=shell_command(every),
-        report=not known.no_report,
-    )  # fmt: skip
+        config, out, verbose=not quiet, deadline=start + seconds, command=shell_command(every), report=report
+    )
     if not result.summary.get("finished"):
-        print(
-            f"stopped at step {result.summary['step']} of {config.loop.steps}; the same command goes on.",
-            file=sys.stderr,
-        )
+        print(f"stopped at step {result.summary['step']} of {config.loop.steps}; the same command goes on.", file=sys.stderr)
         return STOPPED
     _say(result.summary, Path(out))
     return 0
@@ -210,7 +214,7 @@ def _distill_help(given: dict[str, Any]) -> None:
     print("presets of source " + source + "\n" + "\n".join(f"  {p}: {origin.get(p, '')}" for p in presets))
 
 
-def _teach(known: argparse.Namespace, rest: list[str], _all: list[str]) -> int:
+def _teach(given: Given, _every: list[str]) -> int:
     from . import flags
     from .config import build
     from .data import load_images
@@ -219,46 +223,48 @@ def _teach(known: argparse.Namespace, rest: list[str], _all: list[str]) -> int:
     from .run import check_writable
     from .teach import Teach, teach
 
-    if known.help or not known.model:
+    if given.help or not given.word:
         print(
             "usage: dodistill teach MODEL --data SPEC [--test SPEC] [--normalise NAME] [--out FILE] [--FIELD VALUE ...]\n"
         )
         print(flags.help_of(Teach, ""))
         return 0
-    if not known.data:
+    spec, tests, normalise = given.own("data", ""), given.own("test", ""), given.own("normalise", None)
+    target = Path(str(given.own("out", "teacher.safetensors")))
+    if not spec:
         raise DodistillError("teach needs labelled images; give --data cifar10, a .npz, or a folder of class folders.")
-    config = build(Teach, {**flags.tree(rest, {}), "model": known.model}, "teach")
-    check_writable(Path(known.out))
-    train = load_images(known.data)
+    config = build(Teach, {**given.tree(short=False), "model": given.word}, "teach")
+    check_writable(target)
+    train = load_images(spec)
     test = None
-    if known.test or known.data.endswith(".npz") or "/" not in known.data:
+    if tests or spec.endswith(".npz") or "/" not in spec:
         try:
-            test = load_images(known.test or known.data, split="test")
+            test = load_images(tests or spec, split="test")
         except DodistillError:
-            if known.test:
+            if tests:
                 raise
     classes = config.num_classes or train.num_classes
     channels, size, _ = train.image_shape
     model = load_model(
-        known.model, num_classes=classes, in_channels=channels, image_size=size, mean=known.normalise, seed=config.seed
+        config.model, num_classes=classes, in_channels=channels, image_size=size, mean=normalise, seed=config.seed
     )
     from .runtime import pick_device
 
     steps = config.epochs * max(1, int(len(train) * (1 - config.minival)) // config.batch)
-    with Progress(steps, f"teach {known.model} on {known.data}") as progress:
+    with Progress(steps, f"teach {config.model} on {spec}") as progress:
 
         def on_log(log: dict[str, Any]) -> None:
             progress.update(int(log["step"]), loss=float(log["loss"]), accuracy=float(log["minival"] or 0.0))
 
         result = teach(model, train, test, config, on_log, pick_device())
     numbers = {k: v for k, v in result.items() if isinstance(v, int | float)}
-    save_model(model, known.out, **numbers)
+    save_model(model, target, **numbers)
     print(json.dumps(numbers))
-    print(f"weights    {known.out}")
+    print(f"weights    {target}")
     return 0
 
 
-def _evaluate(known: argparse.Namespace, _rest: list[str], _all: list[str]) -> int:
+def _evaluate(known: argparse.Namespace) -> int:
     from .api import parameters, shape_of
     from .data import load_images
     from .evaluate import agreement, class_shares, expected_calibration_error, predict, top1
@@ -280,7 +286,7 @@ def _evaluate(known: argparse.Namespace, _rest: list[str], _all: list[str]) -> i
     return 0
 
 
-def _compare(known: argparse.Namespace, _rest: list[str], _all: list[str]) -> int:
+def _compare(known: argparse.Namespace) -> int:
     from .compare import compare
 
     return compare(
@@ -289,14 +295,14 @@ def _compare(known: argparse.Namespace, _rest: list[str], _all: list[str]) -> in
     )  # fmt: skip
 
 
-def _report(known: argparse.Namespace, _rest: list[str], _all: list[str]) -> int:
+def _report(known: argparse.Namespace) -> int:
     from .report import write_report
 
     print(write_report(known.run))
     return 0
 
 
-def _export(known: argparse.Namespace, _rest: list[str], _all: list[str]) -> int:
+def _export(known: argparse.Namespace) -> int:
     from .images import export_images
     from .run import newest_pool
 
@@ -306,7 +312,7 @@ def _export(known: argparse.Namespace, _rest: list[str], _all: list[str]) -> int
     return 0
 
 
-def _methods(_known: argparse.Namespace, _rest: list[str], _all: list[str]) -> int:
+def _methods(_known: argparse.Namespace) -> int:
     from . import registry
 
     print(f"{'source':<10} {'kind':<10} {'needs':<22} presets")
@@ -318,7 +324,7 @@ def _methods(_known: argparse.Namespace, _rest: list[str], _all: list[str]) -> i
     return 0
 
 
-def _doctor(_known: argparse.Namespace, _rest: list[str], _all: list[str]) -> int:
+def _doctor(_known: argparse.Namespace) -> int:
     from .doctor import doctor
 
     return doctor()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -34,7 +34,7 @@ def value(text: str) -> Any:
     return out
 
 
-def tree(tokens: Sequence[str], short: dict[str, str] = SHORT) -> dict[str, Any]:
+def raw(tokens: Sequence[str]) -> dict[str, Any]:
     """`--loop.steps 60 --kdci.renormalize` -> {"loop.steps": 60, "kdci.renormalize": True}.
 
     Raises DodistillError for a token that is no flag.
@@ -47,7 +47,6 @@ def tree(tokens: Sequence[str], short: dict[str, str] = SHORT) -> dict[str, Any]
             raise DodistillError(f"did not expect {token!r}; settings are written --part.field VALUE.")
         name, given, text = token[2:].partition("=")
         name = name.replace("-", "_")
-        name = short.get(name, name)
         if given:
             out[name] = value(text)
         elif i + 1 < len(tokens) and not re.match(r"--[a-zA-Z]", tokens[i + 1]):
@@ -56,6 +55,17 @@ def tree(tokens: Sequence[str], short: dict[str, str] = SHORT) -> dict[str, Any]
         else:
             out[name] = True
         i += 1
+    return out
+
+
+def tree(given: Mapping[str, Any], short: Mapping[str, str] = SHORT) -> dict[str, Any]:
+    """Flags with their short names spelled out: {"seed": 1} -> {"loop.seed": 1}. Raises DodistillError for a repeat."""
+    out: dict[str, Any] = {}
+    for name, setting in given.items():
+        full = short.get(name, name)
+        if full in out:
+            raise DodistillError(f"--{name} and --{full} say the same thing; give one of them.")
+        out[full] = setting
     return out
 
 
