@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import SHAPE
 from torch import nn
 
 from dodistill.data import Images, load_images
 from dodistill.evaluate import accuracy
 from dodistill.models import Normalized, load_model, save_model
 from dodistill.teach import Teach, teach
+from helpers import SHAPE
 
 torch.set_num_threads(1)
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dodistill.config import Distill, Tree, merge, resolve
 from dodistill import engine
+from dodistill.config import Distill, Tree, merge, resolve
 from dodistill.engine import Distiller
 from dodistill.models import load_model
 from dodistill.runtime import Context
@@ -32,7 +32,9 @@ def tree(source: str = "fast", intervention: str = "none", /, steps: int = 6, **
     base: Tree = {
         "source": SOURCES[source], "intervention": intervention, "augment": {"pad": 1, "flip": False},
         "dictionary": {"clusters": 4, "iterations": 3}, "optim": {"lr": 0.05},
-        "loop": {"steps": steps, "batch": 16, "device": "cpu", "threads": 1, "log_every": 1, "eval_every": 3, "ema": 0.9},
+        "loop": {
+            "steps": steps, "batch": 16, "device": "cpu", "threads": 1, "log_every": 1, "eval_every": 3, "ema": 0.9,
+        },
     }  # fmt: skip
     return merge(base, more)
 
@@ -66,7 +68,7 @@ def same(a: Any, b: Any, where: str = "") -> None:
         assert torch.equal(a, b), f"{where} differs"
     elif isinstance(a, Mapping):
         assert isinstance(b, Mapping), where
-        assert list(a) == list(b), where
+        assert sorted(a) == sorted(b), where
         for key in a:
             same(a[key], b[key], f"{where}.{key}")
     elif isinstance(a, list | tuple):

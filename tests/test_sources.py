@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import SHAPE, context, same, student
 from torch import Tensor, nn
 
 from dodistill import losses, registry
@@ -22,6 +21,7 @@ from dodistill.sources.dfnd import select
 from dodistill.sources.fast import Fast
 from dodistill.sources.generators import ConvGenerator
 from dodistill.taps import batchnorms
+from helpers import SHAPE, context, same, student
 
 SMALL: dict[str, dict[str, Any]] = {
     "fast": {"K": 3, "batch": 16, "warmup": 1, "latent": 8, "width": 4, "reset_at": 0},

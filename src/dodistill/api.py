@@ -18,7 +18,7 @@ from . import __version__
 from .card import model_card
 from .config import Distill, Model, resolve
 from .data import load_images
-from .engine import Distiller, Result, Test
+from .engine import Compensated, Distiller, Result, Test
 from .errors import DodistillError
 from .images import save_grid
 from .models import Normalized, load_model, save_model
@@ -40,9 +40,10 @@ def load_teacher(part: Model, shape: Shape) -> tuple[Normalized, Shape]:
     """The model of a config's `teacher`, and the (C, H, W) that it reads: as given, else as its weights say."""
     if not part.spec:
         raise DodistillError("no teacher given; use --teacher SPEC [--teacher.weights FILE], as in --teacher wrn40_2.")
+    known = part.weights or part.spec.endswith(".safetensors")  # weights say themselves how many channels they read
     model = load_model(
         part.spec, num_classes=part.num_classes or None, weights=part.weights or None, mean=part.normalise or None,
-        in_channels=shape[0] or None, image_size=shape[1] or None, seed=0,
+        in_channels=None if known else shape[0] or None, image_size=shape[1] or None, seed=0,
     )  # fmt: skip
     return model, shape if all(shape) else shape_of(model)
 
@@ -214,6 +215,9 @@ def run(
         return Result(job.student, {"finished": False, "step": job.step}, folder.path if folder else None)
     which, best = job.delivered()
     best.eval()
+    if isinstance(best, Compensated):
+        said.append("at_test: accuracies are of the student with F(z), as result.student in Python; student.safetensors "
+                    "holds the network without it.")  # fmt: skip
     summary = _summary(job, which, command, said)
     if folder is not None:
         _deliver(job, best, folder, summary, report)
@@ -278,7 +282,7 @@ def _machine(device: torch.device) -> str:
 
 def _deliver(job: Distiller, best: nn.Module, folder: RunFolder, summary: dict[str, Any], report: bool) -> None:
     path, config = folder.path, job.config.to_tree()
-    save_model(best, path / "student.safetensors", agreement=summary["agreement"], key=summary["key"])
+    save_model(best.student if isinstance(best, Compensated) else best, path / "student.safetensors", agreement=summary["agreement"], key=summary["key"])
     n = min(64, len(job.pool))
     index = torch.randperm(len(job.pool), generator=torch.Generator().manual_seed(0))[:n]
     save_grid(job.pool.x[index.to(job.device)].cpu(), path / "samples.png")

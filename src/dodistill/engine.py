@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,12 @@ from .config import Distill
 from .errors import DodistillError
 from .evaluate import agreement, predict, top1
 from .pool import Draw, Pool
-from .progress import Progress
 from .run import RunFolder
 from .runtime import Context, autocast, pick_device
 from .teacher import Teacher
+
+if TYPE_CHECKING:
+    from .progress import Progress
 
 
 class Diverged(DodistillError):
@@ -160,16 +162,21 @@ class Distiller:
         got = self.source.acquire(self.student, self.round)
         self.round += 1
         images = got.images if got.images.dtype == torch.uint8 else to_uint8(got.images)
-        if got.images.is_floating_point() and not bool(torch.isfinite(got.images).all()):
-            bad = [k for k, v in self.source.terms.items() if not bool(torch.isfinite(v))]
-            raise Diverged(self._divergence(f"acquisition {self.round} made images that are not finite", bad))
+        sound = not got.images.is_floating_point() or bool(torch.isfinite(got.images).all())
         logits = got.logits if got.logits is not None else predict(self.teacher, images, autocast=self.autocast)
+        bad = [f"source/{k}" for k, v in self.source.terms.items() if not bool(torch.isfinite(v))]
+        if not sound:
+            raise Diverged(self._divergence(f"acquisition {self.round} made images that are not finite", bad))
         if not bool(torch.isfinite(logits).all()):
-            raise Diverged(self._divergence(f"the teacher answers acquisition {self.round} with NaN", ["teacher"]))
+            raise Diverged(self._divergence(f"the teacher answers acquisition {self.round} with NaN or infinity", bad))
+        if bad:
+            raise Diverged(self._divergence(f"acquisition {self.round} diverged", bad))
         g = self.generators["pool"]
         n = len(images)
         if n < 2:
-            raise DodistillError(f"acquisition {self.round} has {n} image(s); one to learn from and one to judge by needed.")
+            raise DodistillError(
+                f"acquisition {self.round} has {n} image(s); it needs one to learn from and one to judge by."
+            )
         held = min(max(1, round(n * self.config.pool.holdout)), self.config.pool.holdout_capacity)
         order = torch.randperm(n, generator=g, device=self.device).to(images.device)
         back, front = order[:held], order[held:]
@@ -268,14 +275,22 @@ class Distiller:
         """Agreement with the teacher on the held-back inputs (%), and, where there is a test set, accuracy (%)."""
         out = {}
         for name, model in (("", self.student), ("_ema", self.ema)):
-            held = predict(model, self.holdout.x, autocast=self.autocast)
+            held = self._answers(model, self.holdout.x)
+            if not bool(torch.isfinite(held).all()):
+                raise Diverged(self._divergence("the student answers with NaN or infinity", []))
             out[f"agreement{name}"] = agreement(held, self.holdout.logits)
             if self.test is not None:
-                out[f"test{name}"] = top1(predict(model, self.test.x, autocast=self.autocast), self.test.y)
+                out[f"test{name}"] = top1(self._answers(model, self.test.x), self.test.y)
         if self.test is not None:
             self.best_on_test = max(self.best_on_test, out["test"])
         self.last_eval = out
         return out
+
+    def _answers(self, model: nn.Module, x: Tensor) -> Tensor:
+        """What the delivered student would say: its logits, with F(z) only if an intervention stays at test time."""
+        s = predict(model, x, autocast=self.autocast)
+        with torch.no_grad():
+            return self.interventions.compensate_at_test(s, self.dictionary)
 
     def _pool_line(self) -> dict[str, Any]:
         line: dict[str, Any] = {
@@ -402,7 +417,20 @@ class Distiller:
         No label and no test image takes part in the choice.
         """
         score = self.last_eval or self.evaluate()
-        return ("ema", self.ema) if score["agreement_ema"] > score["agreement"] else ("last", self.student)
+        which, model = ("ema", self.ema) if score["agreement_ema"] > score["agreement"] else ("last", self.student)
+        return which, Compensated(model, self.interventions, self.dictionary) if self.interventions.at_test else model
+
+
+class Compensated(nn.Module):
+    """A student that keeps its intervention at test time (kdci.at_test); `student` is the network alone."""
+
+    def __init__(self, student: nn.Module, interventions: Interventions, dictionary: ConfounderDictionary | None) -> None:
+        super().__init__()
+        self.student, self.interventions, self.dictionary = student, interventions, dictionary
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] in [0, 1] -> compensated logits [B, K]."""
+        return self.interventions.compensate_at_test(self.student(x).float(), self.dictionary)
 
 
 def _shown(values: Mapping[str, float], last: Mapping[str, float]) -> dict[str, float]:

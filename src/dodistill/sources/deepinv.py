@@ -62,7 +62,7 @@ class Config(SourceConfig):
     js: Literal["true", "published"] = "true"
     temperature: float = 3.0  #: of the Jensen-Shannon term
     jitter: int = 0  #: largest roll in pixels; 0 means an eighth of the height
-    flip: bool = True  #: mirror the whole batch at half of the iterations
+    flip: bool = True  #: mirror the whole batch at half of the iterations (never where augment.flip is off)
     clip: bool = True  #: keep pixels valid after each step
     best: bool = True  #: return the iterate of lowest loss instead of the last
     balanced: bool = False  #: every class equally often, instead of labels drawn uniformly
@@ -84,7 +84,7 @@ class Config(SourceConfig):
         "desk": {
             **_TOOLBOX,
             "source": {
-                "batch": 128, "iterations": 60, "lr": 0.1, "betas": (0.5, 0.99), "schedule": "cosine", "every": 60,
+                "batch": 128, "iterations": 60, "lr": 0.2, "betas": (0.5, 0.99), "schedule": "cosine", "every": 30,
                 "best": False,
             },
             "optim": {"lr": 0.1, "weight_decay": 5e-4, "floor": 0.0},
@@ -154,7 +154,7 @@ class DeepInv(Source):
         c, ctx = self.config, self.context
         dy, dx = torch.randint(-jitter, jitter + 1, (2,), generator=self.host).tolist()
         ua = u.roll((dy, dx), (2, 3))
-        if c.flip and int(torch.randint(2, (1,), generator=self.host)):
+        if c.flip and ctx.augment.flip and int(torch.randint(2, (1,), generator=self.host)):
             ua = ua.flip(3)
         x = self.mean + self.std * ua
         with ctx.autocast():
