@@ -382,7 +382,6 @@ def test_the_student_learns_from_what_is_made(source: str, teacher: nn.Module) -
     it = job(teacher, cfg)
     run(it)
     assert len(it.holdout) > 200
-    print(it.last_eval)
     assert max(it.last_eval["agreement"], it.last_eval["agreement_ema"]) > 40
 
 

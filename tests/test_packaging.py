@@ -57,7 +57,8 @@ for source in registry.names("source"):
 student = dodistill.load_model("tiny4", num_classes=3, in_channels=1, image_size=8, seed=0)
 teacher = dodistill.load_model("tiny4", num_classes=3, in_channels=1, image_size=8, seed=1)
 source = {"name": "fast", "K": 1, "batch": 4, "latent": 4, "width": 2, "warmup": 0, "every": 0}
-out = dodistill.distill(teacher, student, source, "kdci", image_shape=(1, 8, 8), verbose=False, loop={"steps": 2, "batch": 4})
+loop = {"steps": 2, "batch": 4}
+out = dodistill.distill(teacher, student, source, "kdci", image_shape=(1, 8, 8), verbose=False, loop=loop)
 print(out.summary["steps"])
 """
 

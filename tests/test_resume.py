@@ -179,13 +179,13 @@ def test_a_folder_of_another_config_is_refused_by_key(halfway: Any) -> None:
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(DodistillError, match="not empty and holds no config.json"):
+    with pytest.raises(DodistillError, match=r"not empty and holds no config\.json"):
         RunFolder(tmp_path, config())
     (tmp_path / "thesis.tex").unlink()
     (tmp_path / ".config.json.tmp").write_text("{")  # a start that was killed while it wrote this
     RunFolder(tmp_path, config())
     (tmp_path / "config.json").write_text('{"loop"')
-    with pytest.raises(DodistillError, match="config.json cannot be read"):
+    with pytest.raises(DodistillError, match=r"config\.json cannot be read"):
         RunFolder(tmp_path, config())
     (tmp_path / "file").write_text("")
     with pytest.raises(DodistillError, match="file is a file"):

@@ -149,7 +149,7 @@ def slow_fast(source: Fast, pupil: nn.Module, round: int) -> tuple[list[Tensor],
     layers = batchnorms(ctx.teacher)
     for _ in range(c.K):
         inputs: list[Tensor] = []
-        handles = [m.register_forward_pre_hook(lambda _m, a: inputs.append(a[0])) for m in layers]
+        handles = [m.register_forward_pre_hook(lambda _m, a, to=inputs: to.append(a[0])) for m in layers]
         x = net(z)
         xa = crop_flip(x, ctx.augment.pad, g, ctx.augment.flip)
         t = ctx.teacher(xa)

@@ -216,8 +216,10 @@ def run(
     which, best = job.delivered()
     best.eval()
     if isinstance(best, Compensated):
-        said.append("at_test: accuracies are of the student with F(z), as result.student in Python; student.safetensors "
-                    "holds the network without it.")  # fmt: skip
+        said.append(
+            "at_test: accuracies are of the student with F(z), as result.student in Python; student.safetensors holds "
+            "the network without it."
+        )
     summary = _summary(job, which, command, said)
     if folder is not None:
         _deliver(job, best, folder, summary, report)
@@ -282,7 +284,12 @@ def _machine(device: torch.device) -> str:
 
 def _deliver(job: Distiller, best: nn.Module, folder: RunFolder, summary: dict[str, Any], report: bool) -> None:
     path, config = folder.path, job.config.to_tree()
-    save_model(best.student if isinstance(best, Compensated) else best, path / "student.safetensors", agreement=summary["agreement"], key=summary["key"])
+    save_model(
+        best.student if isinstance(best, Compensated) else best,
+        path / "student.safetensors",
+        agreement=summary["agreement"],
+        key=summary["key"],
+    )
     n = min(64, len(job.pool))
     index = torch.randperm(len(job.pool), generator=torch.Generator().manual_seed(0))[:n]
     save_grid(job.pool.x[index.to(job.device)].cpu(), path / "samples.png")

@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class Given:
-    """What follows `distill` or `teach`: perhaps one word, then flags of the config tree and a few of the command's own."""
+    """What follows `distill` or `teach`: perhaps one word, then flags of the config tree and the command's own."""
 
     def __init__(self, tokens: Sequence[str]) -> None:
         from . import flags
@@ -159,7 +159,10 @@ def _distill(given: Given, every: list[str]) -> int:
         config, out, verbose=not quiet, deadline=start + seconds, command=shell_command(every), report=report
     )
     if not result.summary.get("finished"):
-        print(f"stopped at step {result.summary['step']} of {config.loop.steps}; the same command goes on.", file=sys.stderr)
+        print(
+            f"stopped at step {result.summary['step']} of {config.loop.steps}; the same command goes on.",
+            file=sys.stderr,
+        )
         return STOPPED
     _say(result.summary, Path(out))
     return 0
@@ -183,15 +186,15 @@ def _distill_help(given: dict[str, Any]) -> None:
     from .causal.dictionary import DictionaryConfig
 
     print(
-        "usage: dodistill distill [RECIPE.yaml] [--out DIR] [--quiet] [--no-report] [--max-seconds S] [--PART.FIELD VALUE ...]"
+        "usage: dodistill distill [RECIPE.yaml] [--out DIR] [--quiet] [--no-report] "
+        "[--max-seconds S] [--PART.FIELD VALUE ...]"
     )
     print(f"\n{_DISTILL}\n")
     print("short   " + "  ".join(f"--{k}" for k in flags.SHORT))
     print(f"--source        {', '.join(registry.names('source'))}        --preset NAME")
     print(f"--intervention  none, {', '.join(registry.names('intervention'))}, or several joined by +")
-    print(
-        f"--criterion     {', '.join(registry.names('criterion'))}        --update  {', '.join(registry.names('update'))}\n"
-    )
+    print(f"--criterion     {', '.join(registry.names('criterion'))}")
+    print(f"--update        {', '.join(registry.names('update'))}\n")
     parts: list[tuple[str, type]] = [("teacher.", c.Model), ("student.", c.Model), ("data.", c.Data)]
     source = str(given.get("source", "fast"))
     parts.append(("source.", registry.config("source", source)))
@@ -225,7 +228,7 @@ def _teach(given: Given, _every: list[str]) -> int:
 
     if given.help or not given.word:
         print(
-            "usage: dodistill teach MODEL --data SPEC [--test SPEC] [--normalise NAME] [--out FILE] [--FIELD VALUE ...]\n"
+            "usage: dodistill teach MODEL --data SPEC [--test SPEC] [--normalise NAME] [--out FILE] [--FIELD VALUE]\n"
         )
         print(flags.help_of(Teach, ""))
         return 0

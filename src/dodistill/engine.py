@@ -424,7 +424,9 @@ class Distiller:
 class Compensated(nn.Module):
     """A student that keeps its intervention at test time (kdci.at_test); `student` is the network alone."""
 
-    def __init__(self, student: nn.Module, interventions: Interventions, dictionary: ConfounderDictionary | None) -> None:
+    def __init__(
+        self, student: nn.Module, interventions: Interventions, dictionary: ConfounderDictionary | None
+    ) -> None:
         super().__init__()
         self.student, self.interventions, self.dictionary = student, interventions, dictionary
 

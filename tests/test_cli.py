@@ -1,0 +1,132 @@
+"""The command line as a person uses it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dodistill.cli import main
+
+QUICK = ["--preset", "desk", "--source.warmup", "1", "--source.K", "2", "--source.width", "4", "--source.batch", "16",
+         "--augment.flip", "false", "--augment.pad", "1", "--steps", "12", "--loop.batch", "16", "--quiet"]  # fmt: skip
+
+
+def test_help_answers_within_a_second() -> None:
+    start = time.perf_counter()
+    out = subprocess.run([sys.executable, "-m", "dodistill", "--help"], capture_output=True, text=True, check=True)
+    assert time.perf_counter() - start < 1.0
+    for command in ("demo", "teach", "distill", "evaluate", "compare", "report", "doctor"):
+        assert f"    {command} " in out.stdout
+
+
+def test_distil_evaluate_report_export(teacher_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    base = ["distill", "--teacher", str(teacher_file), "--student", "tiny4", "--source", "fast", "--out", str(out)]
+    assert main([*base, *QUICK, "--intervention", "kdci+stratified", "--test", "digits"]) == 0
+    said = capsys.readouterr().out
+    assert "agreement" in said
+    assert "accuracy" in said
+    for name in ("config.json", "metrics.jsonl", "summary.json", "student.safetensors", "samples.png", "report.html",
+                 "README.md", "dictionary.json", "checkpoint.pt"):  # fmt: skip
+        assert (out / name).exists(), name
+    config = json.loads((out / "config.json").read_text())
+    assert config["source"]["K"] == 2
+    assert config["intervention"] == "kdci+stratified"
+
+    student = str(out / "student.safetensors")
+    assert main(["evaluate", student, "--test", "digits", "--teacher", str(teacher_file)]) == 0
+    assert "of 500 images" in capsys.readouterr().out
+    (out / "report.html").unlink()
+    assert main(["report", str(out)]) == 0
+    assert (out / "report.html").stat().st_size > 10_000
+    assert main(["export", str(out), str(tmp_path / "images")]) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert len(list((tmp_path / "images").rglob("*.png"))) == summary["images"]
+
+
+def test_the_deadline_stops_cleanly_and_the_same_command_goes_on(teacher_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [
+        "distill",
+        "--teacher",
+        str(teacher_file),
+        "--student",
+        "tiny4",
+        *QUICK,
+        "--out",
+        str(out),
+        "--no-report",
+    ]
+    assert main([*command, "--max-seconds", "0"]) == 75
+    assert not (out / "summary.json").exists()
+    assert main(command) == 0
+    assert json.loads((out / "summary.json").read_text())["steps"] == 12
+
+
+def test_a_recipe_file_and_flags_over_it(teacher_file: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        f"teacher: {teacher_file}\nstudent: tiny4\nsource: {{name: real, n: 100}}\n"
+        "data: {unlabeled: digits}\nloop: {steps: 7, batch: 8}\naugment: {pad: 1, flip: false}\n"
+    )
+    out = tmp_path / "run"
+    assert main(["distill", str(recipe), "--steps", "3", "--out", str(out), "--quiet", "--no-report"]) == 0
+    config = json.loads((out / "config.json").read_text())
+    assert (config["loop"]["steps"], config["loop"]["batch"], config["source"]["n"]) == (3, 8, 100)
+
+
+def test_teach_writes_weights_that_know_themselves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "t.safetensors"
+    assert (
+        main(
+            ["teach", "tiny4", "--data", "digits", "--epochs", "1", "--flip", "false", "--pad", "1", "--out", str(out)]
+        )
+        == 0
+    )
+    capsys.readouterr()
+    assert main(["evaluate", str(out), "--test", "digits"]) == 0
+    assert "1,702 parameters" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["distill", "--teacher", "x.safetensors", "--student", "tiny4", "--source", "fats"], "did you mean 'fast'"),
+        (["distill", "--student", "tiny4"], "no teacher given"),
+        (["distill", "missing.yaml"], "missing.yaml"),
+        (["teach", "tiny4"], "--data"),
+        (["teach", "tiny4", "--data", "digits", "--epoch", "3"], "did you mean 'epochs'"),
+        (["report", "nowhere"], "nowhere"),
+        (["export", "nowhere", "x"], "nowhere"),
+    ],
+)
+def test_mistakes_exit_with_2_and_one_sentence(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_help_of_distill_lists_the_flags_of_what_was_chosen(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["distill", "--source", "deepinv", "--intervention", "kdci", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert "--source.iterations [1000]  descent steps per acquisition" in said
+    assert "--kdci.renormalize" in said
+    assert "toolbox" in said
+
+
+def test_methods_and_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods"]) == 0
+    said = capsys.readouterr().out
+    for source in ("fast", "deepinv", "dfnd", "real"):
+        assert f"\n{source} " in said
+    assert main(["doctor"]) in (0, 1)
+    assert "GFLOP/s" in capsys.readouterr().out

@@ -1,0 +1,113 @@
+"""Grids: cells by content, nothing twice, budgets, tables."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dodistill.compare import cells, compare, duration, read_recipe
+from dodistill.errors import DodistillError
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, teacher_file: Path) -> Path:
+    out = tmp_path / "out"
+    (out / "teachers").mkdir(parents=True)
+    shutil.copy(teacher_file, out / "teachers" / "t.safetensors")
+    tree = {
+        "name": "small",
+        "base": {
+            "teacher": "{teachers}/t.safetensors", "student": "tiny4", "source": {"name": "real", "n": 120},
+            "data": {"unlabeled": "digits", "test": "digits"}, "augment": {"pad": 1, "flip": False},
+            "dictionary.clusters": 4, "loop": {"steps": 4, "batch": 16},
+        },
+        "grid": {"seed": [0, 1], "arm": {"plain": {}, "kdci": {"intervention": "kdci"}}},
+        "when": [{"where": {"arm": "kdci", "seed": 1}, "then": {"kdci.scale": 2.0}}],
+        "skip": [{"arm": "plain", "seed": 1}],
+        "published": [{"where": {"arm": "kdci"}, "value": 89.62}],
+    }  # fmt: skip
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
+    return path
+
+
+def test_cells_in_order_with_rules(recipe: Path, tmp_path: Path) -> None:
+    found = list(cells(read_recipe(recipe), tmp_path / "out" / "teachers"))
+    assert [c.label for c in found] == [
+        {"seed": "0", "arm": "plain"},
+        {"seed": "0", "arm": "kdci"},
+        {"seed": "1", "arm": "kdci"},
+    ]
+    assert [c.config.loop.seed for c in found] == [0, 0, 1]
+    assert [c.published for c in found] == [None, 89.62, 89.62]
+    assert [c.config.interventions[0].scale for c in found[1:]] == [1.0, 2.0]
+    assert len({c.key for c in found}) == 3
+
+
+def test_a_key_follows_the_content_of_the_weights(recipe: Path, tmp_path: Path) -> None:
+    teachers = tmp_path / "out" / "teachers"
+    before = [c.key for c in cells(read_recipe(recipe), teachers)]
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(teachers, moved)
+    assert [c.key for c in cells(read_recipe(recipe), moved)] == before
+    data = bytearray((moved / "t.safetensors").read_bytes())
+    data[-1] ^= 1
+    (moved / "t.safetensors").write_bytes(bytes(data))
+    assert not set(before) & {c.key for c in cells(read_recipe(recipe), moved)}
+
+
+def test_runs_once_resumes_and_prints_the_table(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert compare(recipe, out, budget="0s") == 75  # nothing fits; nothing breaks
+    assert not list((out / "cells").glob("*.json"))
+    assert compare(recipe, out, jobs=2) == 0
+    captured = capsys.readouterr()
+    assert "3 of 3 cells" in captured.out
+    assert "89.62" in captured.out
+    files = sorted((out / "cells").glob("*.json"))
+    assert len(files) == 3
+    record = json.loads(files[0].read_text())
+    assert record["config"]["teacher"]["spec"] == "{teachers}/t.safetensors"
+    assert 0 <= record["last"] <= record["best"] <= 100
+    assert not list(out.rglob("checkpoint.pt"))
+
+    stamps = [f.stat().st_mtime_ns for f in files]
+    assert compare(recipe, out) == 0
+    assert [f.stat().st_mtime_ns for f in files] == stamps
+    files[0].unlink()
+    capsys.readouterr()
+    assert compare(recipe, out, table=True) == 75
+    assert "2 of 3 cells" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("25m", 1500), ("1.5h", 5400), ("7", 7)])
+def test_durations(text: str, seconds: float) -> None:
+    assert duration(text) == seconds
+
+
+def test_mistakes_are_named(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(DodistillError, match="'soon' is no duration"):
+        compare(recipe, tmp_path / "out", budget="soon")
+    with pytest.raises(DodistillError, match="AXIS=LABEL"):
+        compare(recipe, tmp_path / "out", only=["sead=0"])
+    tree = yaml.safe_load(recipe.read_text())
+    bad = tmp_path / "bad.yaml"
+    bad.write_text(yaml.safe_dump(tree | {"gird": {}}))
+    with pytest.raises(DodistillError, match="did you mean 'grid'"):
+        read_recipe(bad)
+    tree["grid"]["arm"]["kdci"] = {"kdci.sclae": 1}
+    bad.write_text(yaml.safe_dump(tree))
+    with pytest.raises(DodistillError, match="did you mean 'scale'"):
+        list(cells(read_recipe(bad), tmp_path))
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_that_ships_resolves(path: Path, tmp_path: Path) -> None:
+    found = list(cells(read_recipe(path), tmp_path))
+    assert len({c.key for c in found}) == len(found) > 5
