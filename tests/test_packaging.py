@@ -79,7 +79,8 @@ def test_optional_libraries_are_imported_only_where_needed(name: str) -> None:
 
 # Of docs/design.md, top to bottom: a module may import from its own line and those below.
 LAYERS = [
-    "__main__", "cli demo", "compare doctor", "api", "report progress tables card figures svg format images", "engine",
+    "__main__", "cli demo", "compare doctor", "api", "report progress tables page card figures svg format images",
+    "engine",
     "run", "sources causal criteria updates", "pool evaluate teach", "teacher taps models data folder",
     "losses augment", "runtime", "flags", "config", "registry", "errors __init__",
 ]  # fmt: skip

@@ -19,7 +19,8 @@ from dodistill.errors import DodistillError
 from dodistill.figures import advice, shares
 from dodistill.format import count, duration, number, percent
 from dodistill.images import save_grid
-from dodistill.report import markdown_table, write_compare, write_report
+from dodistill.report import write_report
+from dodistill.tables import markdown_table, write_compare
 
 CONFIG: dict[str, Any] = {
     "teacher": {"spec": "wrn40_2", "weights": "teacher.safetensors"},

@@ -183,7 +183,6 @@ def _say(summary: dict[str, Any], out: Path) -> None:
 def _distill_help(given: dict[str, Any]) -> None:
     from . import config as c
     from . import flags, registry
-    from .causal.dictionary import DictionaryConfig
 
     print(
         "usage: dodistill distill [RECIPE.yaml] [--out DIR] [--quiet] [--no-report] "
@@ -202,7 +201,7 @@ def _distill_help(given: dict[str, Any]) -> None:
     parts += [(f"{n}.", registry.config("intervention", n)) for n in chosen]
     parts.append(("criterion.", registry.config("criterion", str(given.get("criterion", "kl")))))
     parts += [
-        ("dictionary.", DictionaryConfig),
+        ("dictionary.", registry.dictionary()),
         ("optim.", c.Optim),
         ("pool.", c.Pool),
         ("augment.", c.Augment),

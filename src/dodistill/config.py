@@ -271,8 +271,6 @@ def resolve(*trees: Mapping[str, Any]) -> Distill:
         given.pop("preset", None)
         return build(registry.config(axis, chosen), given, axis)
 
-    from .causal.dictionary import DictionaryConfig
-
     parts: Tree = {
         "source": choose("source", "fast"),
         "criterion": choose("criterion", "kl"),
@@ -281,8 +279,8 @@ def resolve(*trees: Mapping[str, Any]) -> Distill:
         "preset": preset,
     }
     plain: dict[str, type] = {
-        "teacher": Model, "student": Model, "data": Data, "dictionary": DictionaryConfig, "optim": Optim, "pool": Pool,
-        "augment": Augment, "loop": Loop,
+        "teacher": Model, "student": Model, "data": Data, "dictionary": registry.dictionary(), "optim": Optim,
+        "pool": Pool, "augment": Augment, "loop": Loop,
     }  # fmt: skip
     for part, cls in plain.items():
         given = tree.pop(part, {})

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import DodistillError, nearest
+from .folder import load_folder
 
 Shape = tuple[int, int, int]
 _NAMED = ("mnist", "cifar10", "cifar100")
@@ -93,9 +94,7 @@ def load_images(
     else:
         path = Path(spec).expanduser()
         if path.is_dir():
-            from .folder import load_folder
-
-            return load_folder(path, split, labels, image_shape)
+            return Images(*load_folder(path, split, labels, image_shape))
         if path.suffix not in (".npz", ".npy") or not path.is_file():
             if path.suffix or len(path.parts) > 1:
                 raise DodistillError(f"no images at {spec}: use a .npz or .npy file, or a folder, that exists.")

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from .data import Images, Shape
 from .errors import DodistillError
 
+Decoded = tuple[torch.Tensor, torch.Tensor | None, int, str]  #: x uint8 [n, C, H, W], y long [n], files skipped, note
 
-def load_folder(folder: Path, split: str, labels: bool, image_shape: Shape | None) -> Images:
+
+def load_folder(folder: Path, split: str, labels: bool, image_shape: tuple[int, int, int] | None) -> Decoded:
     """Every image below `folder`, in order of path, resized to `image_shape` (1 or 3 channels).
 
     Labels are the class subfolders, numbered in order of name, when every image lies in one and `labels`.
@@ -59,7 +60,7 @@ def load_folder(folder: Path, split: str, labels: bool, image_shape: Shape | Non
         classes = {name: k for k, name in enumerate(sorted({p.parts[0] for p in kept}))}
         y = torch.tensor([classes[p.parts[0]] for p in kept])
     pixels = np.ascontiguousarray(x[good].transpose(0, 3, 1, 2))
-    return Images(torch.from_numpy(pixels), y, len(bad), note)
+    return torch.from_numpy(pixels), y, len(bad), note
 
 
 def _decode(path: Path, c: int, h: int, w: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]] | None:

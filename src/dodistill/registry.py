@@ -37,3 +37,10 @@ def config(axis: str, name: str) -> type:
     cls = module(axis, name).Config
     assert isinstance(cls, type)
     return cls
+
+
+def dictionary() -> type:
+    """The config dataclass of the confounder dictionary, which all interventions share."""
+    cls = importlib.import_module(f"{__package__}.causal.dictionary").DictionaryConfig
+    assert isinstance(cls, type)
+    return cls

@@ -8,38 +8,13 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from . import format as fmt
 from . import svg
 from .card import BEST, LAST, compression, delivered, name_of, part, usage
 from .errors import DodistillError
 from .figures import INERT, Record, advice, curves, shares
-from .tables import markdown_table, write_compare
-
-__all__ = ["markdown_table", "render", "write_compare", "write_report"]
-
-
-def render(template: str, path: Path, **values: object) -> Path:
-    """Fill a template of the package (autoescaped) and put it in place in one move."""
-    env = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    env.globals.update(count=fmt.count, duration=fmt.duration, number=fmt.number, percent=fmt.percent)
-    page = env.get_template(template).render(**values)
-    part_file = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part_file.write_text(page, encoding="utf-8")
-        os.replace(part_file, path)
-    except OSError as error:
-        raise DodistillError(f"cannot write {path}: {error.strerror}; make room or choose another place.") from error
-    return path
+from .page import render
 
 
 def _json(path: Path) -> Record:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .format import duration, number, percent
+from .page import render
 
 Cell = Mapping[str, Any]
 
@@ -143,8 +144,6 @@ def strips(rows: Sequence[Row]) -> tuple[list[list[float]], list[float | None], 
 
 def write_compare(cells: Sequence[Cell], path: str | Path, title: str = "Comparison of runs") -> Path:
     """The grid as one self-contained HTML page."""
-    from .report import render
-
     found = group(cells) if cells else Grouped({}, [], [], [])
     dots, marks, ends = strips(found.rows)
     return render(

@@ -1,0 +1,32 @@
+"""Templates of the package, filled and put in place: every page that dodistill writes is one offline file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from . import format as fmt
+from .errors import DodistillError
+
+
+def render(template: str, path: Path, **values: object) -> Path:
+    """Fill a template of the package (autoescaped) and put it in place in one move."""
+    env = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    env.globals.update(count=fmt.count, duration=fmt.duration, number=fmt.number, percent=fmt.percent)
+    page = env.get_template(template).render(**values)
+    part_file = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part_file.write_text(page, encoding="utf-8")
+        os.replace(part_file, path)
+    except OSError as error:
+        raise DodistillError(f"cannot write {path}: {error.strerror}; make room or choose another place.") from error
+    return path
