@@ -27,7 +27,7 @@ test: lint
 bench: $(BIN)/.installed
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/synthesis.py
-	$(BIN)/python benchmarks/kdci_overhead.py
+	$(BIN)/python benchmarks/kdci.py
 
 clean:
 	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache
