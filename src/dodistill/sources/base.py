@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ..augment import to_float
 from ..errors import DodistillError
 from ..runtime import Context
 
@@ -86,3 +87,15 @@ class Source(ABC):
                     part.copy_(state[name])
             else:
                 part.load_state_dict(state[name])
+
+
+@torch.no_grad()
+def ask(context: Context, chunk: int = 512) -> tuple[Tensor, Tensor]:
+    """The unlabelled images (uint8 [n, C, H, W]) and the teacher's logits [n, K] of them, on the run's device."""
+    x, chunks = context.unlabeled, []
+    assert x is not None  # `needs` was checked before the run began
+    for start in range(0, len(x), chunk):
+        with context.autocast():
+            chunks.append(context.teacher(to_float(x[start : start + chunk].to(context.device))))
+        context.progress("asking the teacher", min(start + chunk, len(x)), len(x))
+    return x, torch.cat(chunks)

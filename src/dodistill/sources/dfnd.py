@@ -24,10 +24,9 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from ..augment import to_float
 from ..errors import DodistillError
 from ..runtime import Context
-from .base import Acquired, Kind, Source, SourceConfig, at_least
+from .base import Acquired, Kind, Source, SourceConfig, ask, at_least
 
 
 @dataclass(frozen=True)
@@ -84,14 +83,8 @@ class Dfnd(Source):
 
     @torch.no_grad()
     def acquire(self, student: nn.Module, round: int) -> Acquired:
-        c, ctx = self.config, self.context
-        assert ctx.unlabeled is not None
-        x, chunks = ctx.unlabeled, []
-        for start in range(0, len(x), c.chunk):
-            with ctx.autocast():
-                chunks.append(ctx.teacher(to_float(x[start : start + c.chunk].to(ctx.device))))
-            ctx.progress("asking the teacher", min(start + c.chunk, len(x)), len(x))
-        t = torch.cat(chunks)
+        c = self.config
+        x, t = ask(self.context, c.chunk)
         keep = select(t, min(c.n, len(x)), c.select, self.generator)
         self.terms = {"selected": torch.tensor(float(len(keep))), "ce": nnf.cross_entropy(t[keep], t[keep].argmax(1))}
         return Acquired(x[keep.to(x.device)], t[keep])

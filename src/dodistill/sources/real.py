@@ -19,10 +19,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..augment import to_float
 from ..errors import DodistillError
 from ..runtime import Context
-from .base import Acquired, Kind, Source, SourceConfig
+from .base import Acquired, Kind, Source, SourceConfig, ask
 
 
 @dataclass(frozen=True)
@@ -62,15 +61,8 @@ class Real(Source):
 
     @torch.no_grad()
     def acquire(self, student: nn.Module, round: int) -> Acquired:
-        ctx, x = self.context, self.context.unlabeled
-        assert x is not None  # `needs` was checked before the run began
-        chunks = []
-        for part in x.split(1000):
-            with ctx.autocast():
-                chunks.append(ctx.teacher(to_float(part.to(ctx.device))))
-            ctx.progress("asking the teacher", len(torch.cat(chunks[-1:])) + 1000 * (len(chunks) - 1), len(x))
-        t = torch.cat(chunks)
-        keep = thin(t.argmax(1), ctx.num_classes, self.config.n, self.config.skew, self.generator)
+        x, t = ask(self.context)
+        keep = thin(t.argmax(1), self.context.num_classes, self.config.n, self.config.skew, self.generator)
         return Acquired(x[keep.to(x.device)], t[keep])
 
 
