@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from dodistill.errors import DodistillError
@@ -254,3 +255,17 @@ def test_an_absent_or_broken_library_names_the_extra(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(builtins, "__import__", fake)
     with pytest.raises(DodistillError, match=r"pip install 'dodistill\[timm\]'"):
         load_model(f"{origin}:resnet18")
+
+
+@pytest.mark.parametrize("name", ["wrn16_1", "resnet18", "resnet20", "vgg8", "mobilenetv2", "tiny8"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sizes_are_read_off_any_weights_file(name: str, channels: int, tmp_path: Path) -> None:
+    """safetensors lists tensors by name, so the first convolution of the file is not that of the network."""
+    model = load_model(name, num_classes=7, in_channels=channels, image_size=32, seed=0)
+    ours, bare, torch_file = tmp_path / "a.safetensors", tmp_path / "b.safetensors", tmp_path / "c.pt"
+    save_model(model, ours)
+    save_file({k: v.contiguous() for k, v in model.model.state_dict().items()}, bare)
+    torch.save({"state_dict": model.model.state_dict()}, torch_file)
+    for file in (ours, bare, torch_file):
+        known = load_model(name, weights=file).spec
+        assert (known["in_channels"], known["num_classes"]) == (channels, 7), file.suffix

@@ -67,7 +67,7 @@ def load_model(
     if state is not None:
         in_weights = saved.get("num_classes") or guess_classes(state)
         num_classes = in_weights if num_classes is None else num_classes
-        in_channels = guess_channels(state) if in_channels is None else in_channels
+        in_channels = saved.get("in_channels") or guess_channels(state) if in_channels is None else in_channels
     for name, value in (("num_classes", num_classes), ("in_channels", in_channels), ("image_size", image_size)):
         if value is not None and value < 1:
             raise DodistillError(f"{name} is {value}; it must be at least 1.")

@@ -90,9 +90,15 @@ def guess_classes(state: Mapping[str, Tensor]) -> int | None:
     return rows[-1] if rows else None
 
 
+#: Names of first convolutions. A file may list its tensors in any order (safetensors: by name), so order says nothing.
+_STEM = re.compile(r"^(conv1|conv_stem|stem\.\w+|features\.0(\.0)?|block0\.0|patch_embed\.proj)\.weight$")
+
+
 def guess_channels(state: Mapping[str, Tensor]) -> int | None:
-    """Input channels of the first convolution. None without one."""
-    return next((v.shape[1] for k, v in state.items() if v.dim() == 4 and k.endswith("weight")), None)
+    """Input channels of the first convolution, by its name, else of the only width that all of them share. None if unsure."""
+    convolutions = {k: v.shape[1] for k, v in state.items() if v.dim() == 4 and k.endswith("weight")}
+    stem = next((width for k, width in convolutions.items() if _STEM.match(k)), None)
+    return stem or (next(iter(convolutions.values())) if len(convolutions) == 1 else None)
 
 
 def load_state(net: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
