@@ -95,10 +95,11 @@ _STEM = re.compile(r"^(conv1|conv_stem|stem\.\w+|features\.0(\.0)?|block0\.0|pat
 
 
 def guess_channels(state: Mapping[str, Tensor]) -> int | None:
-    """Input channels of the first convolution, by its name, else of the only width that all of them share. None if unsure."""
+    """Input channels of the first convolution: by its name, else the file's first if it reads 1 to 4. None: unsure."""
     convolutions = {k: v.shape[1] for k, v in state.items() if v.dim() == 4 and k.endswith("weight")}
     stem = next((width for k, width in convolutions.items() if _STEM.match(k)), None)
-    return stem or (next(iter(convolutions.values())) if len(convolutions) == 1 else None)
+    first = next(iter(convolutions.values()), 0)
+    return stem or (first if 1 <= first <= 4 else None)
 
 
 def load_state(net: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
