@@ -1,10 +1,15 @@
 """Training: it learns, repeats itself, says what it did, and refuses what cannot work."""
 
+import copy
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import nn
 
+from dodistill.cli import main
 from dodistill.data import Images, load_images
 from dodistill.errors import DodistillError
 from dodistill.models import load_model
@@ -105,3 +110,38 @@ def test_bf16_learns_too() -> None:
     net = load_model("tiny8", num_classes=10, seed=0)
     assert teach(net, train, test, dataclasses.replace(QUICK, precision="bf16"))["test"] > 90
     assert next(net.parameters()).dtype == torch.float32
+
+
+def test_stopped_and_resumed_ends_in_the_same_bits() -> None:
+    train, _ = digits()
+    schedule = Teach(epochs=3, batch=64, pad=1, flip=False)
+
+    def fresh() -> nn.Module:
+        return load_model("tiny4", num_classes=10, in_channels=1, image_size=8, seed=0)
+
+    whole = fresh()
+    teach(whole, train, None, schedule)
+    first, saved = fresh(), []
+    stopped = teach(first, train, None, schedule, on_checkpoint=lambda s: saved.append(copy.deepcopy(s)), deadline=0.0)
+    assert stopped == {"finished": False, "epoch": 1}
+    second = fresh()
+    result = teach(second, train, None, schedule, resume=saved[-1])
+    assert result["steps"] == 3 * (1271 // 64)
+    for a, b in zip(whole.state_dict().values(), second.state_dict().values()):
+        assert torch.equal(a, b)
+    with pytest.raises(DodistillError, match="another schedule"):
+        teach(fresh(), train, None, Teach(epochs=4, batch=64, pad=1, flip=False), resume=saved[-1])
+
+
+def test_on_the_command_line_too(tmp_path: Path) -> None:
+    def command(name: str) -> list[str]:
+        settings = ["--data", "digits", "--epochs", "2", "--flip", "false", "--pad", "1"]
+        return ["teach", "tiny4", *settings, "--out", str(tmp_path / name)]
+
+    assert main(command("whole.safetensors")) == 0
+    assert main([*command("halves.safetensors"), "--max-seconds", "0"]) == 75
+    assert (tmp_path / "halves.teaching.pt").exists()
+    assert main(command("halves.safetensors")) == 0
+    assert not (tmp_path / "halves.teaching.pt").exists()
+    whole, halves = load_file(tmp_path / "whole.safetensors"), load_file(tmp_path / "halves.safetensors")
+    assert all(torch.equal(whole[k], halves[k]) for k in whole)

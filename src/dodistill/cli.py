@@ -222,21 +222,25 @@ def _teach(given: Given, _every: list[str]) -> int:
     from .data import load_images
     from .models import load_model, save_model
     from .progress import Progress
-    from .run import check_writable
+    from .run import check_writable, load_tensors, save_tensors
     from .teach import Teach, teach
 
     if given.help or not given.word:
         print(
-            "usage: dodistill teach MODEL --data SPEC [--test SPEC] [--normalise NAME] [--out FILE] [--FIELD VALUE]\n"
+            "usage: dodistill teach MODEL --data SPEC [--test SPEC] [--normalise NAME] [--out FILE] "
+            "[--max-seconds S] [--FIELD VALUE]\n"
         )
         print(flags.help_of(Teach, ""))
         return 0
     spec, tests, normalise = given.own("data", ""), given.own("test", ""), given.own("normalise", None)
     target = Path(str(given.own("out", "teacher.safetensors")))
+    deadline = time.monotonic() + float(given.own("max_seconds", math.inf))
     if not spec:
         raise DodistillError("teach needs labelled images; give --data cifar10, a .npz, or a folder of class folders.")
     config = build(Teach, {**given.tree(short=False), "model": given.word}, "teach")
     check_writable(target)
+    begun = target.with_suffix(".teaching.pt")
+    resume = load_tensors(begun) if begun.exists() else None
     train = load_images(spec)
     test = None
     if tests or spec.endswith(".npz") or "/" not in spec:
@@ -258,9 +262,23 @@ def _teach(given: Given, _every: list[str]) -> int:
         def on_log(log: dict[str, Any]) -> None:
             progress.update(int(log["step"]), loss=float(log["loss"]), accuracy=float(log["minival"] or 0.0))
 
-        result = teach(model, train, test, config, on_log, pick_device())
+        result = teach(
+            model,
+            train,
+            test,
+            config,
+            on_log,
+            pick_device(),
+            resume,
+            lambda state: save_tensors(begun, state),
+            deadline,
+        )
+    if not result.get("finished", True):
+        print(f"stopped after epoch {result['epoch']} of {config.epochs}; the same command goes on.", file=sys.stderr)
+        return STOPPED
     numbers = {k: v for k, v in result.items() if isinstance(v, int | float)}
     save_model(model, target, **numbers)
+    begun.unlink(missing_ok=True)
     print(json.dumps(numbers))
     print(f"weights    {target}")
     return 0

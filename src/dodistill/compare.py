@@ -157,8 +157,9 @@ def compare(path: Path, out: Path | None, jobs: int = 1, budget: str | None = No
     deadline = time.monotonic() + duration(budget)
     if jobs < 1:
         raise DodistillError(f"jobs is {jobs}; it must be at least 1.")
-    if not (table or dry_run):
-        teach_missing(recipe, out / "teachers", deadline)
+    if not (table or dry_run) and not teach_missing(recipe, out / "teachers", deadline):
+        print("budget over while teachers learn; the same command goes on.", file=sys.stderr)
+        return STOPPED
     chosen = [c for c in cells(recipe, out / "teachers") if _chosen(c, only or [])]
     todo = [c for c in chosen if not (out / "cells" / f"{c.key}.json").exists()]
     if dry_run:
@@ -180,21 +181,27 @@ def _chosen(cell: Cell, only: list[str]) -> bool:
     return all(cell.label[axis] in values for axis, values in wanted.items())
 
 
-def teach_missing(recipe: Tree, folder: Path, deadline: float) -> None:
-    """Train the recipe's teachers that are not there yet, one after the other."""
+def teach_missing(recipe: Tree, folder: Path, deadline: float) -> bool:
+    """Train the recipe's teachers that are not there yet, one after the other. False when the budget ends before."""
     for name, settings in (recipe.get("teachers") or {}).items():
         target = folder / f"{name}.safetensors"
         if target.exists():
             continue
         if time.monotonic() > deadline:
-            raise DodistillError(f"the budget is over before teacher {name} was trained; start again to go on.")
+            return False
         settings = dict(settings)
         folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "dodistill", "teach", str(settings.pop("model")), "--out", str(target)]
         for key, value in settings.items():
             command += [f"--{key}", str(value)]
-        if subprocess.run(command, check=False).returncode:
+        if math.isfinite(deadline):
+            command += ["--max-seconds", f"{max(1.0, deadline - time.monotonic()):.1f}"]
+        status = subprocess.run(command, check=False).returncode
+        if status == STOPPED:
+            return False
+        if status:
             raise DodistillError(f"teacher {name} could not be trained: {' '.join(command)}")
+    return True
 
 
 def _run_all(todo: list[Cell], out: Path, jobs: int, deadline: float) -> None:

@@ -38,7 +38,8 @@ def write_atomically(path: Path, data: bytes) -> None:
         ) from error
 
 
-def _save(path: Path, state: Any) -> None:
+def save_tensors(path: Path, state: Any) -> None:
+    """torch.save in one move. Raises DodistillError where the folder is read-only or the disk is full."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -55,7 +56,8 @@ def _save(path: Path, state: Any) -> None:
         ) from error
 
 
-def _load(path: Path) -> Any:
+def load_tensors(path: Path) -> Any:
+    """What `save_tensors` wrote: tensors and plain values, no code. Raises DodistillError for a damaged file."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of garbage, torch's reader can make any error
@@ -79,7 +81,7 @@ def newest_pool(path: Path) -> dict[str, Any]:
     files = sorted(path.glob("pool-*.pt"), key=lambda p: int(p.stem.split("-")[1]))
     if not files:
         raise DodistillError(f"{path} holds no pool-N.pt; it is written with the first checkpoint.")
-    out: dict[str, Any] = _load(files[-1])
+    out: dict[str, Any] = load_tensors(files[-1])
     return out
 
 
@@ -149,11 +151,11 @@ class RunFolder:
         """Write a checkpoint; the one before stays as previous.pt."""
         file = self.path / f"pool-{version}.pt"
         if not file.exists():
-            _save(file, dict(pool))
+            save_tensors(file, dict(pool))
         metrics = self.path / "metrics.jsonl"
         size = metrics.stat().st_size if metrics.exists() else 0
         new, current, before = (self.path / name for name in (".next.pt", "checkpoint.pt", "previous.pt"))
-        _save(new, {**state, "pool_version": version, "metrics_bytes": size})
+        save_tensors(new, {**state, "pool_version": version, "metrics_bytes": size})
         try:
             if current.exists():
                 os.replace(current, before)
@@ -176,8 +178,8 @@ class RunFolder:
         found = [p for p in (self.path / "checkpoint.pt", self.path / "previous.pt") if p.exists()]
         for path in found:
             try:
-                state = _load(path)
-                pool = _load(self.path / f"pool-{state['pool_version']}.pt")
+                state = load_tensors(path)
+                pool = load_tensors(self.path / f"pool-{state['pool_version']}.pt")
             except (DodistillError, KeyError) as error:
                 self.notes.append(f"{error} Falling back to the checkpoint before it.")
                 continue

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -65,12 +65,17 @@ def teach(
     config: Teach | None = None,
     on_log: Callable[[Log], None] | None = None,
     device: torch.device | None = None,
+    resume: Mapping[str, Any] | None = None,
+    on_checkpoint: Callable[[dict[str, Any]], None] | None = None,
+    deadline: float = math.inf,
 ) -> Log:
     """Train `model` (logits of images in [0, 1]) in place, on `device` (default: where it is).
 
     SGD-Nesterov on the whole data set resident on the device, augmented in batches; no sync with the device but one per
     epoch, when `on_log` gets `{epoch, epochs, step, steps, loss, lr, minival, seconds}`. Returns `{loss, minival, test,
     seconds, images_per_second, steps, train_images}`; accuracies in percent, None where there is nothing to measure on.
+    After each epoch `on_checkpoint` gets all that `resume` needs to go on from there, to the same bits on the CPU; past
+    `deadline` (time.monotonic()) it stops after the epoch and returns `{"finished": False, "epoch": ...}`.
     The weights are those of the last step. `test` is scored once, at the end, and chooses nothing.
     Raises DodistillError without labels, when labels exceed the classes, and when the loss becomes NaN.
     """
@@ -106,10 +111,18 @@ def teach(
         nesterov=config.momentum > 0,
         fused=True,
     )
+    begun, before = 0, 0.0
+    if resume is not None:
+        if resume["config"] != asdict(config):
+            raise DodistillError("the checkpoint belongs to another schedule; repeat its settings, or delete it.")
+        model.load_state_dict(resume["model"])
+        optimizer.load_state_dict(resume["optimizer"])
+        rng.set_state(resume["rng"].cpu())
+        begun, before = resume["epoch"], resume["seconds"]
     model.train()
-    start, step, evaluating = time.perf_counter(), 0, 0.0
-    log: Log = {}
-    for epoch in range(config.epochs):
+    start, step, evaluating = time.perf_counter(), begun * per_epoch, 0.0
+    log: Log = {"loss": math.nan, "minival": None, "seconds": before} | dict(resume["log"] if resume else {})
+    for epoch in range(begun, config.epochs):
         order = torch.randperm(len(train), device=device, generator=rng)
         total = torch.zeros((), device=device)
         for index in order[: per_epoch * batch].view(per_epoch, batch):
@@ -129,11 +142,18 @@ def teach(
         now = time.perf_counter()
         scored = accuracy(model, val, autocast=cast) if val is not None else None
         evaluating += time.perf_counter() - now
-        seconds = time.perf_counter() - start
+        seconds = before + time.perf_counter() - start
         log = {"epoch": epoch + 1, "epochs": config.epochs, "step": step, "steps": steps, "loss": mean}
         log |= {"lr": optimizer.param_groups[0]["lr"], "minival": scored, "seconds": seconds}
         if on_log is not None:
             on_log(log)
+        if on_checkpoint is not None:
+            on_checkpoint(
+                {"config": asdict(config), "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                 "rng": rng.get_state(), "epoch": epoch + 1, "seconds": seconds, "log": log}
+            )  # fmt: skip
+        if time.monotonic() > deadline and epoch + 1 < config.epochs:
+            return {"finished": False, "epoch": epoch + 1}
     trained_in = time.perf_counter() - start - evaluating
     model.eval()
     return {
@@ -141,7 +161,7 @@ def teach(
         "minival": log["minival"],
         "test": accuracy(model, test.to(device), autocast=cast) if test is not None else None,
         "seconds": log["seconds"],
-        "images_per_second": steps * batch / trained_in,
+        "images_per_second": (step - begun * per_epoch) * batch / max(trained_in, 1e-9),
         "steps": steps,
         "train_images": len(train),
     }
