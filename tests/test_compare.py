@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dodistill.compare import cells, compare, duration, read_recipe
+from dodistill.compare import cells, compare, duration, find, read_recipe, stored
 from dodistill.errors import DodistillError
 
 
@@ -84,6 +85,42 @@ def test_runs_once_resumes_and_prints_the_table(
     capsys.readouterr()
     assert compare(recipe, out, table=True) == 75
     assert "2 of 3 cells" in capsys.readouterr().out
+
+
+def test_a_setting_that_came_later_does_not_throw_results_away(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (cell,) = [c for c in cells(read_recipe(recipe), out / "teachers") if c.label == {"seed": "0", "arm": "kdci"}]
+    config = cell.config.to_tree()
+    old = json.loads(json.dumps(config).replace(str(out / "teachers"), "{teachers}"))
+    del old["kdci"]["detach_query"], old["pool"]["holdout"]
+
+    def remember(tree: dict[str, object]) -> list[tuple[dict[str, object], dict[str, object]]]:
+        (out / "cells").mkdir(exist_ok=True)
+        (out / "cells" / "x.json").write_text(json.dumps({"key": "x", "config": tree, "seconds": 1.0}))
+        return stored(out)
+
+    assert find(cell, remember(old)) is not None
+    changed = dataclasses.replace(cell.config, pool=dataclasses.replace(cell.config.pool, holdout=0.1))
+    assert (
+        find(dataclasses.replace(cell, config=changed), remember(old)) is None
+    )  # the newer setting is not at its default
+    old["loop"]["batch"] = 17
+    assert find(cell, remember(old)) is None
+    gone = json.loads(json.dumps(config).replace(str(out / "teachers"), "{teachers}"))
+    gone["kdci"]["a_setting_since_removed"] = 1
+    assert find(cell, remember(gone)) is None
+
+
+@pytest.mark.parametrize("name", ["mnist", "skew"])
+def test_the_committed_results_are_those_of_the_committed_recipes(name: str) -> None:
+    """docs/results.md says that `--table` prints its tables from results/, without data."""
+    root = Path(__file__).parents[1]
+    known = stored(root / "results" / name)
+    found = [
+        find(c, known)
+        for c in cells(read_recipe(root / "recipes" / f"{name}.yaml"), root / "results" / name / "teachers")
+    ]
+    assert sum(record is not None for record in found) == len(known) > 10
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("25m", 1500), ("1.5h", 5400), ("7", 7)])

@@ -99,17 +99,61 @@ def _file_hash(path: str) -> str:
         return path  # a zoo name, or a teacher that is still to be trained
 
 
-def cell_key(config: Distill) -> str:
-    """12 hex digits of what decides the result: the config, with weights by content and without where it runs."""
-    tree = config.to_tree()
-    tree["loop"] = {k: v for k, v in tree["loop"].items() if k not in RUNTIME}
-    for part in (tree["teacher"], tree["student"], tree["data"]["foreign"]):
+def identity(tree: Mapping[str, Any]) -> Tree:
+    """What decides a result: the config, with weights by content, and without where it runs or where files lie."""
+    out: Tree = json.loads(json.dumps(tree))
+    out["loop"] = {k: v for k, v in out["loop"].items() if k not in RUNTIME}
+    for part in (out["teacher"], out["student"], out["data"]["foreign"]):
         for field in ("spec", "weights"):
             if part[field].endswith((".safetensors", ".pt", ".pth")):
                 part[field] = _file_hash(part[field])
     for field in ("unlabeled", "test"):  # a data set by name, wherever it lies
-        tree["data"][field] = Path(tree["data"][field]).name
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
+        out["data"][field] = Path(out["data"][field]).name
+    return out
+
+
+def cell_key(config: Distill) -> str:
+    """12 hex digits of the identity."""
+    return hashlib.sha256(json.dumps(identity(config.to_tree()), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def stored(out: Path) -> list[tuple[Tree, Tree]]:
+    """(identity, record) of every cell in `out`, its weights looked up beside it."""
+    records = [json.loads(p.read_text()) for p in sorted((out / "cells").glob("*.json"))]
+    return [(identity(_fill(r["config"], out / "teachers")), r) for r in records]
+
+
+def find(cell: Cell, known: list[tuple[Tree, Tree]]) -> Tree | None:
+    """The record of a cell, if it was ever run.
+
+    A record made before some setting existed still counts, if all that it knew agrees and the cell leaves each newer
+    setting at its default: a new flag must not throw old results away.
+    """
+    mine = identity(cell.config.to_tree())
+    for its, record in known:
+        if its == mine:
+            return record
+        choices = {axis: mine[axis]["name"] for axis in ("source", "criterion", "update")}
+        default = resolve({**choices, "intervention": mine["intervention"]}).to_tree()
+        if _grown(its, mine, default):
+            return record
+    return None
+
+
+def _grown(old: Mapping[str, Any], new: Mapping[str, Any], default: Mapping[str, Any]) -> bool:
+    """Whether `new` is `old` plus keys at their defaults."""
+    if not old.keys() <= new.keys():
+        return False
+    for key, value in new.items():
+        if key not in old:
+            if value != default.get(key):
+                return False
+        elif isinstance(value, Mapping) and isinstance(old[key], Mapping):
+            if not _grown(old[key], value, default.get(key) or {}):
+                return False
+        elif value != old[key]:
+            return False
+    return True
 
 
 def cells(recipe: Tree, teachers: Path) -> Iterator[Cell]:
@@ -161,7 +205,8 @@ def compare(path: Path, out: Path | None, jobs: int = 1, budget: str | None = No
         print("budget over while teachers learn; the same command goes on.", file=sys.stderr)
         return STOPPED
     chosen = [c for c in cells(recipe, out / "teachers") if _chosen(c, only or [])]
-    todo = [c for c in chosen if not (out / "cells" / f"{c.key}.json").exists()]
+    known = stored(out)
+    todo = [c for c in chosen if find(c, known) is None]
     if dry_run:
         for cell in chosen:
             print(f"{'todo' if cell in todo else 'done'}  {cell.key}  {cell.label}")
@@ -287,15 +332,11 @@ def record_of_summary(label: Mapping[str, str], summary: Mapping[str, Any]) -> d
 def _report(recipe: Tree, chosen: list[Cell], out: Path) -> int:
     from .tables import markdown_table, write_compare
 
-    records = []
+    known = stored(out)
+    records: list[Tree] = []
     for cell in chosen:
-        file = out / "cells" / f"{cell.key}.json"
-        if file.exists():
-            record = json.loads(file.read_text())
-            record |= {"label": cell.label, "published": cell.published}
-            records.append(record)
-        else:
-            records.append({"key": cell.key, "label": cell.label, "published": cell.published})
+        record = find(cell, known) or {"key": cell.key}
+        records.append({**record, "label": cell.label, "published": cell.published})
     print(markdown_table(records))
     page = write_compare(records, out / "compare.html", str(recipe.get("name", "comparison")))
     left = sum("seconds" not in r for r in records)
