@@ -71,14 +71,6 @@ def test_adversarial_counts_only_where_both_name_one_class() -> None:
     assert losses.adversarial(s, t).item() == pytest.approx(expected, rel=1e-10)
 
 
-def test_one_hot_and_cross_entropy() -> None:
-    t = logits(0)
-    y = torch.tensor([0, 1, 2, 3, 4, 0])
-    by_hand = [-math.log(softmax(r)[c]) for r, c in zip(t.numpy(), y)]
-    assert losses.cross_entropy(t, y).item() == pytest.approx(np.mean(by_hand))
-    assert losses.one_hot(t).item() == pytest.approx(np.mean([-math.log(softmax(r).max()) for r in t.numpy()]))
-
-
 def test_total_variation_and_norm() -> None:
     x = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     two = one = 0.0

@@ -82,7 +82,7 @@ LAYERS = [
     "__main__", "cli demo", "compare doctor", "api", "report progress tables page card figures svg format images",
     "engine",
     "run", "sources causal criteria updates", "pool evaluate teach", "teacher taps models data folder",
-    "losses augment", "runtime", "flags", "config", "registry", "errors __init__",
+    "losses augment", "runtime", "flags", "config", "registry", "files", "errors __init__",
 ]  # fmt: skip
 RANK = {name: i for i, line in enumerate(LAYERS) for name in line.split()}
 

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dodistill import files
 from dodistill import run as run_module
 from dodistill.api import distill_config
 from dodistill.config import Distill, Tree, resolve
@@ -211,7 +212,7 @@ def test_a_full_or_read_only_disk_is_an_error_and_nothing_is_lost(
 
     with monkeypatch.context() as m:
         if where == "open":
-            m.setattr(run_module, "open", fail, raising=False)
+            m.setattr(files, "open", fail, raising=False)
         elif where == "torch.save":
             m.setattr(torch, "save", zip_writer)
         else:

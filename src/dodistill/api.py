@@ -5,8 +5,6 @@ from __future__ import annotations
 import platform
 import resource
 import shlex
-import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -304,11 +302,3 @@ def _deliver(job: Distiller, best: nn.Module, folder: RunFolder, summary: dict[s
 def shell_command(arguments: list[str]) -> str:
     """The command line that repeats this run."""
     return shlex.join(["dodistill", *arguments])
-
-
-def elapsed(since: float) -> str:
-    return f"{time.monotonic() - since:.1f} s"
-
-
-def stderr(text: str) -> None:
-    print(text, file=sys.stderr)

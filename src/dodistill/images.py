@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,8 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
+
+from .files import replacing
 
 GAP = 2
 TILE = 64
@@ -59,9 +60,8 @@ def grid(x: Tensor, columns: int | None = None, scale: int | None = None) -> Ima
 def save_grid(x: Tensor, path: str | Path, columns: int | None = None, scale: int | None = None) -> Path:
     """Write `grid(x)` as PNG; a reader never sees half a file."""
     path = Path(path)
-    part = path.with_name(path.name + ".part")
-    grid(x, columns, scale).save(part, format="PNG")
-    os.replace(part, path)
+    with replacing(path) as file:
+        grid(x, columns, scale).save(file, format="PNG")
     return path
 
 

@@ -52,16 +52,6 @@ def js_published(p: Tensor, q: Tensor, T: float = 3.0) -> Tensor:
     return 0.5 * (M * (2 * M.log() - P.log() - Q.log())).sum(1).mean()
 
 
-def cross_entropy(t: Tensor, y: Tensor) -> Tensor:
-    """CE(softmax(t), y), y [B] class indices: the class prior of DeepInversion and Fast (there called `one hot`)."""
-    return nnf.cross_entropy(t, y)
-
-
-def one_hot(t: Tensor) -> Tensor:
-    """CE(softmax(t), argmax t): the one-hot loss of Chen et al., DAFL (2019), Eq. 2."""
-    return nnf.cross_entropy(t, t.argmax(1))
-
-
 def adversarial(s: Tensor, t: Tensor) -> Tensor:
     """-mean_i( [argmax s_i == argmax t_i] KL(t_i || s_i) ), <= 0: pushes inputs to where student and teacher still name
     the same class but disagree about it. Fang et al., CMI (2021), Eq. 9, as the code of CMI and Fast has it."""

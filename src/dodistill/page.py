@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from . import format as fmt
 from .errors import DodistillError
+from .files import replacing
 
 
 def render(template: str, path: Path, **values: object) -> Path:
@@ -22,11 +22,10 @@ def render(template: str, path: Path, **values: object) -> Path:
     )
     env.globals.update(count=fmt.count, duration=fmt.duration, number=fmt.number, percent=fmt.percent)
     page = env.get_template(template).render(**values)
-    part_file = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part_file.write_text(page, encoding="utf-8")
-        os.replace(part_file, path)
     except OSError as error:
-        raise DodistillError(f"cannot write {path}: {error.strerror}; make room or choose another place.") from error
+        raise DodistillError(f"cannot write {path}: {error.strerror}; choose another place.") from error
+    with replacing(path) as file:
+        file.write(page.encode())
     return path

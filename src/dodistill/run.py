@@ -19,41 +19,19 @@ import torch
 
 from .config import RUNTIME, Distill, difference
 from .errors import DodistillError
+from .files import replacing
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Raises DodistillError where the folder is read-only or the disk is full; the old file is then still whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise DodistillError(
-            f"cannot write {path}: {error.strerror}. The last good checkpoint in {path.parent} is untouched; "
-            "make room or choose another folder (--out), then start the same command again."
-        ) from error
+    """Write bytes in one move; see `files.replacing`."""
+    with replacing(path) as file:
+        file.write(data)
 
 
 def save_tensors(path: Path, state: Any) -> None:
-    """torch.save in one move. Raises DodistillError where the folder is read-only or the disk is full."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
-        temporary.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise DodistillError(
-            f"cannot write {path}: {reason}. The last good checkpoint in {path.parent} is untouched; "
-            "make room, then start the same command again."
-        ) from error
+    """torch.save in one move; see `files.replacing`."""
+    with replacing(path) as file:
+        torch.save(state, file)
 
 
 def load_tensors(path: Path) -> Any:

@@ -10,8 +10,6 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from .. import registry
-from ..errors import DodistillError, nearest
 from ..runtime import Context
 from .dictionary import ConfounderDictionary
 
@@ -105,27 +103,3 @@ class Interventions(nn.Module):
     @property
     def at_test(self) -> bool:
         return any(part.at_test for part in self)
-
-    def shared_parameters(self) -> list[nn.Parameter]:
-        """Those for the student's optimiser, to be put in a group without weight decay."""
-        return [p for part in self if part.own_lr is None for p in part.parameters()]
-
-    def own_parameters(self) -> list[tuple[list[nn.Parameter], float]]:
-        """(parameters, learning rate) of each part that wants an Adam of its own."""
-        wishes = [(list(part.parameters()), part.own_lr) for part in self]
-        return [(parameters, lr) for parameters, lr in wishes if lr is not None and parameters]
-
-
-def parse(names: str) -> tuple[str, ...]:
-    """`"kdci+stratified"` -> `("kdci", "stratified")`; `"none"` and `""` are empty. Raises DodistillError for a name
-    that is not there, or is there twice."""
-    if names.strip() in ("", "none"):
-        return ()
-    parts = tuple(name.strip() for name in names.split("+"))
-    known = registry.names("intervention")
-    for name in parts:
-        if name not in known:
-            raise DodistillError(nearest(name, (*known, "none"), "intervention"))
-    if len(set(parts)) < len(parts):
-        raise DodistillError(f"intervention {names!r} names one twice; name each once, as in 'kdci+stratified'.")
-    return parts

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import pickle
 import re
 import warnings
@@ -19,6 +18,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from ..errors import DodistillError
+from ..files import replacing
 from .normalized import Normalized
 
 _INSIDE = ("state_dict", "model_state_dict", "model", "net")  # where training scripts put the state dict
@@ -142,20 +142,8 @@ def save_model(model: nn.Module, path: str | Path, **extra_metadata: Any) -> Pat
     # cloned: safetensors wants every tensor dense and none shared
     tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in net.state_dict().items()}
     data = to_bytes(tensors, {"format": "pt"} | {k: json.dumps(v) for k, v in metadata.items()})
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(partial, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise DodistillError(
-            f"cannot write {path}: {error.strerror or error} ({len(data) / 1e6:.1f} MB needed); "
-            "choose another folder or free some space. What stood there before is untouched."
-        ) from error
+    with replacing(path) as file:
+        file.write(data)
     return path
 
 

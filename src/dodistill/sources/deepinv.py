@@ -166,7 +166,7 @@ class DeepInv(Source):
         if c.tv:
             terms["tv"] = c.tv * losses.total_variation(ua)
         if c.l2:
-            terms["l2"] = c.l2 * ua.norm()
+            terms["l2"] = c.l2 * losses.l2_norm(ua)
         if c.adv:
             with ctx.autocast():
                 s = student(x)
