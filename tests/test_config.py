@@ -161,6 +161,8 @@ def other(name: str, value: Any, hint: str) -> Any:
         return value + 1
     if isinstance(value, float):
         return value / 2 + 0.01
+    if isinstance(value, list):
+        return [other(name, v, hint) for v in value]
     return 3 if value is None else f"{value}x"
 
 
@@ -168,7 +170,7 @@ def test_the_key_changes_with_all_that_matters_and_nothing_else() -> None:
     start = resolve({"intervention": "kdci+stratified"})
     checked = 0
     for name, value in leaves(start):
-        if name in ("source.name", "criterion.name", "update.name", "intervention"):
+        if name in ("source.name", "criterion.name", "update.name", "replay.name", "intervention"):
             continue
         changed = resolve(start.to_tree(), {name: other(name, value, name)})
         assert changed != start, name

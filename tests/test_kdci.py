@@ -245,10 +245,10 @@ class Shift(Intervention):
     def weights(self, pool: Any, dictionary: Any) -> Tensor | None:
         return None if self.weight is None else torch.tensor([self.weight, 1.0, 2.0])
 
-    def compensate(self, s: Tensor, dictionary: Any) -> Tensor:
+    def compensate(self, s: Tensor, dictionary: Any, batch: Any = None) -> Tensor:
         return 2 * s + self.by
 
-    def log(self, s: Tensor, t: Tensor, dictionary: Any) -> dict[str, Tensor]:
+    def log(self, s: Tensor, t: Tensor, dictionary: Any, batch: Any = None) -> dict[str, Tensor]:
         return {"seen": s.mean()}
 
 
@@ -260,13 +260,13 @@ def test_interventions_compose() -> None:
     torch.testing.assert_close(weights, torch.tensor([15.0, 1.0, 4.0]) / (20 / 3))
     s = torch.ones(2, 3)
     torch.testing.assert_close(both.compensate(s, None), torch.full((2, 3), 22.0))
-    torch.testing.assert_close(both.compensate_at_test(s, None), torch.full((2, 3), 7.0))
-    assert both.at_test
+    torch.testing.assert_close(both.deliver(torch.nn.Flatten(), None)(s), torch.full((2, 3), 7.0))
     assert {k: v.item() for k, v in both.log(s, s, None).items()} == {"a/seen": 1, "b/seen": 3, "c/seen": 11}
     none = Interventions()
     assert none.weights(cast(Any, None), None) is None
     assert none.compensate(s, None) is s
-    assert not none.at_test
+    net = torch.nn.Flatten()
+    assert none.deliver(net, None) is net
     assert not none.state_dict()
 
 

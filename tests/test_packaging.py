@@ -81,7 +81,7 @@ def test_optional_libraries_are_imported_only_where_needed(name: str) -> None:
 LAYERS = [
     "__main__", "cli demo", "compare doctor", "api", "report progress tables page card figures svg format images",
     "engine",
-    "run", "sources causal criteria updates", "pool evaluate teach", "teacher taps models data folder",
+    "run", "sources causal criteria updates replay", "batch pool evaluate teach", "teacher taps models data folder",
     "losses augment", "runtime", "flags", "config", "registry", "files", "errors __init__",
 ]  # fmt: skip
 RANK = {name: i for i, line in enumerate(LAYERS) for name in line.split()}
@@ -109,7 +109,7 @@ def test_imports_run_downwards(path: Path) -> None:
     assert own in RANK, f"{own} has no line in LAYERS (and in docs/design.md)"
     for name in imports(path):
         assert RANK[name] >= RANK[own], f"{own} imports {name}, which lies above it"
-        axes = ("sources", "causal", "criteria", "updates")
+        axes = ("sources", "causal", "criteria", "updates", "replay")
         assert own not in axes or name not in axes or name == own, f"axis {own} imports axis {name}"
 
 

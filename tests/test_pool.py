@@ -119,7 +119,7 @@ def test_the_saved_pool_has_no_room_behind_it() -> None:
     pool.add(torch.zeros(1, 1, 32, 32, dtype=torch.uint8), torch.zeros(1, 3), rng())
     file = io.BytesIO()
     torch.save(pool.state_dict(), file)
-    assert len(file.getvalue()) < 1.1 * 1201 * (1024 + 12) + 10_000
+    assert len(file.getvalue()) < 1.1 * 1201 * (1024 + 12 + 8) + 10_000
 
 
 def test_bad_settings_are_named() -> None:
@@ -155,11 +155,48 @@ def test_without_weights_the_draw_is_even() -> None:
     pool, draw, n = filled([0, 1, 2, 0, 1, 0, 0, 0]), Draw(), 40_000
     draw.set(pool, torch.ones(8))
     draw.set(pool, None)
+    assert draw.shares(pool).tolist() == pytest.approx([5 / 8, 2 / 8, 1 / 8])
+    draw.WALK = 0  # type: ignore[misc]  # as from a large pool
     counts = torch.bincount(draw(n, rng()), minlength=8).float()
     assert chi_square(counts, torch.full((8,), n / 8)) < 26
-    assert draw.shares(pool).tolist() == pytest.approx([5 / 8, 2 / 8, 1 / 8])
     assert torch.equal(draw(50, rng(4)), draw(50, rng(4)))
     assert not torch.equal(draw(50, rng(4)), draw(50, rng(5)))
+
+
+def test_a_small_pool_is_walked_through() -> None:
+    pool, draw, g = filled([i % 3 for i in range(10)]), Draw(), rng()
+    draw.set(pool, None)
+    first, second, third = draw(4, g), draw(4, g), draw(4, g)
+    assert sorted(torch.cat([first, second, third])[:10].tolist()) == list(range(10))
+    assert len(set(draw(8, g).tolist())) == 8  # the second pass goes on where it stopped
+    everything = draw(25, g)  # more than there is: as evenly as it can be
+    assert torch.bincount(everything, minlength=10).max() <= 4
+    assert draw(2, g).shape == (2,)
+
+    def start() -> tuple[Draw, torch.Generator]:
+        fresh, at = Draw(), rng(7)
+        fresh.set(pool, None)
+        fresh(3, at)
+        return fresh, at
+
+    (a, ga), (b, gb) = start(), start()
+    saved = b.state_dict()
+    resumed = Draw()
+    resumed.set(pool, None)
+    resumed.load_state_dict(saved)
+    assert torch.equal(a(9, ga), resumed(9, gb))
+    a.set(pool, None)
+    assert sorted(a(10, ga).tolist()) == list(range(10))  # a new pool, a new walk
+
+
+def test_labels_default_to_the_teachers_and_follow_their_images() -> None:
+    pool = filled([0, 1, 2])
+    assert pool.labels.tolist() == pool.logits.argmax(1).tolist()
+    pool.add(pool.x.clone(), pool.logits.clone(), rng(), torch.tensor([7, 8, 9]))
+    assert pool.labels.tolist()[-3:] == [7, 8, 9]
+    again = filled([1])
+    again.load_state_dict(pool.state_dict())
+    assert torch.equal(again.labels, pool.labels)
 
 
 @pytest.mark.parametrize("bad", [[1.0, float("nan")], [1.0, float("inf")], [2.0, -1.0], [0.0, 0.0]])

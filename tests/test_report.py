@@ -20,7 +20,7 @@ from dodistill.figures import advice, shares
 from dodistill.format import count, duration, number, percent
 from dodistill.images import save_grid
 from dodistill.report import write_report
-from dodistill.tables import markdown_table, write_compare
+from dodistill.tables import markdown_table, paired_table, write_compare
 
 CONFIG: dict[str, Any] = {
     "teacher": {"spec": "wrn40_2", "weights": "teacher.safetensors"},
@@ -230,6 +230,30 @@ def test_markdown_table_means_and_sds() -> None:
     assert row == ["fast", "none", mean_sd, "82.00 ± 0.00", "88.00", "90.00 ± 0.00", "1 min 01 s", "3"]
     assert "In all rows: pair a\\|b." in table
     assert len({len(line) for line in table[:5]}) == 1
+
+
+def test_changes_are_paired_by_seed() -> None:
+    cells = [
+        c | {"last": c["last"] + (c["label"]["seed"] if c["label"]["intervention"] == "kdci" else 0)} for c in CELLS
+    ]
+    lines = [
+        [c.strip() for c in line.strip("|").split("|")]
+        for line in paired_table(cells, "intervention", "none").splitlines()
+    ]
+    assert lines[0] == ["source", "intervention", "last epoch, minus none", "by seed", "n"]
+    assert lines[2:] == [["fast", "kdci", "+2.50 ± 1.00", "+1.50, +2.50, +3.50", "3"]]
+    del cells[3]["last"]  # a pair that is not complete is left out
+    assert "+3.00 ± 0.71" in paired_table(cells, "intervention", "none")
+    assert paired_table(CELLS[:3], "intervention", "none") == "No pair is complete yet."
+    with pytest.raises(ValueError, match="no cell has intervention=plain; there are kdci, none"):
+        paired_table(CELLS, "intervention", "plain")
+
+
+def test_what_was_logged_at_the_end_can_be_shown() -> None:
+    cells = [c | {"summary": {"log": {"kdci/F_over_S": 0.25 + 0.05 * c["label"]["seed"]}}} for c in CELLS[:3]]
+    table = markdown_table(cells, ["kdci/F_over_S", "kdci/never"])
+    assert "0.3 ± 0.05" in table
+    assert "kdci/never" in table
 
 
 def test_markdown_table_of_unfinished_single_and_no_cells() -> None:

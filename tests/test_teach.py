@@ -27,7 +27,9 @@ def test_it_learns_digits_and_reports() -> None:
     train, test = digits()
     net = load_model("tiny8", num_classes=10, seed=0)
     logs: list[dict] = []
-    result = teach(net, train, test, QUICK, logs.append)
+    begun: list[int] = []
+    result = teach(net, train, test, QUICK, logs.append, on_step=begun.append)
+    assert sorted(begun + [log["step"] for log in logs]) == list(range(1, result["steps"] + 1))
     assert result["test"] > 90
     assert result["minival"] > 85
     assert result["train_images"] == 1297 - 130

@@ -14,16 +14,18 @@ from torch import Tensor, nn
 
 from . import __version__
 from .card import model_card
+from .causal.base import Compensated
 from .config import Distill, Model, resolve
 from .data import load_images
-from .engine import Compensated, Distiller, Result, Test
+from .engine import Distiller, Result, Test
 from .errors import DodistillError
 from .images import save_grid
 from .models import Normalized, load_model, save_model
-from .models.weights import load_state, read_weights
+from .models.weights import load_saved
 from .progress import Progress
 from .report import write_report
 from .run import RunFolder, write_atomically
+from .runtime import emulated
 from .teacher import Teacher
 
 Shape = tuple[int, int, int]
@@ -191,12 +193,14 @@ def run(
             job.load_state_dict(*saved)
             if report and not (folder.path / "report.html").exists():  # killed while it was written
                 write_report(folder.path)
-            return Result(job.ema if done["delivered"] == "ema" else job.student.eval(), done, folder.path)
+            return Result(job.complete(done["delivered"]).eval(), done, folder.path)
         kept = folder.path / "student.safetensors"
         if kept.exists():  # its checkpoints were deleted
-            load_state(getattr(job.student, "model", job.student), read_weights(kept), str(kept))
+            load_saved(job.student, kept)
             return Result(job.student.eval(), done, folder.path)
     said = list(notes or [])
+    if emulated(job.device, config.loop.precision):
+        said.append("bf16 is emulated on this CPU, some ten times slower than fp32; use --loop.precision fp32.")
     try:
         if verbose:
             with Progress(config.loop.steps, title) as progress:
@@ -257,6 +261,7 @@ def _summary(job: Distiller, which: str, command: str, notes: list[str]) -> dict
         "acquire_seconds": round(job.acquire_seconds, 2),
         "match_seconds": round(job.seconds - job.acquire_seconds, 2),
         "peak_memory_mb": round(memory, 1),
+        "log": {k: float(f"{v:.6g}") for k, v in job.last_log.items()},
         "command": command,
         "key": job.config.key(),
         "versions": {"dodistill": __version__, "torch": torch.__version__, "python": platform.python_version()},

@@ -61,6 +61,12 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--budget", help="stop cleanly after so long, as in 25m, 2h or 90s")
     compare.add_argument("--only", action="append", default=[], metavar="AXIS=LABEL", help="only these cells")
     compare.add_argument("--table", action="store_true", help="print the table of what is there, run nothing")
+    compare.add_argument(
+        "--against", default="", metavar="AXIS=LABEL", help="also the change against this arm, paired by seed"
+    )
+    compare.add_argument(
+        "--show", action="append", default=[], metavar="NAME", help="also a value logged at the end: kdci/F_over_S"
+    )
     compare.add_argument("--dry-run", action="store_true", help="list the cells and what is done")
 
     report = add("report", "write report.html of a run folder again")
@@ -193,13 +199,15 @@ def _distill_help(given: dict[str, Any]) -> None:
     print(f"--source        {', '.join(registry.names('source'))}        --preset NAME")
     print(f"--intervention  none, {', '.join(registry.names('intervention'))}, or several joined by +")
     print(f"--criterion     {', '.join(registry.names('criterion'))}")
-    print(f"--update        {', '.join(registry.names('update'))}\n")
+    print(f"--update        {', '.join(registry.names('update'))}")
+    print(f"--replay        {', '.join(registry.names('replay'))}\n")
     parts: list[tuple[str, type]] = [("teacher.", c.Model), ("student.", c.Model), ("data.", c.Data)]
     source = str(given.get("source", "fast"))
     parts.append(("source.", registry.config("source", source)))
     chosen = [n for n in str(given.get("intervention", "none")).split("+") if n not in ("", "none")]
     parts += [(f"{n}.", registry.config("intervention", n)) for n in chosen]
-    parts.append(("criterion.", registry.config("criterion", str(given.get("criterion", "kl")))))
+    for axis, default in (("criterion", "kl"), ("update", "plain"), ("replay", "none")):
+        parts.append((f"{axis}.", registry.config(axis, str(given.get(axis, default)))))
     parts += [
         ("dictionary.", registry.dictionary()),
         ("optim.", c.Optim),
@@ -254,7 +262,7 @@ def _teach(given: Given, _every: list[str]) -> int:
     model = load_model(
         config.model, num_classes=classes, in_channels=channels, image_size=size, mean=normalise, seed=config.seed
     )
-    from .runtime import pick_device
+    from .runtime import emulated, pick_device
 
     steps = config.epochs * max(1, int(len(train) * (1 - config.minival)) // config.batch)
     with Progress(steps, f"teach {config.model} on {spec}") as progress:
@@ -262,6 +270,8 @@ def _teach(given: Given, _every: list[str]) -> int:
         def on_log(log: dict[str, Any]) -> None:
             progress.update(int(log["step"]), loss=float(log["loss"]), accuracy=float(log["minival"] or 0.0))
 
+        if emulated(pick_device(), config.precision):
+            progress.note("bf16 is emulated on this CPU, some ten times slower than fp32; use --precision fp32.")
         result = teach(
             model,
             train,
@@ -272,6 +282,7 @@ def _teach(given: Given, _every: list[str]) -> int:
             resume,
             lambda state: save_tensors(begun, state),
             deadline,
+            progress.update,
         )
     if not result.get("finished", True):
         print(f"stopped after epoch {result['epoch']} of {config.epochs}; the same command goes on.", file=sys.stderr)
@@ -311,7 +322,7 @@ def _compare(known: argparse.Namespace) -> int:
 
     return compare(
         Path(known.recipe), Path(known.out) if known.out else None, known.jobs, known.budget, known.only, known.table,
-        known.dry_run,
+        known.dry_run, known.against, known.show,
     )  # fmt: skip
 
 
@@ -339,7 +350,7 @@ def _methods(_known: argparse.Namespace) -> int:
     for name in registry.names("source"):
         config: Any = registry.config("source", name)
         print(f"{name:<10} {config.kind:<10} {', '.join(sorted(config.needs)) or '-':<22} {', '.join(config.presets)}")
-    for axis in ("intervention", "criterion", "update"):
+    for axis in ("intervention", "criterion", "update", "replay"):
         print(f"{axis:<13}{', '.join(registry.names(axis))}")
     return 0
 

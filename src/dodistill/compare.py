@@ -28,7 +28,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,7 +133,7 @@ def find(cell: Cell, known: list[tuple[Tree, Tree]]) -> Tree | None:
     for its, record in known:
         if its == mine:
             return record
-        choices = {axis: mine[axis]["name"] for axis in ("source", "criterion", "update")}
+        choices = {axis: mine[axis]["name"] for axis in ("source", "criterion", "update", "replay")}
         default = resolve({**choices, "intervention": mine["intervention"]}).to_tree()
         if _grown(its, mine, default):
             return record
@@ -194,8 +194,12 @@ def _fill(tree: Any, teachers: Path) -> Any:
 
 
 def compare(path: Path, out: Path | None, jobs: int = 1, budget: str | None = None, only: list[str] | None = None,
-            table: bool = False, dry_run: bool = False) -> int:  # fmt: skip
-    """Run what is not yet done, within the budget; print the table. 0 done, 75 when cells are left over."""
+            table: bool = False, dry_run: bool = False, against: str = "",
+            show: Sequence[str] = ()) -> int:  # fmt: skip
+    """Run what is not yet done, within the budget; print the table. 0 done, 75 when cells are left over.
+
+    `against`, as in intervention=plain, adds the changes against that arm, paired by seed; `show` adds columns.
+    """
     recipe = read_recipe(path)
     out = out or Path("runs") / str(recipe.get("name", path.stem))
     deadline = time.monotonic() + duration(budget)
@@ -213,7 +217,7 @@ def compare(path: Path, out: Path | None, jobs: int = 1, budget: str | None = No
         return 0
     if not table:
         _run_all(todo, out, jobs, deadline)
-    return _report(recipe, chosen, out)
+    return _report(recipe, chosen, out, against, show)
 
 
 def _chosen(cell: Cell, only: list[str]) -> bool:
@@ -329,15 +333,21 @@ def record_of_summary(label: Mapping[str, str], summary: Mapping[str, Any]) -> d
     }
 
 
-def _report(recipe: Tree, chosen: list[Cell], out: Path) -> int:
-    from .tables import markdown_table, write_compare
+def _report(recipe: Tree, chosen: list[Cell], out: Path, against: str = "", show: Sequence[str] = ()) -> int:
+    from .tables import markdown_table, paired_table, write_compare
 
     known = stored(out)
     records: list[Tree] = []
     for cell in chosen:
         record = find(cell, known) or {"key": cell.key}
         records.append({**record, "label": cell.label, "published": cell.published})
-    print(markdown_table(records))
+    print(markdown_table(records, show))
+    if against:
+        axis, _, base = against.partition("=")
+        try:
+            print(f"\n{paired_table(records, axis, base)}")
+        except ValueError as error:
+            raise DodistillError(f"--against {against}: {error}.") from error
     page = write_compare(records, out / "compare.html", str(recipe.get("name", "comparison")))
     left = sum("seconds" not in r for r in records)
     print(f"\n{len(records) - left} of {len(records)} cells; {page}")

@@ -56,7 +56,8 @@ class Optim:
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 5e-4
-    schedule: Literal["cosine", "constant", "steps", "onecycle"] = "cosine"  #: steps: /10 at 40 % and 80 %
+    schedule: Literal["cosine", "constant", "steps", "onecycle"] = "cosine"
+    milestones: tuple[float, ...] = (0.4, 0.8)  #: shares of the run at which `steps` divides the rate by 10
     floor: float = 0.0  #: the cosine's last rate
 
 
@@ -109,6 +110,7 @@ class Distill:
     source: Any
     criterion: Any
     update: Any
+    replay: Any
     dictionary: Any
     interventions: tuple[Any, ...]
     optim: Optim
@@ -125,7 +127,7 @@ class Distill:
         """The tree that resolves to this config."""
         plain = ("teacher", "student", "data", "dictionary", "optim", "pool", "augment", "loop")
         tree: Tree = {part: dataclasses.asdict(getattr(self, part)) for part in plain}
-        for axis in ("source", "criterion", "update"):
+        for axis in ("source", "criterion", "update", "replay"):
             choice = getattr(self, axis)
             tree[axis] = {"name": choice.name, **dataclasses.asdict(choice)}
         tree["intervention"] = self.intervention
@@ -275,6 +277,7 @@ def resolve(*trees: Mapping[str, Any]) -> Distill:
         "source": choose("source", "fast"),
         "criterion": choose("criterion", "kl"),
         "update": choose("update", "plain"),
+        "replay": choose("replay", "none"),
         "interventions": interventions,
         "preset": preset,
     }
@@ -287,7 +290,7 @@ def resolve(*trees: Mapping[str, Any]) -> Distill:
         given = {"spec": given} if isinstance(given, str) and cls is Model else given
         parts[part] = build(cls, given, part)
     if tree:
-        known = [*plain, "source", "criterion", "update", "intervention", "preset", *registry.names("intervention")]
+        known = [*plain, *registry.AXES, "preset", *registry.names("intervention")]
         raise DodistillError(f"config: {nearest(next(iter(tree)), known, 'key')}")
     config_ = Distill(**parts)
     _check(config_)
@@ -305,6 +308,11 @@ def _check(config: Distill) -> None:
         raise DodistillError(f"pool.holdout is {pool.holdout}; it must lie between 0 and 1, as in 0.03.")
     if not 0 <= loop.ema < 1:
         raise DodistillError(f"loop.ema is {loop.ema}; it must lie in [0, 1), as in 0.998.")
+    if config.update.replays != (config.replay.name != "none"):
+        wants, fix = ("", "give --replay NAME") if config.update.replays else ("no ", "give --update replay or retain")
+        raise DodistillError(
+            f"update {config.update.name} has {wants}use for replayed inputs; replay is {config.replay.name}: {fix}."
+        )
     optim = config.optim
     if not 0 < optim.lr < math.inf:
         raise DodistillError(f"optim.lr is {optim.lr}; it must be positive, as in 0.1.")

@@ -24,7 +24,7 @@ def doctor() -> int:
     import torch
 
     from . import __version__
-    from .runtime import autocast
+    from .runtime import autocast, emulated
 
     print(f"dodistill {__version__}, Python {platform.python_version()}, torch {torch.__version__}")
     broken = False
@@ -47,4 +47,6 @@ def doctor() -> int:
                 net(x)
                 best = min(best, time.perf_counter() - start)
         print(f"  {precision:<12} {2 * 64 * 32 * 32 * 9 * 32 * 32 / best / 1e9:.0f} GFLOP/s in a 3x3 convolution")
+    if emulated(device, "bf16"):
+        print("  note         bf16 is emulated on this CPU: use --loop.precision fp32 (auto does)")
     return int(broken)

@@ -15,15 +15,20 @@ from torch import Tensor, nn
 
 from . import registry
 from .augment import crop_flip, to_float, to_uint8
+from .batch import Batch
 from .causal.base import Interventions
 from .causal.dictionary import FOREIGN, ConfounderDictionary
 from .config import Distill
 from .errors import DodistillError
 from .evaluate import agreement, predict, top1
 from .pool import Draw, Pool
+from .replay.base import Replay
 from .run import RunFolder
 from .runtime import Context, autocast, pick_device
+from .sources.base import Acquired
+from .taps import Features, tapped
 from .teacher import Teacher
+from .updates.base import Objective
 
 if TYPE_CHECKING:
     from .progress import Progress
@@ -52,6 +57,7 @@ class Distiller:
         unlabeled: uint8 [n, C, H, W] for a sampler.
         test: optional; reported on, never used to choose.
         foreign: another model that predicts M for the dictionary (KDCI Table 5).
+        labels: true classes of `unlabeled`, long [n], for a source that distils with data.
     """
 
     def __init__(
@@ -63,6 +69,7 @@ class Distiller:
         unlabeled: Tensor | None = None,
         test: Test | None = None,
         foreign: nn.Module | None = None,
+        labels: Tensor | None = None,
     ) -> None:
         self.config, loop = config, config.loop
         if loop.threads:
@@ -85,7 +92,7 @@ class Distiller:
         extra = {FOREIGN: Teacher(foreign, image_shape).to(device)} if foreign is not None else {}
         self.context = Context(
             teacher=self.teacher, device=device, seed=loop.seed, autocast=self.autocast, augment=config.augment,
-            unlabeled=unlabeled, extra=extra,
+            unlabeled=unlabeled, labels=labels, student=self.student, capacity=config.pool.capacity, extra=extra,
         )  # fmt: skip
         ctx = self.context
         self.source = config.source.build(ctx)
@@ -95,6 +102,9 @@ class Distiller:
         self.interventions = Interventions(i.build(ctx) for i in config.interventions).to(device)
         self.criterion = config.criterion.build(ctx).to(device)
         self.update = config.update.build()
+        self.replay: Replay = config.replay.build(ctx)
+        #: what criterion and interventions want of both networks' insides
+        self.needs = self.criterion.needs | self.interventions.needs
         shape, classes = ctx.image_shape, ctx.num_classes
         self.pool = Pool(config.pool.capacity, shape, classes, device, config.pool.eviction)
         self.holdout = Pool(config.pool.holdout_capacity, shape, classes, device, "reservoir")
@@ -105,8 +115,10 @@ class Distiller:
         self.seconds = self.acquire_seconds = 0.0
         self.best_on_test = 0.0
         self.last_eval: dict[str, float] = {}
+        self.last_log: dict[str, float] = {}
         self._window: dict[str, Tensor] = {}
-        self._last_batch: tuple[Tensor, Tensor] | None = None
+        self._last_batch: tuple[Tensor, Tensor, Batch] | None = None
+        self._sound: Tensor | None = None  # are all acquisitions since the last look finite?
 
     # ------------------------------------------------------------------------------------------- set-up
 
@@ -149,7 +161,7 @@ class Distiller:
         if c.schedule == "cosine":
             return c.floor + (c.lr - c.floor) * 0.5 * (1 + math.cos(math.pi * t))
         if c.schedule == "steps":
-            return c.lr * (0.1 ** ((t >= 0.4) + (t >= 0.8)))
+            return c.lr * 0.1 ** sum(t >= m for m in c.milestones)
         if c.schedule == "onecycle":
             return c.lr * (t / 0.2 if t < 0.2 else (1 - t) / 0.8)
         return c.lr
@@ -162,15 +174,12 @@ class Distiller:
         got = self.source.acquire(self.student, self.round)
         self.round += 1
         images = got.images if got.images.dtype == torch.uint8 else to_uint8(got.images)
-        sound = not got.images.is_floating_point() or bool(torch.isfinite(got.images).all())
         logits = got.logits if got.logits is not None else predict(self.teacher, images, autocast=self.autocast)
-        bad = [f"source/{k}" for k, v in self.source.terms.items() if not bool(torch.isfinite(v))]
-        if not sound:
-            raise Diverged(self._divergence(f"acquisition {self.round} made images that are not finite", bad))
-        if not bool(torch.isfinite(logits).all()):
-            raise Diverged(self._divergence(f"the teacher answers acquisition {self.round} with NaN or infinity", bad))
-        if bad:
-            raise Diverged(self._divergence(f"acquisition {self.round} diverged", bad))
+        whole = [got.images, logits] if got.images.is_floating_point() else [logits]
+        sound = torch.stack([torch.isfinite(v).all() for v in (*whole, *self.source.terms.values())]).all()
+        self._sound = sound if self._sound is None else self._sound & sound
+        if (self.round == 1 or not self._frequent) and not bool(self._sound):
+            self._unsound(got.images, logits)
         g = self.generators["pool"]
         n = len(images)
         if n < 2:
@@ -181,16 +190,45 @@ class Distiller:
         order = torch.randperm(n, generator=g, device=self.device).to(images.device)
         back, front = order[:held], order[held:]
         pick = logits.device
-        self.holdout.add(images[back], logits[back.to(pick)], g)
-        self.pool.add(images[front], logits[front.to(pick)], g)
-        self._observe(logits, images)
+        labels = None if got.labels is None else got.labels.to(pick)
+        self.holdout.add(images[back], logits[back.to(pick)], g, None if labels is None else labels[back.to(pick)])
+        self.pool.add(images[front], logits[front.to(pick)], g, None if labels is None else labels[front.to(pick)])
+        self.replay.observe(images[front], logits[front.to(pick)], self.round - 1)
+        self._observe(logits, images, got.reference)
         self.acquire_seconds += time.perf_counter() - start
 
-    def _observe(self, logits: Tensor, images: Tensor) -> None:
-        """Rebuild the dictionary from the newest inputs or the pool, then let the interventions weigh the draw."""
-        if self.dictionary is not None:
-            whole = self.dictionary.of == "pool"
-            x, t = (self.pool.x, self.pool.logits) if whole else (images, logits)
+    @property
+    def _frequent(self) -> bool:
+        """Acquisitions between nearly all steps are checked at the first one and at the log points: the host has to
+        wait for a check."""
+        every: int = self.config.source.every
+        return 0 < every < 10
+
+    def _unsound(self, images: Tensor | None = None, logits: Tensor | None = None) -> None:
+        """Say which part of an acquisition is not finite."""
+        bad = [f"source/{k}" for k, v in self.source.terms.items() if not bool(torch.isfinite(v))]
+        what = f"acquisition {self.round} diverged"
+        if images is not None and images.is_floating_point() and not bool(torch.isfinite(images).all()):
+            what = f"acquisition {self.round} made images that are not finite"
+        elif logits is not None and not bool(torch.isfinite(logits).all()):
+            what = f"the teacher answers acquisition {self.round} with NaN or infinity"
+        raise Diverged(self._divergence(what, bad))
+
+    def _observe(self, logits: Tensor, images: Tensor, reference: Acquired | None = None) -> None:
+        """Rebuild the dictionary from the newest inputs or the pool, then let the interventions weigh the draw.
+
+        A sampler's dictionary is built once (KDCI Sec. 3.2), as is one of reference inputs.
+        """
+        once = self.config.source.kind == "sampler"
+        if self.dictionary is not None and not (once and self.dictionary.built):
+            x, t = (self.pool.x, self.pool.logits) if self.dictionary.of == "pool" else (images, logits)
+            if reference is not None:
+                x = reference.images if reference.images.dtype == torch.uint8 else to_uint8(reference.images)
+                t = (
+                    reference.logits
+                    if reference.logits is not None
+                    else predict(self.teacher, x, autocast=self.autocast)
+                )
             self.dictionary.build(self._features(x, t))
         self.draw.set(self.pool, self.interventions.weights(self.pool, self.dictionary))
 
@@ -206,31 +244,58 @@ class Distiller:
         loop, aug, g = self.config.loop, self.config.augment, self.generators
         index = self.draw(loop.batch, g["draw"])
         x = to_float(crop_flip(self.pool.x[index], aug.pad, g["augment"], aug.flip))
-        x = x.contiguous(memory_format=torch.channels_last)
-        with torch.no_grad(), self.autocast():
-            t = self.teacher(x)
-        if self.dictionary is not None and self.dictionary.of == "batch":
-            self.dictionary.build(self._features(self.pool.x[index], t))
+        # Without augmentation the inputs are those that the teacher has answered already.
+        known = None if aug.pad or aug.flip else self.pool.logits[index]
+        acquire = self._objective(x, known, index, self.pool.labels[index])
+        remember = None
+        if self.replay.ready:
+            old, answer = self.replay.draw(self.student, self.step)
+            remember = self._objective(old, answer)
         self.student.train()
-
-        def objective(student: Any) -> dict[str, Tensor]:
-            with self.autocast():
-                s = student(x)
-            s = s.float()
-            self._last_batch = (s.detach(), t)
-            return dict(self.criterion(self.interventions.compensate(s, self.dictionary), t))
 
         for group in self.optimizers[0].param_groups:
             group["lr"] = self._rate()
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        terms = self.update.backward(self.student, objective)
+        terms = self.update.backward(self.student, acquire, remember)
+        if self._last_batch is not None:
+            _, target, batch = self._last_batch
+            self.criterion.observe(target, batch)
+            self.interventions.observe(target, batch)
         for optimizer in self.optimizers:
             optimizer.step()
         self._average()
         self.step += 1
-        for name, value in terms.items():
+        logged = {f"match/{k}": v for k, v in terms.items()} | {f"update/{k}": v for k, v in self.update.terms.items()}
+        for name, value in logged.items():
             self._window[name] = self._window[name] + value if name in self._window else value
+
+    def _objective(
+        self, x: Tensor, t: Tensor | None, index: Tensor | None = None, labels: Tensor | None = None
+    ) -> Objective:
+        """The matching loss on inputs x, as a function of the student; t are the teacher's logits, where known."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        theirs = Features()
+        if t is None or self.needs:
+            with torch.no_grad(), self.autocast(), tapped(self.teacher, self.needs) as theirs:
+                asked = self.teacher(x)
+            t = asked if t is None else t
+        if index is not None and self.dictionary is not None and self.dictionary.of == "batch":
+            self.dictionary.build(self._features(self.pool.x[index], t))
+        where = torch.full((len(x),), -1, device=x.device) if index is None else index
+        y = t.argmax(1) if labels is None else labels
+        target, done = t, self.step / self.config.loop.steps
+
+        def objective(student: Any) -> dict[str, Tensor]:
+            with self.autocast(), tapped(self.student, self.needs) as own:
+                s = student(x)
+            s = s.float()
+            batch = Batch(where, y, s, done, own, theirs)
+            if index is not None:
+                self._last_batch = (s.detach(), target, batch)
+            return dict(self.criterion(self.interventions.compensate(s, self.dictionary, batch), target, batch))
+
+        return objective
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -257,11 +322,16 @@ class Distiller:
 
     def _log(self) -> dict[str, float]:
         """Mean loss terms since the last look, with a single device sync."""
+        if self._frequent and self._sound is not None and not bool(self._sound):
+            self._unsound()
+        self._sound = None
         n = self.step % self.config.loop.log_every or self.config.loop.log_every
-        named = {f"match/{k}": v / n for k, v in self._window.items()}
+        named = {k: v / n for k, v in self._window.items()}
         named |= {f"source/{k}": v for k, v in self.source.terms.items()}
+        named |= {f"replay/{k}": v for k, v in self.replay.terms.items()}
         if self._last_batch is not None:
-            named |= self.interventions.log(*self._last_batch, self.dictionary)
+            s, t, batch = self._last_batch
+            named |= self.interventions.log(s, t, self.dictionary, batch)
         values = torch.stack([v.float().reshape(()).to(self.device) for v in named.values()]).tolist()
         out = dict(zip(named, values))
         bad = [k for k, v in out.items() if not math.isfinite(v)]
@@ -272,25 +342,23 @@ class Distiller:
         return out
 
     def evaluate(self) -> dict[str, float]:
-        """Agreement with the teacher on the held-back inputs (%), and, where there is a test set, accuracy (%)."""
+        """Agreement with the teacher on the held-back inputs (%), and accuracy (%): on them (`minival`) where the data
+        have labels, and on a test set where there is one. Of the students as they would be delivered."""
         out = {}
-        for name, model in (("", self.student), ("_ema", self.ema)):
-            held = self._answers(model, self.holdout.x)
+        for name, which in (("", "last"), ("_ema", "ema")):
+            model = self.complete(which)
+            held = predict(model, self.holdout.x, autocast=self.autocast)
             if not bool(torch.isfinite(held).all()):
                 raise Diverged(self._divergence("the student answers with NaN or infinity", []))
             out[f"agreement{name}"] = agreement(held, self.holdout.logits)
+            if self.context.labels is not None:
+                out[f"minival{name}"] = top1(held, self.holdout.labels)
             if self.test is not None:
-                out[f"test{name}"] = top1(self._answers(model, self.test.x), self.test.y)
+                out[f"test{name}"] = top1(predict(model, self.test.x, autocast=self.autocast), self.test.y)
         if self.test is not None:
             self.best_on_test = max(self.best_on_test, out["test"])
         self.last_eval = out
         return out
-
-    def _answers(self, model: nn.Module, x: Tensor) -> Tensor:
-        """What the delivered student would say: its logits, with F(z) only if an intervention stays at test time."""
-        s = predict(model, x, autocast=self.autocast)
-        with torch.no_grad():
-            return self.interventions.compensate_at_test(s, self.dictionary)
 
     def _pool_line(self) -> dict[str, Any]:
         line: dict[str, Any] = {
@@ -313,8 +381,9 @@ class Distiller:
             "optimizers": [o.state_dict() for o in self.optimizers],
             "holdout": self.holdout.state_dict(), "generators": {k: g.get_state() for k, g in self.generators.items()},
             "step": self.step, "round": self.round, "seconds": self.seconds, "acquire_seconds": self.acquire_seconds,
-            "best_on_test": self.best_on_test, "last_eval": self.last_eval, "window": self._window,
-            "terms": self.source.terms,
+            "best_on_test": self.best_on_test, "last_eval": self.last_eval, "last_log": self.last_log,
+            "window": self._window, "terms": self.source.terms, "draw": self.draw.state_dict(),
+            "replay": self.replay.state_dict(), "replay_terms": self.replay.terms,
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any], pool: Mapping[str, Any]) -> None:
@@ -328,12 +397,15 @@ class Distiller:
         self.pool.load_state_dict(dict(pool))
         for name, generator in self.generators.items():
             generator.set_state(state["generators"][name].cpu())
-        for name in ("step", "round", "seconds", "acquire_seconds", "best_on_test", "last_eval"):
+        for name in ("step", "round", "seconds", "acquire_seconds", "best_on_test", "last_eval", "last_log"):
             setattr(self, name, state[name])
         self._window = {k: v.to(self.device) for k, v in state["window"].items()}
         self.source.terms = {k: v.to(self.device) for k, v in state["terms"].items()}
+        self.replay.load_state_dict(state["replay"])
+        self.replay.terms = {k: v.to(self.device) for k, v in state["replay_terms"].items()}
         if self.round:
             self.draw.set(self.pool, self.interventions.weights(self.pool, self.dictionary))
+            self.draw.load_state_dict(state["draw"])
 
     # --------------------------------------------------------------------------------------------- run
 
@@ -362,7 +434,8 @@ class Distiller:
             matched = not self._due()
             if not matched:
                 self._acquire()
-                if folder is not None and (self.config.source.every == 0 or self.round % 10 == 1):
+                often = max(10, loop.log_every // max(self.config.source.every, 1))
+                if folder is not None and (self.config.source.every == 0 or self.round % often == 1):
                     folder.log(kind="pool", step=self.step, **self._pool_line())
             else:
                 self._match()
@@ -375,7 +448,7 @@ class Distiller:
                 now = time.monotonic()
                 values["rate"] = (self.step - looked[0]) * loop.batch / max(now - looked[1], 1e-9)
                 values["lr"] = self._rate()
-                looked = (self.step, now)
+                looked, self.last_log = (self.step, now), values
             if matched and (self.step % loop.eval_every == 0 or last):
                 result = self.evaluate()
                 if folder is not None:
@@ -406,6 +479,8 @@ class Distiller:
 
     def _finite(self) -> None:
         """A checkpoint of broken weights would bury the last good one."""
+        if self._sound is not None and not bool(self._sound):
+            self._unsound()
         bad = [n for n, p in self.student.named_parameters() if not bool(torch.isfinite(p).all())]
         if bad:
             terms = [k for k, v in self._window.items() if not bool(torch.isfinite(v))]
@@ -417,22 +492,12 @@ class Distiller:
         No label and no test image takes part in the choice.
         """
         score = self.last_eval or self.evaluate()
-        which, model = ("ema", self.ema) if score["agreement_ema"] > score["agreement"] else ("last", self.student)
-        return which, Compensated(model, self.interventions, self.dictionary) if self.interventions.at_test else model
+        which = "ema" if score["agreement_ema"] > score["agreement"] else "last"
+        return which, self.complete(which)
 
-
-class Compensated(nn.Module):
-    """A student that keeps its intervention at test time (kdci.at_test); `student` is the network alone."""
-
-    def __init__(
-        self, student: nn.Module, interventions: Interventions, dictionary: ConfounderDictionary | None
-    ) -> None:
-        super().__init__()
-        self.student, self.interventions, self.dictionary = student, interventions, dictionary
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] in [0, 1] -> compensated logits [B, K]."""
-        return self.interventions.compensate_at_test(self.student(x).float(), self.dictionary)
+    def complete(self, which: str) -> nn.Module:
+        """The `last` student or its average `ema`, with whatever interventions stay in it at test time."""
+        return self.interventions.deliver(self.ema if which == "ema" else self.student, self.dictionary)
 
 
 def _shown(values: Mapping[str, float], last: Mapping[str, float]) -> dict[str, float]:

@@ -14,7 +14,8 @@ from .errors import DodistillError
 
 #: What people type most, and where it lives in the tree.
 SHORT = {
-    "teacher": "teacher.spec", "student": "student.spec", "unlabeled": "data.unlabeled", "test": "data.test",
+    "teacher": "teacher.spec", "student": "student.spec", "unlabeled": "data.unlabeled", "train": "data.unlabeled",
+    "test": "data.test",
     "image_shape": "data.image_shape", "steps": "loop.steps", "batch": "loop.batch", "seed": "loop.seed",
     "device": "loop.device", "precision": "loop.precision", "threads": "loop.threads",
 }  # fmt: skip
@@ -71,7 +72,7 @@ def tree(given: Mapping[str, Any], short: Mapping[str, str] = SHORT) -> dict[str
 
 def help_of(cls: type, prefix: str) -> str:
     """One line per field: flag, default, and the `#:` comment beside it in the source."""
-    source = inspect.getsource(cls)
+    source = "".join(inspect.getsource(c) for c in cls.__mro__ if dataclasses.is_dataclass(c))
     lines = []
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(field.type) or isinstance(field.default_factory, type):

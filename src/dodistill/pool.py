@@ -17,6 +17,7 @@ class Pool:
     Attributes:
         x: uint8 [size, C, H, W], a view of the filled part.
         logits: float [size, K], the teacher's logits of the clean images.
+        labels: long [size], true classes where the data have them, else the teacher's.
         seen: how many images were ever offered.
         version: grows with every change, so that a checkpoint can skip an unchanged pool.
 
@@ -40,6 +41,7 @@ class Pool:
         self.image_shape, self.num_classes = image_shape, num_classes
         self._x = torch.empty(0, *image_shape, dtype=torch.uint8, device=device)
         self._logits = torch.empty(0, num_classes, device=device)
+        self._labels = torch.empty(0, dtype=torch.long, device=device)
         self.size = self.seen = self.version = 0
 
     def __len__(self) -> int:
@@ -53,6 +55,10 @@ class Pool:
     def logits(self) -> Tensor:
         return self._logits[: self.size]
 
+    @property
+    def labels(self) -> Tensor:
+        return self._labels[: self.size]
+
     def class_shares(self) -> Tensor:
         """[K], the share of each class among the teacher's predictions of the pool."""
         counts = torch.bincount(self.logits.argmax(1), minlength=self.num_classes).float()
@@ -64,14 +70,15 @@ class Pool:
         if wanted <= have:
             return
         new = min(self.capacity, max(wanted, 2 * have))
-        for name in ("_x", "_logits"):
+        for name in ("_x", "_logits", "_labels"):
             old = getattr(self, name)
             fresh = torch.empty(new, *old.shape[1:], dtype=old.dtype, device=old.device)
             fresh[: self.size] = old[: self.size]
             setattr(self, name, fresh)
 
-    def add(self, images: Tensor, logits: Tensor, generator: torch.Generator) -> None:
-        """Take in images (float in [0, 1] or uint8, [n, C, H, W]) and their teacher logits [n, K]."""
+    def add(self, images: Tensor, logits: Tensor, generator: torch.Generator, labels: Tensor | None = None) -> None:
+        """Take in images (float in [0, 1] or uint8, [n, C, H, W]), their teacher logits [n, K] and true labels [n]."""
+        labels = logits.argmax(1) if labels is None else labels
         images = images if images.dtype == torch.uint8 else to_uint8(images)
         n = len(images)
         self._reserve(min(self.size + n, self.capacity))
@@ -93,35 +100,44 @@ class Pool:
         slots = (last >= 0).nonzero()[:, 0]
         self._x[slots] = images[last[slots]].to(self.device)
         self._logits[slots] = logits[last[slots]].to(self.device, self._logits.dtype)
+        self._labels[slots] = labels[last[slots]].to(self.device)
         self.size = min(self.size + n, self.capacity)
         self.seen += n
         self.version += 1
 
     def state_dict(self) -> dict[str, Any]:
         # Copies: a view would be saved with all the room behind it that nothing has been written to.
-        return {"x": self.x.clone(), "logits": self.logits.clone(), "seen": self.seen, "version": self.version}
+        parts = {"x": self.x.clone(), "logits": self.logits.clone(), "labels": self.labels.clone()}
+        return parts | {"seen": self.seen, "version": self.version}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.size, self.seen, self.version = len(state["x"]), state["seen"], state["version"]
         self._x = state["x"].to(self.device)
         self._logits = state["logits"].to(self.device)
+        self._labels = state["labels"].to(self.device)
 
 
 class Draw:
-    """Which inputs the student sees: with replacement, uniformly or in proportion to weights over the pool.
+    """Which inputs the student sees: uniformly, or in proportion to weights over the pool.
 
     The cumulative weights are made once per change of the pool; a draw is then a binary search per image, without a
-    host-device sync.
+    host-device sync. Draws are with replacement, except from a small pool without weights (up to `WALK` batches): it is
+    walked through in random order, so that a method which makes a few fresh batches at a time sees each image once.
     """
+
+    WALK = 8
 
     def __init__(self) -> None:
         self._cumulative: Tensor | None = None
         self._size = 0
+        self._order: Tensor | None = None  # of the walk, and how far it has got
+        self._at = 0
 
     def set(self, pool: Pool, weights: Tensor | None) -> None:
         """Raises DodistillError when the weights are negative, not finite, or all zero."""
         self._size = len(pool)
-        self._cumulative = None
+        self._cumulative = self._order = None
+        self._at = 0
         if weights is not None:
             if not bool(torch.isfinite(weights).all() & (weights >= 0).all() & (weights.sum() > 0)):
                 raise DodistillError("the intervention's draw weights must be finite, >= 0 and not all zero.")
@@ -130,10 +146,29 @@ class Draw:
 
     def __call__(self, n: int, generator: torch.Generator) -> Tensor:
         """[n] long indices into the pool."""
+        if self._cumulative is None and self._size <= self.WALK * n:
+            return self._walk(n, generator)
         if self._cumulative is None:
             return torch.randint(self._size, (n,), generator=generator, device=generator.device)
         u = torch.rand(n, generator=generator, device=generator.device, dtype=torch.float64)
         return torch.searchsorted(self._cumulative, u, right=True).clamp_(max=self._size - 1)
+
+    def _walk(self, n: int, generator: torch.Generator) -> Tensor:
+        parts, wanted = [], n
+        while wanted:
+            if self._order is None or self._at >= self._size:
+                self._order, self._at = torch.randperm(self._size, generator=generator, device=generator.device), 0
+            parts.append(self._order[self._at : self._at + wanted])
+            self._at += len(parts[-1])
+            wanted -= len(parts[-1])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the walk has got; the weights follow from the pool."""
+        return {"order": self._order, "at": self._at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._order, self._at = state["order"], state["at"]
 
     def shares(self, pool: Pool) -> Tensor:
         """[K], the expected class shares (by the teacher) of what is drawn."""

@@ -14,8 +14,9 @@ AXES = {
     "intervention": "causal",
     "criterion": "criteria",
     "update": "updates",
+    "replay": "replay",
 }
-_SHARED = {"base", "dictionary", "generators", "kmeans"}  # files in those folders that are no choice of their own
+_SHARED = {"base", "dictionary", "fresh", "generators", "kmeans"}  # files there that are no choice of their own
 
 
 @cache

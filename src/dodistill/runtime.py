@@ -7,10 +7,10 @@ import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import Augment
 from .errors import DodistillError
@@ -42,10 +42,32 @@ def autocast(device: torch.device, precision: str) -> Callable[[], AbstractConte
     return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
 
 
+def emulated(device: torch.device, precision: str) -> bool:
+    """Whether this device has no arithmetic of its own for `precision`: bf16 on a CPU without AMX or AVX512-BF16 is
+    emulated, and some ten times slower than fp32."""
+    if device.type != "cpu" or precision != "bf16":
+        return False
+    has: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    if has.get("architecture", "x86_64") not in ("x86_64", "amd64"):  # nothing is known of others
+        return False
+    return bool(has) and not any(has.get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
 def generator(device: torch.device, seed: int, purpose: str) -> torch.Generator:
     """An explicit stream of random numbers, independent for each `purpose` under one run seed."""
     digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def seeded(build: Callable[..., M], generator: torch.Generator, *args: object) -> M:
+    """Construct a module with PyTorch's default initialisation, from an explicit stream and no global state."""
+    seed = int(torch.randint(2**31, (1,), generator=generator, device=generator.device))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build(*args)
 
 
 def _silent(_message: str, _done: int, _total: int) -> None:
@@ -62,6 +84,9 @@ class Context:
     autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
     augment: Augment = field(default_factory=Augment)
     unlabeled: Tensor | None = None  #: uint8 [n, C, H, W], the images of a sampler
+    labels: Tensor | None = None  #: long [n], their true classes, where the user has them and the source is data
+    student: nn.Module | None = None  #: as it is before training, to read widths off (`taps.probe`)
+    capacity: int = 65_536  #: slots of the pool, the range of `Batch.index`
     progress: Callable[[str, int, int], None] = _silent  #: (what, done, total) inside a long acquisition
     extra: Mapping[str, Any] = field(default_factory=dict)  #: what only one part needs (a foreign dictionary's model)
 

@@ -51,6 +51,9 @@ class Row:
             return duration(mean)
         if key == "share_ratio":
             return f"{number(mean, 3)}:1" if math.isfinite(mean) else "class missing"
+        if "/" in key:
+            spread = f" ± {number(statistics.stdev(values), 2)}" if len(values) > 1 else ""
+            return number(mean, 3) + spread
         if key == "published" or len(values) < 2:
             return percent(mean).removesuffix(" %")
         return f"{mean:.2f} ± {statistics.stdev(values):.2f}"
@@ -72,8 +75,16 @@ def _number(value: object) -> float | None:
     return float(value)
 
 
-def group(cells: Sequence[Cell]) -> Grouped:
-    """Group over the label "seed". A cell without "last" and "agreement" is unfinished: it is counted, not averaged."""
+def _logged(cell: Cell, name: str) -> float | None:
+    """A value that the run logged at its last step."""
+    return _number(((cell.get("summary") or {}).get("log") or {}).get(name))
+
+
+def group(cells: Sequence[Cell], show: Sequence[str] = ()) -> Grouped:
+    """Group over the label "seed". A cell without "last" and "agreement" is unfinished: it is counted, not averaged.
+
+    `show` adds columns of what the runs logged at their last step, as in `kdci/F_over_S`.
+    """
     names: list[str] = []
     for cell in cells:
         names += [k for k in cell["label"] if k != "seed" and k not in names]
@@ -90,39 +101,77 @@ def group(cells: Sequence[Cell]) -> Grouped:
             source = members if measure == "published" else done
             found = [_number(c.get(measure)) for c in source]
             values[measure] = [v for v in found if v is not None]
+        for name in show:
+            values[name] = [v for c in done if (v := _logged(c, name)) is not None]
         rows.append(Row(dict(zip(names, key)), len(done), len(members) - len(done), values))
     shared = {k: rows[0].label[k] for k in names if len({r.label[k] for r in rows}) == 1} if len(rows) > 1 else {}
     columns = [k for k in names if k not in shared]
     always = ("last", "best", "agreement")
     measures = [(k, title) for k, title in MEASURES if k in always or any(r.values[k] for r in rows)]
+    measures += [(name, name) for name in show]
     return Grouped(shared, columns, measures, rows)
 
 
-def markdown_table(cells: Sequence[Cell]) -> str:
-    """The grid as Markdown that also reads well in a terminal."""
-    if not cells:
-        return "No runs yet."
-    found = group(cells)
+def _plain(text: str) -> str:
+    return text.replace("\n", " ").replace("|", "\\|")
 
-    def plain(text: str) -> str:
-        return text.replace("\n", " ").replace("|", "\\|")
 
-    head = [*found.columns, *(title for _, title in found.measures), "n"]
-    body = []
-    for row in found.rows:
-        body.append([*(row.label[k] for k in found.columns), *(row.text(k) for k, _ in found.measures), row.n])
-    lines = [[plain(text) for text in line] for line in [head, *body]]
-    wide = [max(3, *(len(line[j]) for line in lines)) for j in range(len(head))]
-    text_columns = len(found.columns)
+def _aligned(lines: Sequence[Sequence[str]], text_columns: int) -> list[str]:
+    """A Markdown table, head first, that also reads well in a terminal: text to the left, numbers to the right."""
+    lines = [[_plain(text) for text in line] for line in lines]
+    wide = [max(3, *(len(line[j]) for line in lines)) for j in range(len(lines[0]))]
 
-    def show(line: list[str]) -> str:
+    def show(line: Sequence[str]) -> str:
         fitted = (t.ljust(w) if j < text_columns else t.rjust(w) for j, (t, w) in enumerate(zip(line, wide)))
         return "| " + " | ".join(fitted) + " |"
 
     rule = "|" + "|".join("-" * (w + 2) if j < text_columns else "-" * (w + 1) + ":" for j, w in enumerate(wide)) + "|"
-    shared = ", ".join(f"{plain(k)} {plain(v)}" for k, v in found.shared.items())
+    return [show(lines[0]), rule, *map(show, lines[1:])]
+
+
+def markdown_table(cells: Sequence[Cell], show: Sequence[str] = ()) -> str:
+    """The grid as Markdown: a row per setting."""
+    if not cells:
+        return "No runs yet."
+    found = group(cells, show)
+    head = [*found.columns, *(title for _, title in found.measures), "n"]
+    body = []
+    for row in found.rows:
+        body.append([*(row.label[k] for k in found.columns), *(row.text(k) for k, _ in found.measures), row.n])
+    shared = ", ".join(f"{_plain(k)} {_plain(v)}" for k, v in found.shared.items())
     notes = ["", f"In all rows: {shared}.", ""] if shared else [""]
-    return "\n".join([show(lines[0]), rule, *map(show, lines[1:]), *notes, FOOTNOTE.replace("*", "\\*", 1)])
+    table = _aligned([head, *body], len(found.columns))
+    return "\n".join([*table, *notes, FOOTNOTE.replace("*", "\\*", 1)])
+
+
+def paired_table(cells: Sequence[Cell], axis: str, base: str) -> str:
+    """ "last epoch" of every arm on `axis` minus that of the arm `base` with the same other labels and the same seed.
+
+    Pairing takes out what the seeds share (initial weights, the selection, the draw). Raises ValueError where no cell
+    has that label.
+    """
+    if not any(str(cell["label"].get(axis)) == base for cell in cells):
+        known = sorted({str(cell["label"].get(axis)) for cell in cells})
+        raise ValueError(f"no cell has {axis}={base}; there are {', '.join(known)}")
+    score = {tuple(sorted(c["label"].items())): v for c in cells if (v := _number(c.get("last"))) is not None}
+    names = [k for k in group(cells).columns if k != axis]
+    rows: dict[tuple[str, ...], list[tuple[str, float]]] = {}
+    for cell in cells:
+        label = cell["label"]
+        mine = score.get(tuple(sorted(label.items())))
+        its = score.get(tuple(sorted({**label, axis: base}.items())))
+        if str(label.get(axis)) == base or mine is None or its is None:
+            continue
+        key = (*(str(label[k]) for k in names), str(label[axis]))
+        rows.setdefault(key, []).append((str(label.get("seed", "")), mine - its))
+    body = []
+    for key, found in rows.items():
+        change = [d for _, d in found]
+        mean = f"{statistics.fmean(change):+.2f}"
+        spread = f" ± {statistics.stdev(change):.2f}" if len(change) > 1 else ""
+        body.append([*key, mean + spread, ", ".join(f"{d:+.2f}" for _, d in sorted(found)), str(len(found))])
+    head = [*names, axis, f"last epoch, minus {base}", "by seed", "n"]
+    return "\n".join(_aligned([head, *body], len(names) + 1)) if body else "No pair is complete yet."
 
 
 def strips(rows: Sequence[Row]) -> tuple[list[list[float]], list[float | None], tuple[float, float]]:

@@ -68,12 +68,14 @@ def teach(
     resume: Mapping[str, Any] | None = None,
     on_checkpoint: Callable[[dict[str, Any]], None] | None = None,
     deadline: float = math.inf,
+    on_step: Callable[[int], None] | None = None,
 ) -> Log:
     """Train `model` (logits of images in [0, 1]) in place, on `device` (default: where it is).
 
     SGD-Nesterov on the whole data set resident on the device, augmented in batches; no sync with the device but one per
     epoch, when `on_log` gets `{epoch, epochs, step, steps, loss, lr, minival, seconds}`. Returns `{loss, minival, test,
     seconds, images_per_second, steps, train_images}`; accuracies in percent, None where there is nothing to measure on.
+    `on_step` gets the number of each step that was begun, for a progress display.
     After each epoch `on_checkpoint` gets all that `resume` needs to go on from there, to the same bits on the CPU; past
     `deadline` (time.monotonic()) it stops after the epoch and returns `{"finished": False, "epoch": ...}`.
     The weights are those of the last step. `test` is scored once, at the end, and chooses nothing.
@@ -136,6 +138,8 @@ def teach(
             optimizer.step()
             total += loss.detach()
             step += 1
+            if on_step is not None and step % per_epoch:
+                on_step(step)
         mean = (total / per_epoch).item()
         if not math.isfinite(mean):
             raise DodistillError(f"the loss became {mean} in epoch {epoch + 1}; lower lr (now {config.lr}).")

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..batch import Batch
 from ..errors import DodistillError
 from ..runtime import Context
 from .base import Intervention, InterventionConfig
@@ -101,7 +102,7 @@ class KDCI(Intervention):
         Z = dictionary.Z if self.W_m is None else dictionary.Z @ self.W_m.T
         return self.config.scale * (weight @ Z)
 
-    def compensate(self, s: Tensor, dictionary: ConfounderDictionary | None) -> Tensor:
+    def compensate(self, s: Tensor, dictionary: ConfounderDictionary | None, batch: Batch | None = None) -> Tensor:
         """s + F(z), in fp32 also under autocast. z and P are constants; the gradient reaches s also through lam."""
         dictionary = _ready(dictionary)
         with torch.autocast(s.device.type, enabled=False):
@@ -109,7 +110,9 @@ class KDCI(Intervention):
             return s + self.F(self.lam(s, dictionary), dictionary)
 
     @torch.no_grad()
-    def log(self, s: Tensor, t: Tensor, dictionary: ConfounderDictionary | None) -> dict[str, Tensor]:
+    def log(
+        self, s: Tensor, t: Tensor, dictionary: ConfounderDictionary | None, batch: Batch | None = None
+    ) -> dict[str, Tensor]:
         """What the term does to this batch; docs/methods/kdci.md explains each quantity."""
         dictionary = _ready(dictionary)
         with torch.autocast(s.device.type, enabled=False):

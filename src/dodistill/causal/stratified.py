@@ -15,6 +15,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ..batch import Batch
 from ..errors import DodistillError
 from ..runtime import Context
 from .base import Intervention, InterventionConfig, PoolLike
@@ -96,7 +97,9 @@ class Stratified(Intervention):
             )
         return torch.tensor(list(prior), device=like.device, dtype=like.dtype)
 
-    def log(self, s: Tensor, t: Tensor, dictionary: ConfounderDictionary | None) -> dict[str, Tensor]:
+    def log(
+        self, s: Tensor, t: Tensor, dictionary: ConfounderDictionary | None, batch: Batch | None = None
+    ) -> dict[str, Tensor]:
         return {"ess": self.ess.clone(), "largest_weight": self.largest.clone()}
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import losses
+from ..batch import Batch
 from ..errors import DodistillError
 from ..runtime import Context
 from .base import Criterion, CriterionConfig
@@ -27,7 +28,7 @@ class Adaptation(Criterion):
         self.own_lr = lr
         self.a = nn.Parameter(torch.zeros(num_classes, num_classes - 1))
 
-    def forward(self, s: Tensor, t: Tensor) -> dict[str, Tensor]:
+    def forward(self, s: Tensor, t: Tensor, batch: Batch | None = None) -> dict[str, Tensor]:
         noisy = losses.noisy_adaptation(s, t, self.a, self.teacher_accuracy)
         return {"kd": losses.kl(s, t, self.temperature), "noisy": self.noisy * noisy}
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from .. import losses
+from ..batch import Batch
 from ..errors import DodistillError
 from ..runtime import Context
 from .base import Criterion, CriterionConfig
@@ -18,7 +19,7 @@ class KL(Criterion):
         super().__init__()
         self.temperature = temperature
 
-    def forward(self, s: Tensor, t: Tensor) -> dict[str, Tensor]:
+    def forward(self, s: Tensor, t: Tensor, batch: Batch | None = None) -> dict[str, Tensor]:
         return {"kd": losses.kl(s, t, self.temperature)}
 
 

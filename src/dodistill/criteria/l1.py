@@ -8,12 +8,13 @@ from typing import ClassVar
 from torch import Tensor
 
 from .. import losses
+from ..batch import Batch
 from ..runtime import Context
 from .base import Criterion, CriterionConfig
 
 
 class L1(Criterion):
-    def forward(self, s: Tensor, t: Tensor) -> dict[str, Tensor]:
+    def forward(self, s: Tensor, t: Tensor, batch: Batch | None = None) -> dict[str, Tensor]:
         return {"kd": losses.l1(s, t)}
 
 

@@ -24,6 +24,7 @@ class SourceConfig(ABC):
         name: its file's name.
         kind: decides the paper's dictionary size (KDCI Sec. 4.3: 8 generator, 32 inversion, 128 sampler).
         needs: of the teacher or the user: `batchnorm`, `unlabeled`.
+        reads_labels: whether it hands over true labels, where the user's images have them.
         presets: named partial configs over all axes, e.g. {"desk": {"source": {"K": 5}, "optim": {"lr": 0.1}}}.
         origin: preset name -> where its numbers come from (`ours` where the papers leave a gap).
     """
@@ -34,6 +35,7 @@ class SourceConfig(ABC):
     name: ClassVar[str]
     kind: ClassVar[Kind]
     needs: ClassVar[frozenset[str]] = frozenset()
+    reads_labels: ClassVar[bool] = False
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     origin: ClassVar[dict[str, str]] = {}
 
@@ -50,10 +52,13 @@ def at_least(config: SourceConfig, least: int, *fields: str) -> None:
 
 @dataclass
 class Acquired:
-    """A batch of substitution inputs: float in [0, 1] or uint8, [n, C, H, W]; the teacher's logits if already known."""
+    """A batch of substitution inputs: float in [0, 1] or uint8, [n, C, H, W], and what is already known of them."""
 
     images: Tensor
-    logits: Tensor | None = None
+    logits: Tensor | None = None  #: the teacher's, [n, K]
+    labels: Tensor | None = None  #: true classes, long [n], where the data have them
+    #: other inputs that stand for the substitution data: the dictionary is built from them instead (a sampler's: once)
+    reference: Acquired | None = None
 
 
 class Source(ABC):

@@ -16,6 +16,7 @@ class UpdateConfig(ABC):
     """Base of every update's `Config`."""
 
     name: ClassVar[str]
+    replays: ClassVar[bool] = False  #: whether it has a use for replayed inputs
 
     @abstractmethod
     def build(self) -> Update: ...
@@ -24,6 +25,13 @@ class UpdateConfig(ABC):
 class Update(ABC):
     """Leaves the gradient of its objective in the parameters; the loop then steps the optimisers."""
 
+    def __init__(self) -> None:
+        #: what it says of its last step beside the loss (tensors, unsynced), for the log
+        self.terms: dict[str, Tensor] = {}
+
     @abstractmethod
-    def backward(self, student: nn.Module, objective: Objective) -> dict[str, Tensor]:
-        """Named terms, detached. Gradients are added to `.grad` of everything that the objective touches."""
+    def backward(self, student: nn.Module, acquire: Objective, retain: Objective | None = None) -> dict[str, Tensor]:
+        """Named terms, detached. Gradients are added to `.grad` of everything that the objectives touch.
+
+        `acquire` is the loss on the new inputs, `retain` that on replayed ones (None: there are none, or none yet).
+        """

@@ -24,7 +24,7 @@ class Config(UpdateConfig):
 class Plain(Update):
     """loss.backward()."""
 
-    def backward(self, student: nn.Module, objective: Objective) -> dict[str, Tensor]:
-        terms = objective(student)
+    def backward(self, student: nn.Module, acquire: Objective, retain: Objective | None = None) -> dict[str, Tensor]:
+        terms = acquire(student)
         torch.stack(list(terms.values())).sum().backward()
         return {name: value.detach() for name, value in terms.items()}

@@ -1,0 +1,19 @@
+"""No replay: the student is matched on the pool alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..runtime import Context
+from .base import Replay, ReplayConfig
+
+
+@dataclass(frozen=True)
+class Config(ReplayConfig):
+    """Nothing to set."""
+
+    name: ClassVar[str] = "none"
+
+    def build(self, context: Context) -> Replay:
+        return Replay(context)
