@@ -252,7 +252,7 @@ def test_in_python_the_shape_must_be_known(teacher: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--source", "fats"], "unknown source 'fats'; did you mean 'fast'? Known: "),
+        (["--source", "deepinw"], "unknown source 'deepinw'; did you mean 'deepinv'? Known: "),
         (["--intervention", "kdc"], "unknown intervention 'kdc'; did you mean 'kdci'"),
         (["--criterion", "k1"], "unknown criterion 'k1'; did you mean 'l1' or 'kl'"),
         (["--preset", "dsk"], "unknown preset 'dsk'; did you mean 'desk'"),

@@ -405,3 +405,25 @@ def test_a_real_process_killed_at_random_moments(
     mine, its = (json.loads((p / "summary.json").read_text()) for p in (out, tmp_path / "whole"))
     for key in ("agreement", "delivered", "steps", "images", "class_shares", "drawn_shares", "key"):
         assert mine[key] == its[key]
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
+    cfg = config("fast")
+    held = RunFolder(tmp_path / "run", cfg)
+    RunFolder(tmp_path / "run", cfg)  # the same process may look at its own folder
+    held.close()
+    held = RunFolder(tmp_path / "run", cfg)
+    code = (
+        "import json, sys\nfrom dodistill.config import resolve\nfrom dodistill.run import RunFolder\n"
+        "RunFolder(sys.argv[1], resolve(json.load(open(sys.argv[1] + '/config.json'))))"
+    )
+
+    def other() -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", code, str(tmp_path / "run")]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    refused = other()
+    assert refused.returncode == 1
+    assert "is in use by another process; wait for it" in refused.stderr
+    held.close()
+    assert other().returncode == 0, other().stderr

@@ -445,10 +445,11 @@ class Distiller:
             values: dict[str, float] = {}
             if looking:
                 values = self._log()
+                self.last_log = dict(values)
                 now = time.monotonic()
                 values["rate"] = (self.step - looked[0]) * loop.batch / max(now - looked[1], 1e-9)
                 values["lr"] = self._rate()
-                looked, self.last_log = (self.step, now), values
+                looked = (self.step, now)
             if matched and (self.step % loop.eval_every == 0 or last):
                 result = self.evaluate()
                 if folder is not None:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -64,7 +65,7 @@ def newest_pool(path: Path) -> dict[str, Any]:
 
 
 #: What may lie in a folder without config.json: a recipe put there by the user, or the remains of a start killed early.
-_EARLY = ("config.yaml", ".config.json.tmp")
+_EARLY = ("config.yaml", ".config.json.tmp", ".lock")
 
 
 class RunFolder:
@@ -75,6 +76,7 @@ class RunFolder:
         self.path, self.config = Path(path), config
         self.notes: list[str] = []  #: what the user should hear of (a damaged checkpoint that was passed over)
         self._metrics: TextIO | None = None
+        self._unlock: Callable[[], object] | None = None
         self._pools: set[int] = set()  #: pool versions that the two checkpoints refer to
         tree = config.to_tree()
         known = self.path / "config.json"
@@ -104,7 +106,26 @@ class RunFolder:
             raise DodistillError(
                 f"cannot make run folder {self.path}: {error.strerror}; choose another --out."
             ) from error
+        self._claim()
         write_atomically(known, json.dumps(tree, indent=1).encode())
+
+    def _claim(self) -> None:
+        """One process at a time: two would tear each other's checkpoints. The lock goes when its process ends, however
+        it ends."""
+        try:
+            import fcntl
+        except ImportError:  # not a POSIX system: no such locks
+            return
+        try:
+            lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+            self._unlock = weakref.finalize(self, os.close, lock)
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DodistillError(
+                f"run folder {self.path} is in use by another process; wait for it, or choose another --out."
+            ) from error
+        except OSError as error:
+            raise DodistillError(f"cannot write to {self.path}: {error.strerror}; choose another --out.") from error
 
     # ------------------------------------------------------------------------------------------- metrics
 
@@ -122,6 +143,8 @@ class RunFolder:
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
+        if self._unlock is not None:
+            self._unlock()
 
     # ---------------------------------------------------------------------------------------- checkpoint
 
