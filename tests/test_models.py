@@ -14,13 +14,16 @@ COUNTS = {  # at 10 and at 100 classes
     "resnet50": (23_520_842, 23_705_252),
     "vgg8": (3_918_858, 3_965_028),
     "vgg11": (9_231_114, 9_277_284),
+    "vgg13": (9_416_010, 9_462_180),
     "wrn16_1": (175_066, 180_916),
     "wrn16_2": (691_674, 703_284),
     "wrn40_1": (563_930, 569_780),
     "wrn40_2": (2_243_546, 2_255_156),
+    "wrn40_4": (8_949_210, 8_972_340),
     "resnet20": (269_722, 275_572),
     "resnet32": (464_154, 470_004),
     "resnet56": (853_018, 858_868),
+    "resnet110": (1_727_962, 1_733_812),
     "mobilenetv2": (2_236_682, 2_351_972),
 }
 BATCHNORMS = {  # layers, channels in all
@@ -123,7 +126,7 @@ def test_mobilenetv2_has_torchvisions_weights() -> None:
 
 
 def test_unknown_name_is_refused_with_its_neighbour() -> None:
-    with pytest.raises(DodistillError, match="did you mean 'wrn40_2'"):
+    with pytest.raises(DodistillError, match="did you mean 'wrn40_4' or 'wrn40_2'"):
         load_model("wrn40_3", num_classes=10)
     with pytest.raises(DodistillError, match="tiny16"):
         load_model("tinyx", num_classes=10)

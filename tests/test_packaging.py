@@ -43,7 +43,7 @@ def test_help_does_not_import_torch() -> None:
 
 _WITHOUT = """
 import importlib, sys
-for name in ("sklearn", "timm", "torchvision"):
+for name in ("sklearn", "timm", "torchvision", "onnx", "onnxscript"):
     sys.modules[name] = None
 for name in NAMES:
     importlib.import_module(name)
@@ -68,7 +68,7 @@ def test_everything_imports_and_runs_without_the_optional_libraries() -> None:
     assert python(_WITHOUT.replace("NAMES", repr(MODULES))) == "2"
 
 
-@pytest.mark.parametrize("name", ["sklearn", "timm", "torchvision"])
+@pytest.mark.parametrize("name", ["sklearn", "timm", "torchvision", "onnx", "onnxscript"])
 def test_optional_libraries_are_imported_only_where_needed(name: str) -> None:
     for path in FILES:
         for node in ast.parse(path.read_text()).body:
@@ -79,10 +79,10 @@ def test_optional_libraries_are_imported_only_where_needed(name: str) -> None:
 
 # Of docs/design.md, top to bottom: a module may import from its own line and those below.
 LAYERS = [
-    "__main__", "cli demo", "compare doctor", "api", "report progress tables page card figures svg format images",
-    "engine",
-    "run", "sources causal criteria updates replay", "batch pool evaluate teach", "teacher taps models data folder",
-    "losses augment", "runtime", "flags", "config", "registry", "files", "errors __init__",
+    "__main__", "cli demo", "compare doctor", "api",
+    "report progress tables page card figures svg format images monitor", "engine",
+    "run", "sources causal criteria updates replay", "batch pool evaluate teach probe", "teacher taps models data folder",
+    "losses augment planted curvature", "runtime", "flags methods", "config", "registry", "files", "errors __init__",
 ]  # fmt: skip
 RANK = {name: i for i, line in enumerate(LAYERS) for name in line.split()}
 

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import resource
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import __version__
+from . import __version__, methods
 from .card import model_card
 from .causal.base import Compensated
-from .config import Distill, Model, resolve
-from .data import load_images
+from .config import Distill, Model, Tree, expand, resolve
+from .data import Images, contexts_of, load_images
 from .engine import Distiller, Result, Test
 from .errors import DodistillError
 from .images import save_grid
 from .models import Normalized, load_model, save_model
 from .models.weights import load_saved
+from .monitor import courses, flat, read_metrics
+from .probe import context_gap
 from .progress import Progress
 from .report import write_report
 from .run import RunFolder, write_atomically
@@ -104,10 +107,11 @@ def distill(
     teacher: nn.Module,
     student: nn.Module,
     source: str | Mapping[str, Any] = "fast",
-    intervention: str = "none",
+    intervention: str | None = None,
     *,
     image_shape: Shape | None = None,
     unlabeled: Tensor | None = None,
+    labels: Tensor | None = None,
     test: Any = None,
     foreign: nn.Module | None = None,
     out: str | Path | None = None,
@@ -120,9 +124,11 @@ def distill(
         teacher: any module from images [B, C, H, W] in [0, 1] to logits [B, K]. Frozen in place.
         student: likewise; trained in place. `models.Normalized(net, mean, std)` gives a network its normalisation.
         source: a source's name, or {"name": ..., setting: value}; `preset="desk"` in `settings` picks its preset.
-        intervention: none, kdci, stratified, or kdci+stratified.
+            "auto" or {"name": "auto", "seconds": 600}: one is chosen by teacher, images and time; the summary says why.
+        intervention: none, kdci, stratified, cid, or several joined by +; None: what the preset says, else none.
         image_shape: (C, H, W); needed unless the teacher came from `load_model`.
-        unlabeled: [n, C, H, W] images for a sampler.
+        unlabeled: [n, C, H, W] images for a sampler, or the data set itself for source `data`.
+        labels: [n] their true classes, for source `data`; without them the teacher's answers stand in.
         test: (images, labels), only reported on; the delivered student is chosen without it.
         foreign: another model that predicts the dictionary (KDCI Table 5).
         out: the run folder; without one nothing is written, and nothing can be resumed.
@@ -135,35 +141,63 @@ def distill(
     Raises:
         DodistillError: for anything that can be known to fail before the first step, and for diverging losses.
     """
-    config = resolve({**settings, "source": source, "intervention": intervention})
+    chosen = {} if intervention is None else {"intervention": intervention}
+    tree, choice = {**settings, "source": source, **chosen}, None
+    if methods.asks(tree):
+        teacher = Teacher(teacher, image_shape or shape_of(teacher))
+        tree, choice = settle(tree, teacher, unlabeled is not None)
+        image_shape = teacher.image_shape
+    config = resolve(tree)
     shape = image_shape or shape_of(teacher)
     pixels = None if unlabeled is None else _pixels(unlabeled, "unlabelled")
-    return run(config, teacher, student, shape, pixels, _test(test), foreign, out, verbose)
+    if labels is not None and not config.source.reads_labels:
+        raise DodistillError(f"source {config.source.name} never reads labels; leave them out, or use source data.")
+    y = None if labels is None else torch.as_tensor(labels).long()
+    return run(config, teacher, student, shape, pixels, _test(test), foreign, out, verbose, labels=y, choice=choice)
+
+
+def settle(
+    tree: Mapping[str, Any], teacher: Teacher, unlabeled: bool, seconds: float = float("inf"), out: Any = None
+) -> tuple[Tree, methods.Choice]:
+    """A tree whose source is `auto`, with one chosen for this teacher; a run folder that was begun keeps its own."""
+    path = None if out is None else Path(out) / "config.json"
+    begun = json.loads(path.read_text()) if path is not None and path.exists() else None
+    return methods.settle(tree, teacher.has_batchnorm, unlabeled, seconds, teacher.image_shape, begun)
+
+
+def choose_source(tree: Mapping[str, Any], seconds: float, out: str | None) -> tuple[Tree, methods.Choice]:
+    """The same for a tree alone, as the CLI has it: the teacher is loaded to be looked at."""
+    others = {k: v for k, v in expand(tree).items() if k not in ("source", "preset")}
+    look = resolve(others)
+    teacher = Teacher(*load_teacher(look.teacher, look.data.image_shape))
+    return settle(tree, teacher, bool(look.data.unlabeled), seconds, out)
 
 
 def distill_config(config: Distill, out: str | Path | None, verbose: bool = True, deadline: float = float("inf"),
-                   command: str = "", report: bool = True) -> Result:  # fmt: skip
+                   command: str = "", report: bool = True, choice: methods.Choice | None = None) -> Result:  # fmt: skip
     """The same from a config alone: models and data are loaded as it says. This is what the CLI calls."""
     if out is not None:
         RunFolder(out, config, create=False)  # refuse a foreign folder before anything heavy is loaded
     teacher, shape = load_teacher(config.teacher, config.data.image_shape)
     wrapped = Teacher(teacher, shape)
     student = load_student(config.student, teacher, wrapped.num_classes, shape, config.loop.seed)
-    unlabeled = None
+    unlabeled = labels = None
     notes = []
     if config.data.unlabeled and config.source.kind in ("sampler", "data"):
-        found = load_images(config.data.unlabeled, labels=False, image_shape=shape)
-        unlabeled = found.x
+        found = load_images(config.data.unlabeled, labels=config.source.reads_labels, image_shape=shape)
+        unlabeled, labels = found.x, found.y
         if found.skipped:
             notes.append(found.note)
     test = None
     if config.data.test:
         labelled = load_images(config.data.test, split="test", image_shape=shape)
         test = _test(labelled)
+    contexts = [load_images(spec, split="test", image_shape=shape) for spec in contexts_of(config.data.test)]
     foreign = load_teacher(config.data.foreign, shape)[0] if config.data.foreign.spec else None
     return run(
-        config, wrapped, student, shape, unlabeled, test, foreign, out, verbose, deadline, command, report, notes
-    )
+        config, wrapped, student, shape, unlabeled, test, foreign, out, verbose, deadline, command, report, notes,
+        labels, contexts, choice,
+    )  # fmt: skip
 
 
 def run(
@@ -180,11 +214,14 @@ def run(
     command: str = "",
     report: bool = True,
     notes: list[str] | None = None,
+    labels: Tensor | None = None,
+    contexts: Sequence[Images] = (),
+    choice: methods.Choice | None = None,
 ) -> Result:
     """Build, run (or resume), and leave everything in the folder. A finished folder is not run again."""
     names = f"{_name(config.teacher, teacher)} -> {_name(config.student, student)}"
     title = f"{config.source.name} + {config.intervention}: {names}"
-    job = Distiller(config, teacher, student, shape, unlabeled, test, foreign)
+    job = Distiller(config, teacher, student, shape, unlabeled, test, foreign, labels)
     # After all that can be refused, so that a mistake leaves no folder behind.
     folder = RunFolder(out, config) if out is not None else None
     if folder is not None and (done := folder.summary()) is not None:
@@ -198,13 +235,13 @@ def run(
         if kept.exists():  # its checkpoints were deleted
             load_saved(job.student, kept)
             return Result(job.student.eval(), done, folder.path)
-    said = list(notes or [])
+    said = [*(notes or []), *job.source.notes]
     if emulated(job.device, config.loop.precision):
         said.append("bf16 is emulated on this CPU, some ten times slower than fp32; use --loop.precision fp32.")
     try:
         if verbose:
             with Progress(config.loop.steps, title) as progress:
-                for note in said:
+                for note in [*([str(choice)] if choice is not None else []), *said]:
                     progress.note(note)
                 finished = job.run(folder, progress, deadline)
         else:
@@ -223,7 +260,17 @@ def run(
             "the network without it."
         )
     summary = _summary(job, which, command, said)
+    if choice is not None:
+        summary["choice"] = str(choice)
+    if not isinstance(best, Compensated):
+        summary["student_parameters"] = parameters(best)  # with a head that came with an intervention
+    if contexts:
+        for name, model in (("test", best), ("teacher", job.teacher)):
+            gap = context_gap(model, contexts, job.autocast)
+            summary["log"] |= {f"{name}/{k}": round(v, 4) for k, v in gap.items()}
     if folder is not None:
+        summary["course"] = courses(read_metrics(folder.path / "metrics.jsonl")["eval"])
+        summary["log"] |= flat(summary["course"])
         _deliver(job, best, folder, summary, report)
     return Result(best, summary, folder.path if folder else None)
 
@@ -261,6 +308,7 @@ def _summary(job: Distiller, which: str, command: str, notes: list[str]) -> dict
         "acquire_seconds": round(job.acquire_seconds, 2),
         "match_seconds": round(job.seconds - job.acquire_seconds, 2),
         "peak_memory_mb": round(memory, 1),
+        **({} if job.config.replay.name == "none" else {"replay_memory_mb": round(job.replay.memory / 2**20, 3)}),
         "log": {k: float(f"{v:.6g}") for k, v in job.last_log.items()},
         "command": command,
         "key": job.config.key(),

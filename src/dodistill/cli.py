@@ -48,10 +48,11 @@ def _parser() -> argparse.ArgumentParser:
     add("distill", "distil a teacher into a student")  # its flags, and teach's, come from the config tree
     add("teach", "train a teacher (or a student on real data, the upper bound)")
 
-    evaluate = add("evaluate", "score a model on labelled images, and against a teacher")
+    evaluate = add("evaluate", "score a model on labelled images, against a teacher, or by a probe on other data")
     evaluate.add_argument("model", help="a .safetensors that dodistill wrote, or a model spec with --weights")
     evaluate.add_argument("--weights")
-    evaluate.add_argument("--test", required=True, help="labelled images: .npz, folder, or a data set's name")
+    evaluate.add_argument("--test", help="labelled images: .npz, folder, or a data set's name")
+    evaluate.add_argument("--probe", metavar="DATA", help="transfer: train a linear classifier on its frozen features")
     evaluate.add_argument("--teacher", help="another model, to report agreement with")
 
     compare = add("compare", "run a grid of methods with equal steps, seeds and teacher")
@@ -72,11 +73,12 @@ def _parser() -> argparse.ArgumentParser:
     report = add("report", "write report.html of a run folder again")
     report.add_argument("run")
 
-    export = add("export", "write the pool of an unfinished or finished run as images")
-    export.add_argument("run")
-    export.add_argument("folder")
+    export = add("export", "write the pool of a run as images, or its student as ONNX")
+    export.add_argument("run", help="a run folder, or for ONNX a .safetensors too")
+    export.add_argument("target", help="a folder for the images, or FILE.onnx")
 
-    add("methods", "the sources, what they need, and their presets")
+    methods = add("methods", "the sources: what they need, train, keep and cost; and the other axes")
+    methods.add_argument("--markdown", action="store_true", help="as docs/methods/README.md has it")
     add("doctor", "what this machine has, and what is wrong with it")
     return top
 
@@ -149,7 +151,8 @@ def _recipe(path: str | None) -> dict[str, Any]:
 
 
 def _distill(given: Given, every: list[str]) -> int:
-    from .config import resolve
+    from .config import expand, merge, resolve
+    from .methods import asks
 
     if given.help:
         _distill_help(given.tree())
@@ -157,13 +160,19 @@ def _distill(given: Given, every: list[str]) -> int:
     start = time.monotonic()
     out, quiet = given.own("out", None), given.own("quiet", False)
     report, seconds = not given.own("no_report", False), float(given.own("max_seconds", math.inf))
-    config = resolve(_recipe(given.word), given.tree())
+    tree, choice = merge(expand(_recipe(given.word)), expand(given.tree())), None
+    if asks(tree):
+        from .api import choose_source
+
+        tree, choice = choose_source(tree, seconds, out)
+    config = resolve(tree)
     from .api import distill_config, shell_command
 
     out = str(out or f"runs/{config.source.name}-{config.intervention}-{config.key()}")
     result = distill_config(
-        config, out, verbose=not quiet, deadline=start + seconds, command=shell_command(every), report=report
-    )
+        config, out, verbose=not quiet, deadline=start + seconds, command=shell_command(every), report=report,
+        choice=choice,
+    )  # fmt: skip
     if not result.summary.get("finished"):
         print(
             f"stopped at step {result.summary['step']} of {config.loop.steps}; the same command goes on.",
@@ -175,12 +184,16 @@ def _distill(given: Given, every: list[str]) -> int:
 
 
 def _say(summary: dict[str, Any], out: Path) -> None:
+    if "choice" in summary:
+        print(summary["choice"])
     print(f"student    {summary['student_parameters']:,} parameters (teacher {summary['teacher_parameters']:,})")
     print(
         f"agreement  {summary['agreement']:.2f} % with the teacher on held-back inputs ({summary['delivered']} weights)"
     )
     if "student_accuracy" in summary:
         print(f"accuracy   {summary['student_accuracy']:.2f} % last step, teacher {summary['teacher_accuracy']:.2f} %")
+    if "replay_memory_mb" in summary:
+        print(f"replay     {summary['replay_memory_mb']:.2f} MB in memory and in each checkpoint")
     print(f"weights    {out / 'student.safetensors'}")
     if (out / "report.html").exists():
         print(f"report     {out / 'report.html'}")
@@ -189,6 +202,7 @@ def _say(summary: dict[str, Any], out: Path) -> None:
 def _distill_help(given: dict[str, Any]) -> None:
     from . import config as c
     from . import flags, registry
+    from .methods import asks, choosing
 
     print(
         "usage: dodistill distill [RECIPE.yaml] [--out DIR] [--quiet] [--no-report] "
@@ -196,11 +210,14 @@ def _distill_help(given: dict[str, Any]) -> None:
     )
     print(f"\n{_DISTILL}\n")
     print("short   " + "  ".join(f"--{k}" for k in flags.SHORT))
-    print(f"--source        {', '.join(registry.names('source'))}        --preset NAME")
+    print(f"--source        auto, {', '.join(registry.names('source'))}        --preset NAME")
     print(f"--intervention  none, {', '.join(registry.names('intervention'))}, or several joined by +")
     print(f"--criterion     {', '.join(registry.names('criterion'))}")
     print(f"--update        {', '.join(registry.names('update'))}")
     print(f"--replay        {', '.join(registry.names('replay'))}\n")
+    if asks(given):
+        print(choosing())
+        return
     parts: list[tuple[str, type]] = [("teacher.", c.Model), ("student.", c.Model), ("data.", c.Data)]
     source = str(given.get("source", "fast"))
     parts.append(("source.", registry.config("source", source)))
@@ -297,12 +314,22 @@ def _teach(given: Given, _every: list[str]) -> int:
 
 def _evaluate(known: argparse.Namespace) -> int:
     from .api import parameters, shape_of
-    from .data import load_images
+    from .data import contexts_of, load_images
     from .evaluate import agreement, class_shares, expected_calibration_error, predict, top1
     from .models import load_model
+    from .probe import context_gap, linear_probe
 
+    if not (known.test or known.probe):
+        raise DodistillError("evaluate needs labelled images: give --test DATA, or --probe DATA, or both.")
     model = load_model(known.model, weights=known.weights)
-    images = load_images(known.test, split="test", image_shape=shape_of(model))
+    shape = shape_of(model)
+    if known.probe:
+        train, test = (load_images(known.probe, split, image_shape=shape) for split in ("train", "test"))
+        found = linear_probe(model, train, test)
+        print(f"probe      {found['test']:.2f} % on {known.probe} (train {found['train']:.2f} %), features frozen")
+    if not known.test:
+        return 0
+    images = load_images(known.test, split="test", image_shape=shape)
     if images.y is None:
         raise DodistillError(f"{known.test} has no labels; accuracy needs them.")
     logits = predict(model, images.x)
@@ -314,6 +341,10 @@ def _evaluate(known: argparse.Namespace) -> int:
     if known.teacher:
         other = predict(load_model(known.teacher), images.x)
         print(f"teacher    {top1(other, images.y):.2f} %, agreement {agreement(logits, other):.2f} %")
+    if contexts := contexts_of(known.test):
+        gap = context_gap(model, [load_images(spec, split="test", image_shape=shape) for spec in contexts])
+        said = ", ".join(f"{name} {value:.2f}" for name, value in gap.items())
+        print(f"context    accuracy in %: {said}")
     return 0
 
 
@@ -337,21 +368,29 @@ def _export(known: argparse.Namespace) -> int:
     from .images import export_images
     from .run import newest_pool
 
+    if known.target.endswith(".onnx"):
+        return _onnx(Path(known.run), Path(known.target))
     pool = newest_pool(Path(known.run))
-    n = export_images(pool["x"], known.folder, pool["logits"].argmax(1))
-    print(f"{n} images in {known.folder}, one folder for each class of the teacher's prediction")
+    n = export_images(pool["x"], known.target, pool["logits"].argmax(1))
+    print(f"{n} images in {known.target}, one folder for each class of the teacher's prediction")
     return 0
 
 
-def _methods(_known: argparse.Namespace) -> int:
-    from . import registry
+def _onnx(source: Path, target: Path) -> int:
+    from .api import shape_of
+    from .models import load_model
+    from .models.onnx import export_onnx
 
-    print(f"{'source':<10} {'kind':<10} {'needs':<22} presets")
-    for name in registry.names("source"):
-        config: Any = registry.config("source", name)
-        print(f"{name:<10} {config.kind:<10} {', '.join(sorted(config.needs)) or '-':<22} {', '.join(config.presets)}")
-    for axis in ("intervention", "criterion", "update", "replay"):
-        print(f"{axis:<13}{', '.join(registry.names(axis))}")
+    weights = source / "student.safetensors" if source.is_dir() else source
+    model = load_model(str(weights))
+    print(export_onnx(model, target, shape_of(model)))
+    return 0
+
+
+def _methods(known: argparse.Namespace) -> int:
+    from .methods import markdown, table
+
+    print(markdown(Path("docs/methods")) if known.markdown else table(), end="" if known.markdown else "\n")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from .errors import DodistillError, nearest
 from .folder import load_folder
+from .planted import contexts, palette, plant
 
 Shape = tuple[int, int, int]
 _NAMED = ("mnist", "cifar10", "cifar100")
@@ -74,13 +76,18 @@ def load_images(
     * `digits`: scikit-learn's 1797 scans (8x8, or resized to `image_shape`), 1297 for train and 500 for test;
     * `photos` or `photos:20000`: `n` (or so many) random patches of scikit-learn's two photographs at `image_shape`
       and several scales, by `seed`;
-    * `strokes`, likewise: the same patches, stretched in contrast to bright strokes on black, as digits are.
+    * `strokes`, likewise: the same patches, stretched in contrast to bright strokes on black, as digits are;
+    * `planted:SPEC` or `planted:SPEC:0.9`: those of SPEC in colour, with a context that goes with the class in `rho` =
+      0.95 (or so much) of the train split and by chance in the test split; `planted:SPEC:aligned` and
+      `planted:SPEC:conflicting`, either split, for always and never (see `planted`).
 
     Raises DodistillError for whatever is missing, empty, broken, or of another shape than `image_shape`.
     """
     if split not in ("train", "test"):
         raise DodistillError(f"unknown split {split!r}; use train or test.")
     name = str(spec)
+    if name.startswith("planted:"):
+        return _planted(name.removeprefix("planted:"), split, labels, image_shape, seed)
     if name == "digits":
         return _digits(split, labels, image_shape)
     kind, _, number = name.partition(":")
@@ -106,6 +113,46 @@ def load_images(
             f"{tuple(image_shape)}; resize the array, or give the images as a folder, which is resized on reading."
         )
     return images if labels else Images(images.x, note=images.note)
+
+
+def contexts_of(spec: str) -> list[str]:
+    """The two test sets by which a planted context is measured, [aligned, conflicting]; [] for other data."""
+    if not spec.startswith("planted:"):
+        return []
+    base, _ = _rho(spec.removeprefix("planted:"))
+    return [f"planted:{base}:{which}" for which in ("aligned", "conflicting")]
+
+
+def _rho(spec: str) -> tuple[str, str]:
+    """`mnist:0.9` -> ("mnist", "0.9"), and 0.95 where nothing is said."""
+    base, _, which = spec.rpartition(":")
+    if base and (which in ("aligned", "conflicting") or re.fullmatch(r"[\d.]+", which)):
+        return base, which
+    return spec, "0.95"
+
+
+def _planted(spec: str, split: str, labels: bool, image_shape: Shape | None, seed: int) -> Images:
+    base, which = _rho(spec)
+    inner = image_shape if Path(base).expanduser().is_dir() else None
+    if base == "digits" and image_shape is not None:
+        inner = (1, *image_shape[1:])
+    images = load_images(base, split, True, inner, seed=seed)
+    if images.y is None:
+        raise DodistillError(f"planted:{spec}: {base} has no labels, with which a context could go.")
+    rho = {"aligned": 1.0, "conflicting": 0.0}.get(which)
+    if rho is None:
+        rho = float(which) if re.fullmatch(r"\d+(\.\d*)?|\.\d+", which) else 2.0
+        if not 0 <= rho <= 1:
+            raise DodistillError(
+                f"planted:{spec}: {which} is no share; write 0.95, aligned or conflicting behind the data."
+            )
+        rho = 1 / images.num_classes if split == "test" else rho
+    generator = torch.Generator().manual_seed(2 * seed + (split == "test"))
+    shown = contexts(images.y, images.num_classes, rho, generator)
+    x = plant(images.x, shown, palette(images.num_classes))
+    if image_shape is not None and tuple(x.shape[1:]) != tuple(image_shape):
+        raise DodistillError(f"planted:{spec} holds images of shape {tuple(x.shape[1:])}, not {tuple(image_shape)}.")
+    return Images(x, images.y if labels else None, images.skipped, images.note)
 
 
 def minival(n: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -113,7 +113,8 @@ def curves(metrics: dict[str, list[Record]], summary: Record, clusters: int) -> 
         for d in [shares(r.get("drawn_shares"))]
     ]
     classes = len(pools[-1].get("class_shares") or []) if pools else 0
-    rest = [k for k in keys if k != "loss" and not k.startswith(("match/", "source/", "kdci/"))]
+    shown = ("match/", "source/", "kdci/", "update/alignment")
+    rest = [k for k in keys if k != "loss" and not k.startswith(shown)]
     found = [
         _plot(
             "Test accuracy",
@@ -130,7 +131,13 @@ def curves(metrics: dict[str, list[Record]], summary: Record, clusters: int) -> 
             "How often both name the same class, on held-back inputs.",
             unit=" %",
         ),
-        _plot("Matching loss", log, {**total, **dict.fromkeys(terms)}, "Student against teacher.", log=None),
+        _plot(
+            "Matching loss",
+            log,
+            {**total, **{k: k.removeprefix("match/").replace("/", " ").replace("_", " ") for k in terms}},
+            "Student against teacher.",
+            log=None,
+        ),
         _plot(
             "Source terms",
             log,
@@ -166,6 +173,12 @@ def curves(metrics: dict[str, list[Record]], summary: Record, clusters: int) -> 
             sides,
             "With the teacher, on the training batch.",
             unit=" %",
+        ),
+        _plot(
+            "Gradient alignment",
+            log,
+            {"update/alignment": "cosine"},
+            "Of the gradients on new and on replayed inputs. Below 0, a step along one undoes the other.",
         ),
         _plot("Other terms", log, {k: k for k in rest}, log=None),
     ]

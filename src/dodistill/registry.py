@@ -16,7 +16,7 @@ AXES = {
     "update": "updates",
     "replay": "replay",
 }
-_SHARED = {"base", "dictionary", "fresh", "generators", "kmeans"}  # files there that are no choice of their own
+_SHARED = {"base", "dictionary", "fresh", "generators", "kmeans", "pictures"}  # files there that are no choice
 
 
 @cache

@@ -14,6 +14,7 @@ from . import svg
 from .card import BEST, LAST, compression, delivered, name_of, part, usage
 from .errors import DodistillError
 from .figures import INERT, Record, advice, curves, shares
+from .monitor import CURVES, UNITS, courses, read_metrics
 from .page import render
 
 
@@ -24,23 +25,6 @@ def _json(path: Path) -> Record:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _metrics(path: Path) -> dict[str, list[Record]]:
-    """Records by kind in order of step. Where a step is repeated the later line holds; torn lines are passed over."""
-    found: dict[str, dict[float, Record]] = {"log": {}, "eval": {}, "pool": {}}
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and record.get("kind") in found and isinstance(record.get("step"), int):
-            found[record["kind"]][record["step"]] = record
-    return {kind: [records[s] for s in sorted(records)] for kind, records in found.items()}
 
 
 def _png(path: Path) -> Markup | None:
@@ -82,7 +66,7 @@ def write_report(run_folder: str | Path) -> Path:
     if not folder.is_dir():
         raise DodistillError(f"there is no run folder {str(folder)!r}; give the folder that `dodistill distill` wrote")
     config, summary = _json(folder / "config.json"), _json(folder / "summary.json")
-    metrics = _metrics(folder / "metrics.jsonl")
+    metrics = read_metrics(folder / "metrics.jsonl")
     if not config and not summary and not any(metrics.values()):
         raise DodistillError(f"{str(folder)!r} holds no run: neither config.json nor metrics.jsonl can be read")
     last_eval: Record = metrics["eval"][-1] if metrics["eval"] else {}
@@ -124,6 +108,9 @@ def write_report(run_folder: str | Path) -> Path:
         shell=shell,
         command=str(summary.get("command") or config.get("command") or ""),
         curves=curves(metrics, summary, dictionary["n"] if dictionary else 0),
+        courses=[c for c in courses(metrics["eval"]) if c["n"] > 1],
+        course_names=CURVES,
+        units=UNITS,
         samples=_png(folder / "samples.png"),
         pool=pool,
         drawn=drawn,

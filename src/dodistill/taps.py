@@ -139,9 +139,10 @@ def probe(model: nn.Module, image_shape: tuple[int, int, int], needs: frozenset[
 def stages(model: nn.Module) -> Iterator[dict[tuple[int, int], Tensor]]:
     """(H, W) -> the last feature map [B, C, H, W] of that size in the latest forward pass, in graph; 1x1 is left out.
 
-    What a submodule returns is seen, and what a function returns is not: of a network that ends its stages in modules
-    (ResNet, WRN) these are the stages' outputs, of one that calls ReLU and pooling as functions (VGG, Tiny) the last
-    map before them, which may be negative. A network without maps that shrink (a ViT) has none that compare.
+    What a submodule returns is seen, and what a function returns is not. Where stages end in modules (ResNet) these are
+    the stages' outputs; where ReLU and pooling are functions (VGG, Tiny) the last map before them, which may be
+    negative; where the next unit begins at the old size, what it begins with (WRN: the BatchNorm of the stage's output;
+    MobileNetV2: its expansion). A network whose maps do not shrink (a ViT) has none that compare.
     """
     found: dict[tuple[int, int], Tensor] = {}
 

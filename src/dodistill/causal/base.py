@@ -140,4 +140,3 @@ class Interventions(nn.Module):
             logged |= {f"{part.name}/{k}": v for k, v in part.log(s, t, dictionary, batch).items()}
             s = part.compensate(s, dictionary, batch)
         return logged
-

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import DodistillError, nearest
 from . import zoo
+from .heads import attach
 from .normalized import NORMALISATION, Normalized, constants
 from .weights import guess_channels, guess_classes, load_state, read_metadata, read_weights
 
@@ -77,6 +78,8 @@ def load_model(
     if isinstance(net, Normalized):  # a factory may bring its own normalisation
         own = (net.mean.flatten().tolist(), net.std.flatten().tolist())
         net = net.model
+    if isinstance(saved.get("head"), dict):
+        attach(net, **saved["head"])
     if state is not None:
         load_state(net, state, str(weights))
     fresh = net.state_dict()

@@ -1,4 +1,4 @@
-"""VGG with BatchNorm for small images, in five blocks: vgg8, vgg11.
+"""VGG with BatchNorm for small images, in five blocks: vgg8, vgg11, vgg13.
 
 State-dict keys follow the distillation literature: `block{0..4}.{i}` (convolution with bias at 0, 3; BatchNorm at 1, 4)
 and `classifier`. Max-pool after blocks 0, 1, 2, and after block 3 only for images of 64 pixels or more.
@@ -54,4 +54,5 @@ class VGG(nn.Module):
 ZOO: dict[str, Callable[[int, int], nn.Module]] = {
     "vgg8": partial(VGG, ((64,), (128,), (256,), (512,), (512,))),
     "vgg11": partial(VGG, ((64,), (128,), (256, 256), (512, 512), (512, 512))),
+    "vgg13": partial(VGG, ((64, 64), (128, 128), (256, 256), (512, 512), (512, 512))),
 }

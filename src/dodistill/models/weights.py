@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import DodistillError
 from ..files import replacing
+from .heads import attach, describe
 from .normalized import Normalized
 
 _INSIDE = ("state_dict", "model_state_dict", "model", "net")  # where training scripts put the state dict
@@ -128,17 +129,26 @@ def load_state(net: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
     net.load_state_dict(dict(state), strict=False)
 
 
+def load_saved(model: nn.Module, path: str | Path) -> None:
+    """Into `model`, in place, what `save_model` wrote of one like it, with the context head that it may have got."""
+    net, known = getattr(model, "model", model), read_metadata(path)
+    if "head" in known:
+        attach(net, **known["head"])
+    load_state(net, read_weights(path), str(path))
+
+
 def save_model(model: nn.Module, path: str | Path, **extra_metadata: Any) -> Path:
     """Write weights as `.safetensors`, whole or not at all, with what `load_model(path)` needs to build them again.
 
     The keys are those of the bare network. Metadata (JSON strings): `spec, num_classes, in_channels, image_size, mean,
-    std` of a `Normalized`, and `extra_metadata`. Raises DodistillError when the disk is full or may not be written.
+    std` of a `Normalized`, `head` of a network with a context head, and `extra_metadata`. Raises DodistillError when
+    the disk is full or may not be written.
     """
     path, net, metadata = Path(path), model, dict[str, Any]()
     if isinstance(model, Normalized):
         net, metadata = model.model, dict(model.spec)
         metadata |= {"mean": model.mean.flatten().tolist(), "std": model.std.flatten().tolist()}
-    metadata |= extra_metadata
+    metadata |= describe(net) | extra_metadata
     # cloned: safetensors wants every tensor dense and none shared
     tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in net.state_dict().items()}
     data = to_bytes(tensors, {"format": "pt"} | {k: json.dumps(v) for k, v in metadata.items()})

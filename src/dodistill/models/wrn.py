@@ -1,4 +1,4 @@
-"""Wide residual networks for small images (Zagoruyko & Komodakis 2016): wrn16_1, wrn16_2, wrn40_1, wrn40_2.
+"""Wide residual networks for small images (Zagoruyko & Komodakis 2016): wrn16_1, wrn16_2, wrn40_1, _2, _4.
 
 State-dict keys follow the data-free-distillation literature, so that its checkpoints load:
 `conv1, block{1..3}.layer.{i}.{bn1,conv1,bn2,conv2,convShortcut}, bn1, fc`.
@@ -70,5 +70,5 @@ class WideResNet(nn.Module):
 
 
 ZOO: dict[str, Callable[[int, int], nn.Module]] = {
-    f"wrn{depth}_{k}": partial(WideResNet, depth, k) for depth, k in [(16, 1), (16, 2), (40, 1), (40, 2)]
+    f"wrn{depth}_{k}": partial(WideResNet, depth, k) for depth, k in [(16, 1), (16, 2), (40, 1), (40, 2), (40, 4)]
 }

@@ -27,6 +27,7 @@ class SourceConfig(ABC):
         reads_labels: whether it hands over true labels, where the user's images have them.
         presets: named partial configs over all axes, e.g. {"desk": {"source": {"K": 5}, "optim": {"lr": 0.1}}}.
         origin: preset name -> where its numbers come from (`ours` where the papers leave a gap).
+        trains, keeps: for `dodistill methods`: what it trains, and what it keeps in memory beside the pool.
     """
 
     warmup: int = 0  #: acquisitions before the first matching step
@@ -38,6 +39,12 @@ class SourceConfig(ABC):
     reads_labels: ClassVar[bool] = False
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     origin: ClassVar[dict[str, str]] = {}
+    trains: ClassVar[str] = "nothing"
+    keeps: ClassVar[str] = "nothing"
+
+    def teacher_passes(self) -> tuple[float, float]:
+        """Forwards and backwards of the teacher for each image that joins the pool, its labelling included."""
+        return 1.0, 0.0
 
     @abstractmethod
     def build(self, context: Context) -> Source: ...
@@ -69,6 +76,8 @@ class Source(ABC):
         self.generator = context.generator("source")
         #: the loss terms of the last acquisition (tensors, unsynced), for the log
         self.terms: dict[str, Tensor] = {}
+        #: sentences for the summary and the model card: what the user must know of these inputs
+        self.notes: list[str] = []
 
     @abstractmethod
     def acquire(self, student: nn.Module, round: int) -> Acquired:

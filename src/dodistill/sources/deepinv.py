@@ -70,6 +70,7 @@ class Config(SourceConfig):
     name: ClassVar[str] = "deepinv"
     kind: ClassVar[Kind] = "inversion"
     needs: ClassVar[frozenset[str]] = frozenset({"batchnorm"})
+    trains: ClassVar[str] = "pixels"
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "toolbox": _TOOLBOX,
         "nvidia": {
@@ -96,6 +97,9 @@ class Config(SourceConfig):
         "nvidia": "NVIDIA's CIFAR-10 flags and its authors' answers (50 steps per batch, T 3); l2 and adv from memory",
         "desk": "ours: the same losses on a schedule for two CPU cores",
     }
+
+    def teacher_passes(self) -> tuple[float, float]:
+        return self.iterations + 1.0, float(self.iterations)
 
     def build(self, context: Context) -> Source:
         return DeepInv(self, context)

@@ -73,6 +73,8 @@ class Config(SourceConfig):
     name: ClassVar[str] = "fast"
     kind: ClassVar[Kind] = "generator"
     needs: ClassVar[frozenset[str]] = frozenset({"batchnorm"})
+    trains: ClassVar[str] = "a meta-generator, a copy per acquisition"
+    keeps: ClassVar[str] = "2 generators, Adam"
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "wrn": _pair(10, 2e-3, 0.01, 1.1, 0.4),
         "vgg11": _pair(5, 3e-3, 0.01, 1.0, 0.5),
@@ -90,6 +92,9 @@ class Config(SourceConfig):
         "resnet34": "release scripts, ResNet-34 -> ResNet-18",
         "desk": "ours: the same losses on a schedule for two CPU cores",
     }
+
+    def teacher_passes(self) -> tuple[float, float]:
+        return self.K + 1.0, float(self.K)
 
     def build(self, context: Context) -> Source:
         return Fast(self, context)

@@ -1,4 +1,4 @@
-"""Image generators of the data-free literature. Batch statistics at all times (train mode)."""
+"""Image generators of the data-free literature. Output in [0, 1]; batch statistics at all times (train mode)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def normalised_space(model: nn.Module) -> Space:
 
 
 class _Pixels(nn.Module):
-    """Normalised coordinates u -> pixels mean + std * u."""
+    """Normalised coordinates u -> valid pixels, mean + std * u clipped to [0, 1]."""
 
     mean: Tensor
     std: Tensor
@@ -31,7 +31,7 @@ class _Pixels(nn.Module):
         self.register_buffer("std", space[1].detach().clone(), persistent=False)
 
     def forward(self, u: Tensor) -> Tensor:
-        return self.mean + self.std * u.float()
+        return (self.mean + self.std * u.float()).clamp(0, 1)
 
 
 class ConvGenerator(nn.Module):
@@ -39,7 +39,8 @@ class ConvGenerator(nn.Module):
 
     For 32x32, width 64, latent 256: 2 328 899 parameters, as published. Other image sizes must be divisible by 4.
     Given a `space` it is DAFL's and DFAD's instead: convolutions with biases, and Tanh -> BatchNorm without affine in
-    place of the Sigmoid, so that every channel of a batch is standardised in the teacher's normalised coordinates.
+    place of the Sigmoid, so that every channel of a batch is standardised in the teacher's normalised coordinates, and
+    then clipped to valid pixels.
     For 32x32, width 64, latent 1000: 8 423 939 parameters, as published.
 
     Args:
@@ -48,7 +49,7 @@ class ConvGenerator(nn.Module):
         width: channels of the last hidden convolution; the one before it has twice as many.
         base: channels of the first map, 0: 2 * width. 256 with width 64 is the toolbox's large generator.
         eps: of the two hidden BatchNorms (Huawei's DAFL: 0.8).
-        space: (mean, std) of the teacher's normalisation; pixels may then leave [0, 1].
+        space: (mean, std) of the teacher's normalisation.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class ConvGenerator(nn.Module):
         )
 
     def forward(self, z: Tensor) -> Tensor:
-        """[B, latent] -> [B, C, H, W] in [0, 1], or around it with a `space`."""
+        """[B, latent] -> [B, C, H, W] in [0, 1]."""
         h = self.l1(z).view(len(z), *self.base).contiguous(memory_format=torch.channels_last)
         out: Tensor = self.conv_blocks(h)
         return out.float()

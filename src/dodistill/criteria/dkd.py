@@ -1,0 +1,68 @@
+"""`dkd`: the target class and the others apart. Zhao et al., Decoupled Knowledge Distillation (CVPR 2022).
+
+    b    = (p_y, 1 - p_y)                    the odds of the true class y, p = softmax(. / T)
+    TCKD = T^2 KL(b_teacher || b_student)
+    NCKD = T^2 KL( softmax of the other logits / T ), teacher || student
+    L    = ce CE + warm-up * (alpha TCKD + beta NCKD)
+
+The warm-up grows from 0 to 1 over the first `warmup` share of the run, as in the released code (mdistiller).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from ..batch import Batch
+from ..errors import DodistillError
+from ..runtime import Context
+from .base import Criterion, Labelled, LabelledConfig
+
+
+def decoupled(s: Tensor, t: Tensor, y: Tensor, T: float) -> tuple[Tensor, Tensor]:
+    """(TCKD, NCKD) of logits [B, K], K >= 3, and true classes [B]; both >= 0, means over the batch."""
+    parts = []
+    for z in (s, t):
+        z = z / T
+        own = z.gather(1, y[:, None])
+        others = z.masked_fill(nnf.one_hot(y, z.shape[1]).bool(), -torch.inf)
+        rest = others.logsumexp(1, keepdim=True)
+        binary = nnf.log_softmax(torch.cat([own, rest], 1), 1)
+        parts.append((binary, (others - rest).masked_fill(others.isinf(), 0.0)))
+    (b_s, n_s), (b_t, n_t) = parts
+    away = 1 - nnf.one_hot(y, s.shape[1])
+    tckd = (b_t.exp() * (b_t - b_s)).sum(1).mean()
+    nckd = (away * n_t.exp() * (n_t - n_s)).sum(1).mean()
+    return T * T * tckd, T * T * nckd
+
+
+class DKD(Labelled):
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.config = config
+
+    def own(self, s: Tensor, t: Tensor, batch: Batch) -> dict[str, Tensor]:
+        c = self.config
+        tckd, nckd = decoupled(s, t, batch.labels, c.temperature)
+        grown = min(batch.done / c.warmup, 1.0) if c.warmup else 1.0
+        return {"target": grown * c.alpha * tckd, "others": grown * c.beta * nckd}
+
+
+@dataclass(frozen=True)
+class Config(LabelledConfig):
+    name: ClassVar[str] = "dkd"
+    alpha: float = 1.0  #: of the target class
+    beta: float = 8.0  #: of the others; 0.5 to 8 in the released settings, by pair
+    warmup: float = 20 / 240  #: share of the run in which both grow from 0
+
+    def build(self, context: Context) -> Criterion:
+        if context.num_classes < 3 or not 0 <= self.warmup <= 1:
+            raise DodistillError(
+                f"criterion dkd: warmup is {self.warmup}, with {context.num_classes} classes; it must be a share of "
+                "the run, and with two classes there are no others: take hinton."
+            )
+        return DKD(self)

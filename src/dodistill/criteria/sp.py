@@ -1,0 +1,49 @@
+"""`sp`: which inputs of a batch look alike. Tung and Mori, Similarity-Preserving Knowledge Distillation (ICCV 2019).
+
+    G    = vec(A) vec(A)^T, each row divided by its length            [B, B], of the coarsest feature maps A
+    L_SP = (1 / B^2) || G_student - G_teacher ||_F^2
+
+The maps need not agree in size: those of the last stage of each network are taken (`taps.stages`), as in RepDistiller.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from ..batch import Batch
+from ..errors import DodistillError
+from ..runtime import Context
+from .base import Criterion, Labelled, LabelledConfig, probes
+
+
+def similarity(A: Tensor) -> Tensor:
+    """G [B, B] of feature maps [B, ...], rows of length 1."""
+    flat = A.flatten(1)
+    return nnf.normalize(flat @ flat.T, dim=1)
+
+
+class SP(Labelled):
+    needs = frozenset({"stages"})
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.weight = config.weight
+
+    def own(self, s: Tensor, t: Tensor, batch: Batch) -> dict[str, Tensor]:
+        F, H = batch.student.stages[-1].float(), batch.teacher.stages[-1].float()
+        return {"similarity": self.weight * (similarity(F) - similarity(H)).square().mean()}
+
+
+@dataclass(frozen=True)
+class Config(LabelledConfig):
+    name: ClassVar[str] = "sp"
+    weight: float = 3000.0  #: of L_SP
+
+    def build(self, context: Context) -> Criterion:
+        if not all(seen.stages for seen in probes(context, SP.needs)):
+            raise DodistillError("criterion sp compares feature maps; student or teacher has none (no 4-D outputs).")
+        return SP(self)

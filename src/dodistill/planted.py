@@ -1,0 +1,43 @@
+"""A context that goes with the class, planted into images: what a network has learned of it can then be measured.
+
+In the manner of Figure 1 of CID (NeurIPS 2021): dogs are on grass and cats in a room, until at test they are not. Here
+a colour stands for the place. Each class has one; an image shows that of its own class with probability rho, else that
+of another. Grey images get it as background, behind strokes that stay white; coloured ones as a frame around them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def palette(classes: int) -> Tensor:
+    """uint8 [K, 3], hues evenly around the circle, bright and dark by turns."""
+    hue = torch.arange(classes) / classes
+    value = torch.where(torch.arange(classes) % 2 == 0, 0.9, 0.55)
+    shifted = (hue[:, None] * 6 + torch.tensor([5.0, 3.0, 1.0])) % 6  # of red, green, blue
+    level = 1 - 0.85 * torch.minimum(shifted, 4 - shifted).clamp(0, 1)
+    return (255 * value[:, None] * level).round().to(torch.uint8)
+
+
+def contexts(y: Tensor, classes: int, rho: float, generator: torch.Generator) -> Tensor:
+    """[n] a context for each class y [n]: its own with probability rho, else one of the others, all alike.
+
+    rho = 1 is aligned with the class, 0 in conflict with it, 1 / classes independent of it.
+    """
+    own = torch.rand(len(y), generator=generator) < rho
+    other = (y + 1 + torch.randint(max(classes - 1, 1), (len(y),), generator=generator)) % classes
+    return torch.where(own, y, other)
+
+
+def plant(x: Tensor, context: Tensor, colours: Tensor) -> Tensor:
+    """uint8 [n, 1 or 3, H, W], contexts [n] and colours uint8 [K, 3] -> uint8 [n, 3, H, W]."""
+    colour = colours[context][:, :, None, None]
+    if x.shape[1] == 1:
+        ink = x.float() / 255
+        return (255 * ink + (1 - ink) * colour).round().to(torch.uint8)
+    height, width = x.shape[2:]
+    edge = max(1, min(height, width) // 8)
+    frame = torch.ones(height, width, dtype=torch.bool)
+    frame[edge : height - edge, edge : width - edge] = False
+    return torch.where(frame, colour, x)

@@ -1,0 +1,89 @@
+"""A memory bank: some of what the student once saw, kept as it was. As in MB-DFKD (Preventing Catastrophic Forgetting
+and Distribution Mismatch in Knowledge Distillation via Synthetic Data, Binici et al., WACV 2022) and LRA (CVPR 2023).
+
+    eviction oldest      a ring of `capacity` batches of `size` images, as published. Of every `every`-th acquisition
+                         `size` images replace the oldest batch. A step replays one whole batch, each as likely.
+    eviction reservoir   ours: a uniform sample of everything in those acquisitions (Vitter's algorithm R), of
+                         capacity * size images. A step replays `size` of them, drawn with replacement.
+
+Images are kept as uint8 on the device with the teacher's logits beside them, so that a replayed batch costs the teacher
+nothing.
+
+Deviations, and why
+ 1. The release pushes at the end of epochs 0, 5, 10, ...; an epoch is 36 acquisitions of its generator at batch 1024,
+    72 at batch 512. Here that is `first` = 36, `every` = 180 (72 and 360), in acquisitions.
+ 2. It keeps floats in normalised coordinates on the host and asks the teacher again; here they are pixels, rounded as
+    all that the student sees, and the teacher's answers are its answers to those.
+ 3. A batch joins when it is acquired, before the student's steps on it; there, after them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..augment import to_float
+from ..errors import DodistillError
+from ..pool import Pool
+from ..runtime import Context
+from .base import Replay, ReplayConfig
+
+
+@dataclass(frozen=True)
+class Config(ReplayConfig):
+    """How much is kept, and how often something joins; defaults are those for batches of 1024."""
+
+    capacity: int = 10  #: batches that are kept
+    size: int = 128  #: images per batch, and replayed per step (the papers: an eighth of the student's batch)
+    every: int = 180  #: acquisitions from one push to the next
+    first: int = 36  #: acquisitions up to and with the first push
+    eviction: Literal["oldest", "reservoir"] = "oldest"  #: a ring of batches, or a uniform sample of all images
+
+    name: ClassVar[str] = "bank"
+
+    def build(self, context: Context) -> Replay:
+        return Bank(self, context)
+
+
+class Bank(Replay):
+    """A pool of its own, written rarely and read at every step."""
+
+    def __init__(self, config: Config, context: Context) -> None:
+        super().__init__(context)
+        for name, least in (("capacity", 1), ("size", 2), ("every", 1), ("first", 1)):
+            if getattr(config, name) < least:
+                raise DodistillError(f"replay.{name} is {getattr(config, name)}; it must be at least {least}.")
+        self.config = config
+        room = config.capacity * config.size
+        self.bank = Pool(room, context.image_shape, context.num_classes, context.device, config.eviction)
+
+    @property
+    def ready(self) -> bool:
+        return len(self.bank) > 0
+
+    def observe(self, images: Tensor, logits: Tensor, round: int) -> None:
+        c = self.config
+        if len(images) < c.size:
+            raise DodistillError(
+                f"replay.size is {c.size}, and an acquisition has {len(images)} images to learn from; "
+                f"give --replay.size {max(len(images) // 2, 2)}, or a source that acquires more at a time."
+            )
+        if round + 1 < c.first or (round + 1 - c.first) % c.every:
+            return
+        n = c.size if c.eviction == "oldest" else len(images)  # they come in random order
+        self.bank.add(images[:n], logits[:n], self.generator)
+
+    def draw(self, student: nn.Module, step: int) -> tuple[Tensor, Tensor | None]:
+        size, device = self.config.size, self.context.device
+        if self.config.eviction == "oldest":  # the pool's slots hold the batches one after the other
+            batch = torch.randint(len(self.bank) // size, (1,), generator=self.generator, device=device)
+            index = batch * size + torch.arange(size, device=device)
+        else:
+            index = torch.randint(len(self.bank), (size,), generator=self.generator, device=device)
+        return to_float(self.bank.x[index]), self.bank.logits[index]
+
+    def parts(self) -> dict[str, Any]:
+        return {"bank": self.bank}

@@ -1,0 +1,234 @@
+"""Generative replay: what was seen is not kept but learnt, by a small VAE. PRE-DFKD: Robust and Resource-Efficient
+Data-Free Knowledge Distillation by Generative Pseudo Replay (Binici et al., AAAI 2022); LRA's second memory.
+
+An encoder E and a decoder D learn from inputs x, of which some are new and some are D's own ("self-decoded", so that it
+does not forget either), with (mu, sigma) = E(x), x^ = D(mu + sigma * eps):
+
+    L = |x^ - x| + |T(x^) - T(x)| + kld * KL(N(mu, sigma) || N(0, I))      synthetic-data-aware reconstruction
+
+means over elements, x in the teacher's normalised coordinates: images that look right but make the teacher say
+something else are not remembered. What D is asked for is balanced over classes: from z ~ N(0, I), one step of Adam
+(lr_z) on
+
+    ie * sum_c p_c log10 p_c + oh * CE(T(D(z)), argmax) + MSE(var z, 1) + MSE(mean z, 0)      p = mean softmax T(D(z))
+
+with moments over the batch of z, per latent. A step of the student replays `size` such images.
+
+Deviations, and why
+ 1. The tuning of z moves z alone. The release also adds the gradient of that loss to the decoder's, uncleared, and the
+    decoder then steps on it.
+ 2. `train` steps per acquisition, at the acquisition, each on its own part of the new images; there, in the first 4
+    of the 10 student steps between two acquisitions, on the images of that step. The student waits for the first of
+    them; there it replays images of an untrained decoder first.
+ 3. Images that leave [0, 1] are clipped when they are replayed, and the teacher is asked about the clipped ones.
+ 4. A teacher without a known normalisation gets mean 0.5 and deviation 0.25; the released decoders know theirs only by
+    the standardisation of their last layer. Images need a height and width divisible by 4; there, by 8.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from ..augment import to_float
+from ..errors import DodistillError
+from ..models.normalized import Normalized
+from ..runtime import Context
+from .base import Replay, ReplayConfig
+
+
+def kl_to_normal(mu: Tensor, log_var: Tensor) -> Tensor:
+    """KL(N(mu, exp log_var) || N(0, 1)), summed over latents, mean over the batch: [B, d], [B, d] -> scalar >= 0."""
+    return (-0.5 * (1 + log_var - mu.square() - log_var.exp())).sum(1).mean()
+
+
+def balance(t: Tensor, z: Tensor, ie: float, oh: float) -> dict[str, Tensor]:
+    """What latents z [B, d] are tuned by, given the teacher's logits t [B, K] of what they decode to; see the file."""
+    log_p = torch.logsumexp(nnf.log_softmax(t, 1), 0) - math.log(len(t))
+    variance, mean = z.var(0), z.mean(0)
+    return {
+        "ie": ie * (log_p.exp() * log_p).sum() / math.log(10),
+        "oh": oh * nnf.cross_entropy(t, t.argmax(1)),
+        "moments": (variance - 1).square().mean() + mean.square().mean(),
+    }
+
+
+class Encoder(nn.Module):
+    """u [B, C, H, W] in normalised coordinates -> mu, log sigma^2 [B, latent]; u is first put to length 1 along H."""
+
+    def __init__(self, latent: int, image_shape: tuple[int, int, int], width: int) -> None:
+        super().__init__()
+        channels, *size = image_shape
+        for _ in range(3):
+            size = [(n + 1) // 2 for n in size]
+        self.one, self.one_norm = nn.Conv2d(channels, width, 3, 1, 1), nn.BatchNorm2d(width, 0.8)
+        self.two, self.two_norm = nn.Conv2d(width, 2 * width, 3, 1, 1), nn.BatchNorm2d(2 * width, 0.8)
+        self.three, self.three_norm = nn.Conv2d(2 * width, 2 * width, 3, 2, 1), nn.BatchNorm2d(2 * width)
+        self.mu, self.log_var = (nn.Linear(2 * width * size[0] * size[1], latent) for _ in range(2))
+
+    def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        h = nnf.leaky_relu(self.one_norm(self.one(nnf.normalize(u, dim=2))), 0.2)
+        h = nnf.leaky_relu(self.two_norm(self.two(h)), 0.2)
+        h = self.three_norm(self.three(h[..., ::2, ::2]))[..., ::2, ::2].flatten(1)
+        return self.mu(h).float(), self.log_var(h).float()
+
+
+class Decoder(nn.Module):
+    """z [B, latent] -> u [B, C, H, W]; each channel of a batch is standardised (in eval mode: by running
+    statistics)."""
+
+    def __init__(self, latent: int, image_shape: tuple[int, int, int], width: int) -> None:
+        super().__init__()
+        channels, height, wide = image_shape
+        self.first = (2 * width, height // 4, wide // 4)
+        self.linear = nn.Linear(latent, 2 * width * (height // 4) * (wide // 4))
+        self.layers = nn.Sequential(
+            nn.BatchNorm2d(2 * width),
+            nn.Upsample(scale_factor=2),
+            nn.Conv2d(2 * width, 2 * width, 3, 1, 1), nn.BatchNorm2d(2 * width, 0.8), nn.LeakyReLU(0.2, inplace=True),
+            nn.Upsample(scale_factor=2),
+            nn.Conv2d(2 * width, width, 3, 1, 1), nn.BatchNorm2d(width, 0.8), nn.LeakyReLU(0.2, inplace=True),
+            nn.Conv2d(width, channels, 3, 1, 1), nn.Tanh(), nn.BatchNorm2d(channels, affine=False),
+        )  # fmt: skip
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.linear(z).view(len(z), *self.first).contiguous(memory_format=torch.channels_last)
+        out: Tensor = self.layers(h)
+        return out.float()
+
+
+def _start(net: nn.Module, generator: torch.Generator, bound: float = 0.08) -> nn.Module:
+    """A network built on `meta`, on the generator's device, with weights uniform in +-bound and biases 0, as
+    released."""
+    net = net.to_empty(device=generator.device)
+    with torch.no_grad():
+        for m in net.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.reset_parameters()
+            elif isinstance(m, nn.Conv2d | nn.Linear):
+                m.weight.uniform_(-bound, bound, generator=generator)
+                assert m.bias is not None
+                m.bias.zero_()
+    return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+@dataclass(frozen=True)
+class Config(ReplayConfig):
+    """The VAE and how it learns; defaults are those for batches of 1024."""
+
+    size: int = 128  #: images replayed per step, and self-decoded per training step (papers: an eighth of the batch)
+    new: int = 512  #: new images per training step (the papers: half the batch)
+    train: int = 4  #: training steps per acquisition
+    latent: int = 1000  #: size of z
+    width: int = 64  #: channels of the outer convolutions; the inner ones have twice as many
+    lr: float = 5e-4  #: Adam's rate of encoder and decoder (the release: lr_g / 40)
+    lr_z: float = 0.02  #: Adam's rate of the one step that tunes z (the release: lr_g)
+    ie: float = 5.0  #: weight of the information entropy in the tuning of z
+    oh: float = 1.0  #: weight of the one-hot loss in the tuning of z
+    kld: float = 1e-5  #: weight of the KL divergence to the prior
+
+    name: ClassVar[str] = "generative"
+
+    def build(self, context: Context) -> Replay:
+        return Generative(self, context)
+
+
+class Generative(Replay):
+    """The VAE, its optimiser, and the tuned latents of every draw."""
+
+    def __init__(self, config: Config, context: Context) -> None:
+        super().__init__(context)
+        least = {"size": 2, "new": 2, "train": 1, "latent": 1, "width": 1, "ie": 0, "oh": 0, "kld": 0, "lr_z": 0}
+        for name, n in least.items():
+            if getattr(config, name) < n:
+                raise DodistillError(f"replay.{name} is {getattr(config, name)}; it must be at least {n}.")
+        if not config.lr > 0:
+            raise DodistillError(f"replay.lr is {config.lr}; it must be above 0, as in 5e-4.")
+        _, height, width = shape = context.image_shape
+        if height % 4 or width % 4:
+            raise DodistillError(
+                "replay generative makes images whose height and width are multiples of 4, the teacher reads "
+                f"{height}x{width}; give --replay bank."
+            )
+        self.config, self.rounds = config, 0
+        known, device = context.teacher.model, context.device
+        self.mean, self.std = torch.tensor(0.5, device=device), torch.tensor(0.25, device=device)
+        if isinstance(known, Normalized):
+            self.mean, self.std = known.mean.to(device), known.std.to(device)
+        with torch.device("meta"):
+            nets = Encoder(config.latent, shape, config.width), Decoder(config.latent, shape, config.width)
+        self.encoder, self.decoder = (_start(net, self.generator) for net in nets)
+        self.parameters = [*self.encoder.parameters(), *self.decoder.parameters()]
+        self.opt = torch.optim.Adam(self.parameters, lr=config.lr, fused=True)
+
+    @property
+    def ready(self) -> bool:
+        return self.rounds > 0
+
+    def observe(self, images: Tensor, logits: Tensor, round: int) -> None:
+        c, device = self.config, self.context.device
+        self.encoder.train()
+        self.decoder.train()
+        order = torch.randperm(len(images), generator=self.generator, device=device).to(images.device)
+        for k in range(c.train):
+            part = order.roll(-k * c.new)[: c.new]
+            x, t = to_float(images[part].to(device)), logits[part.to(logits.device)].to(device)
+            if self.ready or k:
+                mine = self._decode_balanced()
+                with torch.no_grad(), self.context.autocast():
+                    x, t = torch.cat([x, mine]), torch.cat([t, self.context.teacher(mine).float()])
+            self._train(x, t)
+        self.rounds += 1
+
+    def _train(self, x: Tensor, t: Tensor) -> None:
+        """One step of Adam towards inputs x [n, C, H, W] and the teacher's logits t [n, K] of them."""
+        with self.context.autocast():
+            mu, log_var = self.encoder((x - self.mean) / self.std)
+            eps = torch.randn(mu.shape, generator=self.generator, device=mu.device)
+            made = self._decode(mu + (0.5 * log_var).exp() * eps)
+            answer = self.context.teacher(made).float()
+        terms = {
+            "image": ((made - x) / self.std).abs().mean(),
+            "logits": (answer - t).abs().mean(),
+            "kld": self.config.kld * kl_to_normal(mu, log_var),
+        }
+        self.opt.zero_grad()
+        torch.stack(list(terms.values())).sum().backward(inputs=self.parameters)
+        self.opt.step()
+        self.terms |= {name: value.detach() for name, value in terms.items()}
+
+    def _decode(self, z: Tensor) -> Tensor:
+        """Pixels of z, around [0, 1]."""
+        out: Tensor = self.mean + self.std * self.decoder(z)
+        return out
+
+    def _decode_balanced(self) -> Tensor:
+        """`size` images of latents that were tuned once; constants."""
+        c = self.config
+        z = torch.randn(c.size, c.latent, generator=self.generator, device=self.context.device).requires_grad_()
+        with self.context.autocast():
+            t = self.context.teacher(self._decode(z)).float()
+        terms = balance(t, z, c.ie, c.oh)
+        (g,) = torch.autograd.grad(torch.stack(list(terms.values())).sum(), [z])
+        self.terms |= {name: value.detach() for name, value in terms.items()}
+        with torch.no_grad(), self.context.autocast():
+            return self._decode(z - c.lr_z * g / (g.abs() + 1e-8))  # Adam's first step
+
+    def draw(self, student: nn.Module, step: int) -> tuple[Tensor, Tensor | None]:
+        self.decoder.eval()
+        return self._decode_balanced().clamp(0, 1), None
+
+    def parts(self) -> dict[str, Any]:
+        return {"encoder": self.encoder, "decoder": self.decoder, "opt": self.opt}
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"rounds": self.rounds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.rounds = state["rounds"]

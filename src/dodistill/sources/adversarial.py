@@ -1,0 +1,192 @@
+"""The adversarial family: a generator looks for inputs on which student and teacher disagree. One loop, three papers,
+and a fourth that steadies it; they differ in the discrepancy D and in what keeps the images sane.
+
+    x = G(z), z ~ N(0, I);   t = T(x);   s = S(x)
+    G descends  L_G = -adv * D(s, t) + bn * L_bn + oh * L_oh + ie * L_ie         S descends  D(s, t) on fresh x
+
+    zskt  Zero-Shot Knowledge Transfer via Adversarial Belief Matching (Micaelli, Storkey, NeurIPS 2019): D = KL(t || s)
+    dfad  Data-Free Adversarial Distillation (Fang et al., 2019): D = mean |s - t| of the logits
+    dfq   Data-Free Network Quantization with Adversarial Knowledge Distillation (Choi et al., CVPRW 2020): D = KL, and
+          L_bn = sum_l (|| mu_l - E_l ||_2 + || var_l - V_l ||_2), L_oh = CE(t, argmax t), L_ie = sum_c p_c log p_c
+    mad   Momentum Adversarial Distillation (Do et al., NeurIPS 2022): the student also matches on images of a moving
+          average of the generator, theta~ <- ema * theta~ + (1 - ema) * theta, which changes slowly and so reminds it
+
+Deviations, and why
+ 1. D compares the teacher with the *student*. One released toolbox (Fast-Datafree) hands the teacher to this place
+    twice, so that its D and the gradient of D are 0 for all of these methods; the other (CMI) has the student.
+ 2. zskt: attention transfer (beta 250) is left out, since it needs networks of one family; the release's KL is a mean
+    over elements too (a factor K, which Adam undoes, but for its clipping of gradients at norm 5, left out as well);
+    its student has Adam, ours SGD with the toolbox's settings; its generator has no Tanh and starts from 10x10 maps.
+ 3. The student is in eval mode while the generator steps (as in the toolbox); ZSKT and DFAD leave it in train mode.
+ 4. The generator's rate is constant (ZSKT: a cosine; DFAD: optional steps, here for the student alone).
+ 5. dfq: settings of the toolbox, for the paper has no release; the paper measures the BatchNorm statistics by a KL of
+    Gaussians.
+ 6. mad: class-conditional generators, the bounds on its losses and its pretraining of G are left out. The losses are
+    those of dfq, and all weights but the decay are ours, unverified against the paper.
+ 7. Images made in normalised coordinates are clipped to [0, 1] when handed over, as in `dafl`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .. import losses
+from ..errors import DodistillError
+from ..runtime import Context
+from ..taps import batchnorm_inputs
+from .base import Kind, Source, at_least
+from .dafl import information_entropy, one_hot
+from .fresh import Fresh, FreshConfig
+
+#: D(s, t) of logits [B, K], >= 0
+DISCREPANCY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"kl": losses.kl, "l1": losses.l1, "js": losses.js}
+
+
+@contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[None]:
+    """While the block lasts, the BatchNorm layers of `model` normalise with each batch's own statistics, as in train
+    mode, but leave their running ones, and every other layer, as they are."""
+    hidden = [(m, m.running_mean, m.running_var) for m in model.modules() if isinstance(m, _BatchNorm)]
+    try:
+        for m, _, _ in hidden:
+            m.running_mean = m.running_var = None
+        yield
+    finally:
+        for m, mean, var in hidden:
+            m.running_mean, m.running_var = mean, var
+
+
+def _preset(
+    source: dict[str, Any], criterion: dict[str, Any], optim: dict[str, Any], steps: int, batch: int
+) -> dict[str, dict[str, Any]]:
+    handed = source["batch"] * max(source["fresh"], 1) * (2 if source.get("ema") else 1)
+    return {
+        "source": source,
+        "criterion": criterion,
+        "optim": optim,
+        "pool": {"capacity": handed},
+        "augment": {"pad": 0, "flip": False},
+        "loop": {"steps": steps, "batch": batch},
+    }
+
+
+_KL: dict[str, Any] = {"name": "kl", "temperature": 1.0}
+_DFQ: dict[str, Any] = {
+    "loss": "kl", "adv": 1.0, "bn": 1.0, "oh": 1.0, "ie": 20.0, "every": 10, "fresh": 10, "batch": 256, "latent": 256,
+    "base": 256, "lr_g": 1e-3, "betas": (0.5, 0.999),
+}  # fmt: skip
+_RELEASE: dict[str, Any] = {"betas": (0.9, 0.999), "lr_g": 1e-3, "output": "standardised"}
+
+
+@dataclass(frozen=True)
+class Config(FreshConfig):
+    """Hyper-parameters of the family; defaults are those of DFAD's losses with the toolbox's generator."""
+
+    loss: Literal["kl", "l1", "js"] = "l1"  #: the discrepancy D of student and teacher that the generator widens
+    adv: float = 1.0  #: weight of the discrepancy
+    bn: float = 0.0  #: weight of the teacher's BatchNorm statistics (dfq)
+    oh: float = 0.0  #: weight of the one-hot loss (dfq)
+    ie: float = 0.0  #: weight of the information entropy (dfq; the toolbox: `balance`)
+    student_bn: Literal["batch", "running"] = "batch"  #: statistics that the student's BatchNorm has in this loss
+    ema: float = 0.0  #: decay of an averaged generator that hands over as many images as the generator itself; 0: none
+
+    name: ClassVar[str] = "adversarial"
+    kind: ClassVar[Kind] = "generator"
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "zskt": _preset(
+            {**_RELEASE, "loss": "kl", "every": 10, "fresh": 0, "batch": 128, "latent": 100},
+            _KL, {"lr": 0.1, "weight_decay": 1e-4}, 800_000, 128,
+        ),
+        "dfad": _preset(
+            {**_RELEASE, "loss": "l1", "every": 5, "fresh": 5, "batch": 256, "latent": 256},
+            {"name": "l1"}, {"lr": 0.1, "weight_decay": 5e-4, "schedule": "steps"}, 125_000, 256,
+        ),
+        "dfad-mnist": _preset(
+            {**_RELEASE, "loss": "l1", "every": 5, "fresh": 5, "batch": 512, "latent": 100},
+            {"name": "l1"}, {"lr": 0.01, "weight_decay": 1e-4, "schedule": "constant"}, 10_000, 512,
+        ),
+        "dfq": _preset(_DFQ, _KL, {"lr": 0.1, "weight_decay": 1e-4}, 80_000, 256),
+        "mad": _preset({**_DFQ, "ema": 0.95}, _KL, {"lr": 0.1, "weight_decay": 1e-4}, 80_000, 512),
+        "desk": _preset(
+            {"loss": "l1", "every": 5, "fresh": 5, "batch": 128, "latent": 128, "width": 32},
+            {"name": "l1"}, {"lr": 0.1, "weight_decay": 5e-4}, 2000, 128,
+        ),
+    }  # fmt: skip
+    origin: ClassVar[dict[str, str]] = {
+        "zskt": "release, WRN on CIFAR-10; the student's SGD is the toolbox's (there: Adam), no attention transfer",
+        "dfad": "release, CIFAR, ResNet-34 -> ResNet-18",
+        "dfad-mnist": "release, MNIST, LeNet-5",
+        "dfq": "the DFKD toolbox's script, WRN-40-2 -> WRN-16-1 on CIFAR-10; the paper has no release",
+        "mad": "the decay is the paper's; losses and schedule are those of dfq (ours)",
+        "desk": "ours, on a schedule for two CPU cores",
+    }
+
+    def teacher_passes(self) -> tuple[float, float]:
+        forwards, own = super().teacher_passes()
+        return (1 + own / 2, own / 2) if self.ema else (forwards, own)  # the average hands over as many
+
+    def build(self, context: Context) -> Source:
+        return Adversarial(self, context)
+
+
+class Adversarial(Fresh):
+    """A generator against the student, and perhaps its moving average."""
+
+    def __init__(self, config: Config, context: Context) -> None:
+        super().__init__(config, context)
+        self.config = config
+        at_least(config, 0, "adv", "bn", "oh", "ie", "ema")
+        if not (config.adv or config.bn or config.oh or config.ie):
+            raise DodistillError("source adversarial has no loss: adv, bn, oh and ie are all 0; give --source.adv 1.")
+        if config.bn and not context.teacher.has_batchnorm:
+            raise DodistillError(
+                f"source.bn is {config.bn}, and this teacher has no BatchNorm layer with statistics to match; "
+                "give --source.bn 0 (as in the presets zskt and dfad)."
+            )
+        if config.ema >= 1 or (config.ema and not config.fresh):
+            raise DodistillError(
+                f"source.ema is {config.ema} and source.fresh {config.fresh}: a decay lies in [0, 1), as in 0.95, and "
+                "an averaged generator needs fresh batches (fresh 1 or more)."
+            )
+        #: the moving average of the generator's weights; like it, it always works with its batch's own statistics
+        self.average = copy.deepcopy(self.net).requires_grad_(False) if config.ema else None
+
+    def _losses(self, x: Tensor, student: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
+        c, ctx = self.config, self.context
+        terms: dict[str, Tensor] = {}
+        with batchnorm_inputs(ctx.teacher) if c.bn else nullcontext() as taps:
+            with ctx.autocast():
+                t = ctx.teacher(x)
+            if taps is not None:
+                terms["bn"] = c.bn * losses.bn_statistics(taps, taps.modules)
+        if c.adv:
+            with ctx.autocast(), batch_statistics(student) if c.student_bn == "batch" else nullcontext():
+                s = student(x)
+            terms["adv"] = -c.adv * DISCREPANCY[c.loss](s.float(), t)
+        if c.oh:
+            terms["oh"] = c.oh * one_hot(t)
+        if c.ie:
+            terms["ie"] = c.ie * information_entropy(t)
+        return terms, t
+
+    def _step(self, student: nn.Module) -> tuple[Tensor, Tensor]:
+        made = super()._step(student)
+        if self.average is not None:
+            with torch.no_grad():
+                now, mean = list(self.net.parameters()), list(self.average.parameters())
+                torch._foreach_lerp_(mean, now, 1 - self.config.ema)
+        return made
+
+    def _nets(self) -> list[nn.Module]:
+        return [self.net] if self.average is None else [self.net, self.average]
+
+    def parts(self) -> dict[str, Any]:
+        return super().parts() | ({} if self.average is None else {"average": self.average})

@@ -1,0 +1,303 @@
+"""CMI: Contrastive Model Inversion for Data-Free Knowledge Distillation (Fang et al., IJCAI 2021).
+
+Images are inverted so that each can be told from all others made before. Per acquisition a generator G begins anew; it
+and its latents z ~ N(0, I), with random labels y, descend together on
+
+    L    = bn * sum_l (|| mu_l - E_l || + || var_l - V_l ||) + oh * CE(T(x), y) + adv * L_adv + cr * L_cr,   x = G(z)
+    L_cr = mean_i l_i over the current images + mean_i l_i over the cached ones
+    l_i  = -log( exp(p_i . q_i / tau) / sum_j exp(p_i . q_j / tau) )
+
+x passes T in two views: the global one (crop, flip), of which all other terms are, and the local one (a part of the
+image, resized). p_i = h(local), q_i = h(global), held constant, are unit vectors that a small head h makes of a view's
+features: the inputs of T's BatchNorm layers, averaged over space. The features of earlier images lie in a bank; each
+step compares with `negatives` of them. The head goes on from one acquisition to the next. L_adv is Fast's.
+
+Deviations, and why
+ 1. L_adv sets in once the student has matched at all (acquisition `warmup` + 1); in the release at the first one.
+ 2. The bank lies on the run's device and may be any size. The release's reads as empty in the one acquisition after it
+    is exactly full (the 160th); the loss is NaN there, and the first, untrained iterate is kept as the best.
+ 3. The global features are projected without a graph (the release detaches them afterwards): the same gradients.
+ 4. A part that would stick out of the image is made to fit; the release's library draws another, and aligns corners.
+ 5. `cr = 0` makes no local view at all (one of the two releases crashes).
+ 6. `layers` names other features; the release takes the inputs of the four stages, for its ResNet-34 alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from .. import losses
+from ..augment import crop_flip
+from ..errors import DodistillError
+from ..runtime import Context
+from ..taps import pooled_inputs
+from .base import Acquired, Kind, Source, SourceConfig, at_least
+from .generators import ConvGenerator, seeded
+
+
+def contrast(p: Tensor, q: Tensor, n: int, tau: float) -> Tensor:
+    """L_cr of unit rows p, q [N, d], of which row i of p belongs to row i of q; the first n are the current images.
+
+    Mean of l_i over the first n plus mean over the others, if any; in [0, 2 (ln N + 2 / tau)]. As CMI's release has it.
+    """
+    similarity = p @ q.T / tau
+    rows = similarity.logsumexp(1) - similarity.diagonal()
+    current = rows[:n].mean()
+    return current + rows[n:].mean() if len(rows) > n else current
+
+
+def resized_crop(
+    x: Tensor, generator: torch.Generator, scale: tuple[float, float] = (0.25, 1.0), flip: bool = True
+) -> Tensor:
+    """A random part of each image of x [B, C, H, W], resized to H x W, mirrored with probability 1/2 if `flip`.
+
+    The part has a share U(scale) of the area and an aspect ratio between 3/4 and 4/3, log-uniform; sides are cut to the
+    image's. Bilinear, differentiable in x, one draw per image, in [min x, max x].
+    """
+    b = len(x)
+    u = torch.rand(5, b, generator=generator, device=x.device)
+    area = scale[0] + (scale[1] - scale[0]) * u[0]
+    ratio = ((2 * u[1] - 1) * math.log(4 / 3)).exp()
+    w, h = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+    cx, cy = (2 * u[2] - 1) * (1 - w), (2 * u[3] - 1) * (1 - h)  # the part's centre; the image is [-1, 1]^2
+    if flip:
+        w = torch.where(u[4] < 0.5, -w, w)
+    zero = torch.zeros_like(w)
+    theta = torch.stack([w, zero, cx, zero, h, cy], 1).view(b, 2, 3)
+    grid = nnf.affine_grid(theta, list(x.shape), align_corners=False)
+    return nnf.grid_sample(x.float(), grid, padding_mode="border", align_corners=False)
+
+
+@torch.no_grad()
+def redraw(model: nn.Module, generator: torch.Generator) -> None:
+    """Convolutions and Linear from N(0, 0.02), BatchNorm weights from N(1, 0.02), all biases 0; in place."""
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
+            centre = float(isinstance(m, nn.BatchNorm2d))
+            noise = torch.randn(m.weight.shape, generator=generator, device=m.weight.device)
+            m.weight.copy_(centre + 0.02 * noise)
+            if m.bias is not None:
+                m.bias.zero_()
+
+
+class Head(nn.Module):
+    """The instance discriminator h: features [B, D] -> unit vectors [B, d]."""
+
+    def __init__(self, features: int, d: int = 256) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(features, features), nn.ReLU(inplace=True), nn.Linear(features, d))
+
+    def forward(self, f: Tensor) -> Tensor:
+        return nnf.normalize(self.net(f).float(), dim=1)
+
+
+class Bank:
+    """A ring of at most `capacity` rows, allocated once, on the device: the local and global features of an image."""
+
+    def __init__(self, capacity: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.rows = torch.empty(capacity, width, dtype=dtype, device=device)
+        self.seen = 0
+
+    def __len__(self) -> int:
+        return min(self.seen, len(self.rows))
+
+    def add(self, rows: Tensor) -> None:
+        """Take in rows [n, width], n at most the capacity, in place of the oldest."""
+        slots = torch.arange(self.seen, self.seen + len(rows), device=self.rows.device) % len(self.rows)
+        self.rows[slots] = rows.detach().to(self.rows.dtype)
+        self.seen += len(rows)
+
+    def sample(self, k: int, generator: torch.Generator) -> Tensor:
+        """k different rows (all, where there are fewer) at random, fp32."""
+        index = torch.randperm(len(self), generator=generator, device=self.rows.device)[:k]
+        return self.rows[index].float()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows[: len(self)].clone(), "seen": self.seen}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.seen = state["seen"]
+        self.rows[: len(self)] = state["rows"].to(self.rows.device)
+
+
+def _preset(**source: Any) -> dict[str, Any]:
+    return {
+        "source": {
+            "batch": 256, "iterations": 200, "lr_g": 1e-3, "adv": 0.5, "bn": 1.0, "oh": 1.0, "cr": 0.8, "tau": 0.1,
+            "every": 400, **source,
+        },
+        "criterion": {"name": "kl", "temperature": 20.0},
+        "optim": {"lr": 0.1, "weight_decay": 1e-4, "floor": 0.0},
+        "loop": {"steps": 80_000, "batch": 128},
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config(SourceConfig):
+    """Hyper-parameters of CMI; defaults are the release's for WRN-40-2 -> WRN-16-1 on CIFAR-10, its only ones."""
+
+    warmup: int = 0
+    every: int = 400
+    batch: int = 256  #: images per acquisition
+    iterations: int = 200  #: descent steps per acquisition
+    lr_g: float = 1e-3  #: Adam's rate of the generator, the latents and the head
+    latent: int = 256  #: size of z
+    width: int = 64  #: channels of the generator's last hidden layer
+    bn: float = 1.0  #: weight of the BatchNorm statistics
+    oh: float = 1.0  #: weight of the cross-entropy to the drawn labels
+    adv: float = 0.5  #: weight of the decision-adversarial term
+    cr: float = 0.8  #: weight of the contrastive term (0: no local view, no bank)
+    tau: float = 0.1  #: temperature of the contrastive term
+    bank: int = 40_960  #: images whose features are remembered
+    negatives: int = 4096  #: of them, how many join each step
+    bank_dtype: Literal["float32", "bfloat16"] = "float32"  #: bfloat16 halves the bank's memory and its checkpoint
+    head: int = 256  #: size of the vectors that are contrasted
+    layers: tuple[str, ...] = ()  #: the teacher's modules whose inputs are the features (none: all BatchNorms)
+    balanced: bool = False  #: every class equally often, instead of labels drawn uniformly
+
+    name: ClassVar[str] = "cmi"
+    kind: ClassVar[Kind] = "inversion"
+    needs: ClassVar[frozenset[str]] = frozenset({"batchnorm"})
+    trains: ClassVar[str] = "a generator per acquisition, a head"
+    keeps: ClassVar[str] = "1 generator, head, Adam, bank of 2 * features per image"
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "cmi": _preset(),
+        "cmi500": _preset(iterations=500),
+        "resnet34": _preset(iterations=500, layers=("layer1", "layer2", "layer3", "layer4")),
+        "desk": {
+            **_preset(batch=128, iterations=40, lr_g=0.01, width=32, every=40, bank=2048, negatives=512),
+            "optim": {"lr": 0.1, "weight_decay": 5e-4, "floor": 0.0},
+            "loop": {"steps": 2000, "batch": 128},
+        },
+    }
+    origin: ClassVar[dict[str, str]] = {
+        "cmi": "release script scratch_cmi, WRN-40-2 -> WRN-16-1 on CIFAR-10; other pairs have none",
+        "cmi500": "the same with the 500 iterations that the tables of Fast and KDCI name",
+        "resnet34": "cmi500 with the features that the release takes for a ResNet-34 teacher; weights not published",
+        "desk": "ours: the same losses on a schedule for two CPU cores",
+    }
+
+    def teacher_passes(self) -> tuple[float, float]:
+        views = 2 if self.cr > 0 else 1
+        return views * self.iterations + 1.0, float(views * self.iterations)
+
+    def build(self, context: Context) -> Source:
+        return Cmi(self, context)
+
+
+class Cmi(Source):
+    """The head and the bank; the generator is drawn anew for each acquisition."""
+
+    def __init__(self, config: Config, context: Context) -> None:
+        super().__init__(context)
+        self.config = c = config
+        at_least(c, 1, "iterations", "latent", "width", "negatives", "head")
+        at_least(c, 2, "batch")
+        if not c.tau > 0:
+            raise DodistillError(f"source.tau is {c.tau}; it must be positive, as in 0.1.")
+        if c.bank < c.batch:
+            raise DodistillError(f"source.bank is {c.bank}; it must hold one batch, {c.batch} images, at least.")
+        self.layers = [_find(context.teacher.model, name) for name in c.layers]
+        features = self._width()
+        to: dict[str, Any] = {"device": context.device, "memory_format": torch.channels_last}
+        self.G = seeded(ConvGenerator, self.generator, c.latent, context.image_shape, c.width).to(**to)
+        self.head = seeded(Head, self.generator, features, c.head).to(context.device)
+        self.opt_head = torch.optim.Adam(self.head.parameters(), lr=c.lr_g, fused=True)
+        dtype = torch.float32 if c.bank_dtype == "float32" else torch.bfloat16
+        self.bank = Bank(c.bank if c.cr > 0 else 0, 2 * features, dtype, context.device)
+
+    @torch.no_grad()
+    def _width(self) -> int:
+        """D, the number of features."""
+        x = torch.full((1, *self.context.image_shape), 0.5, device=self.context.device)
+        with pooled_inputs(self.context.teacher, self.layers, moments=False) as taps:
+            self.context.teacher(x)
+            return taps.features.shape[1]
+
+    def acquire(self, student: nn.Module, round: int) -> Acquired:
+        c, ctx, g = self.config, self.context, self.generator
+        redraw(self.G, g)
+        z = torch.randn(c.batch, c.latent, generator=g, device=ctx.device).requires_grad_()
+        if c.balanced:
+            y = torch.arange(c.batch, device=ctx.device) % ctx.num_classes
+        else:
+            y = torch.randint(ctx.num_classes, (c.batch,), generator=g, device=ctx.device)
+        y = y.sort().values
+        opt = torch.optim.Adam([z, *self.G.parameters()], lr=c.lr_g, betas=(0.5, 0.999), fused=True)
+        trained = [z, *self.G.parameters(), *(self.head.parameters() if c.cr > 0 else ())]
+        adversarial = c.adv > 0 and round > c.warmup
+
+        best, lowest = torch.empty(0), torch.full((), float("inf"), device=ctx.device)
+        kept = features = torch.empty(0)
+        for i in range(c.iterations):
+            with ctx.autocast():
+                x = self.G(z)
+            seen = crop_flip(x, ctx.augment.pad, g, ctx.augment.flip)
+            with pooled_inputs(ctx.teacher, self.layers) as taps:
+                with ctx.autocast():
+                    t = ctx.teacher(seen)
+                terms = {"bn": c.bn * losses.bn_statistics(taps, taps.modules), "ce": c.oh * nnf.cross_entropy(t, y)}
+                whole = taps.features.detach()
+            if adversarial:
+                with ctx.autocast():
+                    s = student(seen)
+                terms["adv"] = c.adv * losses.adversarial(s.float(), t)
+            if c.cr > 0:
+                part = self._local(x)
+                terms["cr"] = c.cr * self._contrast(part, whole)
+                features = torch.cat([part.detach(), whole], 1)
+            loss = torch.stack(list(terms.values())).sum()
+            with torch.no_grad():
+                better = loss < lowest
+                best = torch.where(better, x, best) if i else x.detach().clone()
+                kept = torch.where(better, features, kept) if i and c.cr > 0 else features
+                lowest = torch.minimum(loss, lowest)
+            opt.zero_grad()
+            self.opt_head.zero_grad()
+            loss.backward(inputs=trained)  # the student gets no gradients, nor pays for them
+            opt.step()
+            self.opt_head.step()
+            ctx.progress("inverting", i + 1, c.iterations)
+        self.terms = {name: value.detach() for name, value in terms.items()}
+        if c.cr > 0:
+            self.bank.add(kept)
+            if round == 0:
+                self.terms["bank_mib"] = torch.full((), self.bank.rows.nbytes / 2**20, device=ctx.device)
+        return Acquired(best.detach())
+
+    def _local(self, x: Tensor) -> Tensor:
+        """[B, D], features of the local view."""
+        ctx = self.context
+        view = resized_crop(x, self.generator, flip=ctx.augment.flip)
+        with pooled_inputs(ctx.teacher, self.layers, moments=False) as taps:
+            with ctx.autocast():
+                ctx.teacher(view)
+            return taps.features
+
+    def _contrast(self, part: Tensor, whole: Tensor) -> Tensor:
+        """L_cr of local and global features [B, D], among them and rows of the bank."""
+        ctx = self.context
+        cached = self.bank.sample(self.config.negatives, self.generator).chunk(2, 1)
+        with ctx.autocast():  # apart: the cached rows' gradient, which nobody wants, is then never computed
+            p = torch.cat([self.head(part), self.head(cached[0])])
+        with torch.no_grad(), ctx.autocast():
+            q = torch.cat([self.head(whole), self.head(cached[1])])
+        return contrast(p, q, len(part), self.config.tau)
+
+    def parts(self) -> dict[str, Any]:
+        return {"head": self.head, "opt_head": self.opt_head, "bank": self.bank}
+
+
+def _find(model: nn.Module, name: str) -> nn.Module:
+    """The module of that name, or whose dotted name ends with it (wrappers go before it)."""
+    found: list[nn.Module] = [m for key, m in model.named_modules() if key == name or key.endswith("." + name)]
+    if len(found) != 1:
+        top = ", ".join(key for key, _ in model.named_modules() if key and key.count(".") < 2)
+        raise DodistillError(f"source.layers: {len(found)} modules of the teacher are called {name!r}; it has {top}.")
+    return found[0]

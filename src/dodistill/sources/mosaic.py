@@ -1,0 +1,277 @@
+"""MosaicKD: Mosaicking to Distill, Knowledge Distillation from Out-of-Domain Data (Fang et al., NeurIPS 2021).
+
+Images of other classes are made of the same patches. A generator G makes whole images whose patches a discriminator D
+cannot tell from those of the out-of-domain images u, and which the teacher T reads as its own classes. With x = G(z),
+
+    D:  min  local * 1/2 [ sum softplus(D(x)) + sum softplus(-D(u)) ]
+    G:  min  local * sum softplus(-D(x)) + align * H(T(x)) - adv * KL(T(x) || S(x)) + balance * sum_k p_k log2 p_k
+
+Sums go over an image's patches; all is a mean over images. H is the entropy of the teacher's answer, p the mean answer:
+the images should be of one class each, of all classes together, and such that the student S is wrong about them. An
+acquisition is one step of D and one of G; then S makes `every` steps on fresh x and on u, on as many of each.
+
+Deviations, and why
+ 1. S is in eval mode in G's step. In the release it is in train mode: its BatchNorm averages take in that batch too.
+ 2. The `every` batches of an acquisition are mixed: each of S's batches is about half x, half u. There, exactly.
+ 3. u is drawn with replacement, there by epochs. Images reach S in 256 levels.
+ 4. A source does not know the length of the run: the rates fall by a cosine over `anneal` acquisitions (steps / every).
+ 5. u goes through the teacher's normalisation. In the release T and S see it in the constants of its own data set (for
+    ImageNet and Places at 32x32 mean 0.5, deviation 0.5) and D in the teacher's: `ood_normalise = "half"`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from .. import losses
+from ..augment import crop_flip, to_float, to_uint8
+from ..errors import DodistillError
+from ..models.normalized import Normalized
+from ..runtime import Context
+from .base import Acquired, Kind, Source, SourceConfig, ask, at_least
+from .generators import ConvGenerator, normalised_space, seeded
+
+
+class PatchDiscriminator(nn.Module):
+    """Is each 10x10 patch real? [B, C, H, W], normalised -> logits [B, 1, H/4, W/4]. 531 328 parameters for RGB."""
+
+    def __init__(self, channels: int, width: int = 128) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(channels, width, 4, 2, 1),
+            nn.LeakyReLU(0.2, inplace=True),
+            nn.Conv2d(width, 2 * width, 4, 2, 1, bias=False),
+            nn.BatchNorm2d(2 * width),
+            nn.LeakyReLU(0.2, inplace=True),
+            nn.Conv2d(2 * width, 1, 1, bias=False),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x)
+        return out.float()
+
+
+def called(d: Tensor, real: bool) -> Tensor:
+    """Cross-entropy of patch logits d [B, 1, h, w] to "real" or "made", summed over patches, mean over images; >= 0."""
+    return nnf.softplus(-d if real else d).flatten(1).sum(1).mean()
+
+
+def entropy(t: Tensor) -> Tensor:
+    """H of softmax(t), [B, K] -> [B], nats, in [0, ln K]. MosaicKD's alignment (its mean), and its measure of doubt."""
+    log_p = nnf.log_softmax(t, 1)
+    return -(log_p.exp() * log_p).sum(1)
+
+
+def balance(t: Tensor) -> Tensor:
+    """sum_k p_k log2 p_k of the batch's mean prediction p, in [-log2 K, 0]: lowest where classes are as frequent."""
+    h: Tensor = torch.special.entr(torch.softmax(t, 1).mean(0)).sum()
+    return -h / math.log(2)
+
+
+_PAPER: dict[str, Any] = {
+    "source": {
+        "batch": 256, "every": 5, "latent": 100, "lr_g": 1e-3, "anneal": 39_200, "local": 1.0, "align": 1.0,
+        "adv": 1.0, "balance": 10.0,
+    },
+    "criterion": {"name": "kl", "temperature": 1.0},
+    "optim": {"lr": 0.1, "weight_decay": 1e-4, "floor": 0.0},
+    "pool": {"capacity": 2560},
+    "augment": {"pad": 0, "flip": False},
+    "loop": {"steps": 196_000, "batch": 512},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config(SourceConfig):
+    """Hyper-parameters of MosaicKD; defaults are the release's for CIFAR-100, the same for every pair."""
+
+    warmup: int = 0
+    every: int = 5
+    batch: int = 256  #: images of each kind: made and real for D and G, and per step of the student
+    latent: int = 100  #: size of z
+    width: int = 64  #: channels of the generator's last hidden layer
+    base: int = 256  #: channels of its first
+    patches: int = 128  #: channels of the discriminator's first layer
+    lr_g: float = 1e-3  #: Adam's rate of generator and discriminator
+    anneal: int = 0  #: acquisitions over which that rate falls to 0 by a cosine (0: constant)
+    local: float = 1.0  #: weight of the patch game
+    align: float = 1.0  #: weight of the entropy of the teacher's answers
+    adv: float = 1.0  #: weight of the divergence between teacher and student
+    balance: float = 10.0  #: weight of the balance of classes
+    n: int = 0  #: out-of-domain images kept, those the teacher is least sure of (0: all)
+    pad: int = 4  #: random crop of the student's out-of-domain images after padding by this many pixels (0: none)
+    flip: bool = True  #: random horizontal flip of those
+    ood_normalise: Literal["teacher", "half"] = "teacher"  #: half: as if normalised with mean 0.5 and deviation 0.5
+
+    name: ClassVar[str] = "mosaic"
+    kind: ClassVar[Kind] = "sampler"
+    needs: ClassVar[frozenset[str]] = frozenset({"unlabeled"})
+    trains: ClassVar[str] = "a generator, a patch discriminator"
+    keeps: ClassVar[str] = "both, Adam, the images given"
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "paper": _PAPER,
+        "subset": {**_PAPER, "source": {**_PAPER["source"], "n": 50_000}},
+        "desk": {
+            **_PAPER,
+            "source": {**_PAPER["source"], "batch": 64, "width": 32, "base": 128, "patches": 64, "anneal": 400},
+            "optim": {"lr": 0.1, "weight_decay": 5e-4, "floor": 0.0},
+            "pool": {"capacity": 640},
+            "loop": {"steps": 2000, "batch": 128},
+        },
+    }
+    origin: ClassVar[dict[str, str]] = {
+        "paper": "release README, CIFAR-100 from CIFAR-10, one setting for all pairs",
+        "subset": "the same from the 50 000 images of ImageNet or Places at 32x32 that the teacher doubts most",
+        "desk": "ours: the same losses on a schedule for two CPU cores",
+    }
+
+    def teacher_passes(self) -> tuple[float, float]:
+        own = 1 / (2 * self.every)  # one step of the generator, for `every` batches of both kinds
+        return 1 + own, own
+
+    def build(self, context: Context) -> Source:
+        return Mosaic(self, context)
+
+
+class Mosaic(Source):
+    """Generator and discriminator, and the out-of-domain images on the run's device."""
+
+    def __init__(self, config: Config, context: Context) -> None:
+        super().__init__(context)
+        self.config = c = config
+        at_least(c, 1, "every", "latent", "width", "base", "patches")
+        at_least(c, 2, "batch")
+        at_least(c, 0, "n", "pad", "anneal")
+        have = 0 if context.unlabeled is None else len(context.unlabeled)
+        if have < 2 or c.n == 1:
+            raise DodistillError(
+                f"source mosaic has {min(have, c.n or have)} out-of-domain image(s), and needs 2 at least; give "
+                "--data.unlabeled FOLDER (or .npz, .npy), and a larger source.n."
+            )
+        channels, height, width = context.image_shape
+        if c.pad >= min(height, width):
+            raise DodistillError(f"source.pad is {c.pad}; images of {height}x{width} need a smaller one.")
+        model = context.teacher.model
+        if c.ood_normalise == "half" and not isinstance(model, Normalized):
+            raise DodistillError("source.ood_normalise is half, and this teacher has no normalisation to undo.")
+        self.mean, self.std = (v.to(context.device) for v in normalised_space(model))
+        to: dict[str, Any] = {"device": context.device, "memory_format": torch.channels_last}
+        args = (c.latent, context.image_shape, c.width, c.base)
+        self.G = seeded(ConvGenerator, self.generator, *args).to(**to)
+        self.D = seeded(PatchDiscriminator, self.generator, channels, c.patches).to(**to)
+        self.opt_G, self.opt_D = (
+            torch.optim.Adam(net.parameters(), lr=c.lr_g, betas=(0.5, 0.999), fused=True) for net in (self.G, self.D)
+        )
+        self.keep = torch.empty(0, dtype=torch.long)  # which of the unlabelled images, where not all
+        self.ood = torch.empty(0, dtype=torch.uint8)
+
+    def acquire(self, student: nn.Module, round: int) -> Acquired:
+        c = self.config
+        reference = self._look() if round == 0 else None
+        if not len(self.ood):
+            self._fetch()
+        fall = 0.5 * (1 + math.cos(math.pi * min(round / c.anneal, 1))) if c.anneal else 1.0
+        for opt in (self.opt_G, self.opt_D):
+            opt.param_groups[0]["lr"] = c.lr_g * fall
+        self.G.train()
+        with self.context.autocast():
+            x = self.G(self._z())
+        self.terms = {"d": self._discriminate(x.detach())} | self._generate(x, student)
+        images, logits = self._material()
+        return Acquired(images, logits, reference=reference)
+
+    # ------------------------------------------------------------------------------------- out-of-domain images
+
+    def _look(self) -> Acquired:
+        """The out-of-domain images that are kept, and the teacher's logits of them."""
+        _, t = ask(self.context)
+        if self.config.n:
+            keep = entropy(t).argsort(descending=True, stable=True)[: self.config.n]
+            self.keep, t = keep.cpu(), t[keep]
+        self._fetch()
+        return Acquired(self.ood, t)
+
+    def _fetch(self) -> None:
+        x = self.context.unlabeled
+        assert x is not None  # `needs` was checked before the run began
+        self.ood = (x[self.keep.to(x.device)] if len(self.keep) else x).to(self.context.device)
+
+    def _some(self, n: int) -> Tensor:
+        """n of them at random, uint8."""
+        return self.ood[torch.randint(len(self.ood), (n,), generator=self.generator, device=self.context.device)]
+
+    # -------------------------------------------------------------------------------------------- the two steps
+
+    def _z(self) -> Tensor:
+        return torch.randn(self.config.batch, self.config.latent, generator=self.generator, device=self.context.device)
+
+    def _patches(self, x: Tensor) -> Tensor:
+        """D of images in [0, 1]."""
+        with self.context.autocast():
+            d: Tensor = self.D((x - self.mean) / self.std)
+        return d
+
+    def _discriminate(self, x: Tensor) -> Tensor:
+        """One step of D on made images x and as many real ones; its loss."""
+        u = to_float(self._some(len(x)))
+        loss = 0.5 * self.config.local * (called(self._patches(x), False) + called(self._patches(u), True))
+        self.opt_D.zero_grad()
+        loss.backward()
+        self.opt_D.step()
+        return loss.detach()
+
+    def _generate(self, x: Tensor, student: nn.Module) -> dict[str, Tensor]:
+        """One step of G, whose images x are; its weighted terms."""
+        c, ctx = self.config, self.context
+        with ctx.autocast():
+            t, s = ctx.teacher(x), student(x)
+        terms = {
+            "local": c.local * called(self._patches(x), True),
+            "align": c.align * entropy(t).mean(),
+            "adv": -c.adv * losses.kl(s.float(), t),
+            "balance": c.balance * balance(t),
+        }
+        self.opt_G.zero_grad()
+        loss = torch.stack(list(terms.values())).sum()
+        loss.backward(inputs=list(self.G.parameters()))  # neither D nor the student gets gradients, nor pays for them
+        self.opt_G.step()
+        return {name: value.detach() for name, value in terms.items()}
+
+    @torch.no_grad()
+    def _material(self) -> tuple[Tensor, Tensor]:
+        """What the student matches on until the next acquisition: uint8 images, made and real, and their logits."""
+        c, ctx = self.config, self.context
+        images, logits = [], []
+        for _ in range(c.every):
+            with ctx.autocast():
+                x = to_uint8(self.G(self._z()))
+            u = self._as_normalised(crop_flip(self._some(c.batch), c.pad, self.generator, c.flip))
+            images.append(torch.cat([x, u]))
+            with ctx.autocast():
+                logits.append(ctx.teacher(to_float(images[-1])))
+        return torch.cat(images), torch.cat(logits)
+
+    def _as_normalised(self, u: Tensor) -> Tensor:
+        """u (uint8); under `half` what the teacher's own constants turn into (u - 0.5) / 0.5, clipped to [0, 1]."""
+        if self.config.ood_normalise == "teacher":
+            return u
+        return to_uint8((to_float(u) - 0.5) / 0.5 * self.std + self.mean)
+
+    # ---------------------------------------------------------------------------------------------------- state
+
+    def parts(self) -> dict[str, Any]:
+        return {"G": self.G, "D": self.D, "opt_G": self.opt_G, "opt_D": self.opt_D}
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"keep": self.keep}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.keep = state["keep"].cpu()
+        self.ood = self.ood[:0]  # fetched again when it is needed
