@@ -24,7 +24,20 @@ SOURCES: dict[str, Tree] = {
     "fast": {"name": "fast", "K": 2, "batch": 32, "warmup": 1, "every": 4, "latent": 16, "width": 4, "reset_at": 2},
     "deepinv": {"name": "deepinv", "iterations": 3, "batch": 32, "every": 4},
     "dfnd": {"name": "dfnd", "n": 200},
-}
+    "adversarial": {"name": "adversarial", "batch": 16, "width": 4, "latent": 8, "every": 2, "fresh": 2},
+    "cmi": {"name": "cmi", "batch": 16, "width": 4, "latent": 8, "iterations": 2, "bank": 32, "negatives": 8},
+    "dafl": {"name": "dafl", "batch": 16, "width": 4, "latent": 8, "every": 1, "fresh": 0},
+    "data": {"name": "data"},
+    "mosaic": {
+        "name": "mosaic", "batch": 16, "width": 4, "latent": 8, "base": 8, "patches": 4, "every": 2, "pad": 1,
+    },
+    "nayer": {
+        "name": "nayer", "iterations": 2, "batch": 20, "width": 4, "noise": 8, "loops": 2, "warmup": 1, "every": 2,
+    },
+    "noise": {"name": "noise", "n": 60, "candidates": 80, "batch": 20},
+    "pre": {"name": "pre", "batch": 16, "width": 4, "latent": 8, "every": 2, "fresh": 2},
+    "procedural": {"name": "procedural", "n": 80, "candidates": 160},
+}  # fmt: skip
 
 
 def tree(source: str = "fast", intervention: str = "none", /, steps: int = 6, **more: Any) -> Tree:

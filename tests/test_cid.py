@@ -438,9 +438,9 @@ def test_the_student_as_onnx(teacher: nn.Module, digits: Images, tmp_path: Path)
     pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     result = shipped(teacher, digits, tmp_path / "run")
-    file = export_onnx(result.student, tmp_path / "student.onnx", SHAPE)
-    assert main(["export", str(tmp_path / "run"), str(tmp_path / "again.onnx")]) == 0
-    assert (tmp_path / "again.onnx").stat().st_size == file.stat().st_size
+    file = tmp_path / "student.onnx"
+    assert main(["export", str(tmp_path / "run"), str(file)]) == 0
+    assert file.stat().st_size > 1000
     session = pytest.importorskip("onnxruntime").InferenceSession(str(file))
     x = (digits.x[:7].float() / 255).contiguous()
     (logits,) = session.run(None, {"images": x.numpy()})

@@ -81,7 +81,8 @@ def test_optional_libraries_are_imported_only_where_needed(name: str) -> None:
 LAYERS = [
     "__main__", "cli demo", "compare doctor", "api",
     "report progress tables page card figures svg format images monitor", "engine",
-    "run", "sources causal criteria updates replay", "batch pool evaluate teach probe", "teacher taps models data folder",
+    "run", "sources causal criteria updates replay", "batch pool evaluate collapse teach probe",
+    "teacher taps models data folder",
     "losses augment planted curvature", "runtime", "flags methods", "config", "registry", "files", "errors __init__",
 ]  # fmt: skip
 RANK = {name: i for i, line in enumerate(LAYERS) for name in line.split()}

@@ -259,6 +259,7 @@ def run(
             "at_test: accuracies are of the student with F(z), as result.student in Python; student.safetensors holds "
             "the network without it."
         )
+    said += [f"{symptom}: {text}" for symptom, text in job.warnings.items()]
     summary = _summary(job, which, command, said)
     if choice is not None:
         summary["choice"] = str(choice)

@@ -18,6 +18,7 @@ from .augment import crop_flip, to_float, to_uint8
 from .batch import Batch
 from .causal.base import Interventions
 from .causal.dictionary import FOREIGN, ConfounderDictionary
+from .collapse import symptoms, vital_signs
 from .config import Distill
 from .errors import DodistillError
 from .evaluate import agreement, predict, top1
@@ -118,6 +119,9 @@ class Distiller:
         self.last_log: dict[str, float] = {}
         self._window: dict[str, Tensor] = {}
         self._last_batch: tuple[Tensor, Tensor, Batch] | None = None
+        #: what `collapse.symptoms` has found so far, each told once
+        self.warnings: dict[str, str] = {}
+        self._signs: dict[str, Tensor] = {}  # `vital_signs` of the newest inputs
         self._sound: Tensor | None = None  # are all acquisitions since the last look finite?
 
     # ------------------------------------------------------------------------------------------- set-up
@@ -194,6 +198,8 @@ class Distiller:
         self.holdout.add(images[back], logits[back.to(pick)], g, None if labels is None else labels[back.to(pick)])
         self.pool.add(images[front], logits[front.to(pick)], g, None if labels is None else labels[front.to(pick)])
         self.replay.observe(images[front], logits[front.to(pick)], self.round - 1)
+        some = slice(None, None, max(1, n // 512))
+        self._signs = vital_signs(images[some], logits[some])
         self._observe(logits, images, got.reference)
         self.acquire_seconds += time.perf_counter() - start
 
@@ -329,6 +335,7 @@ class Distiller:
         named = {k: v / n for k, v in self._window.items()}
         named |= {f"source/{k}": v for k, v in self.source.terms.items()}
         named |= {f"replay/{k}": v for k, v in self.replay.terms.items()}
+        named |= {f"inputs/{k}": v for k, v in self._signs.items()}
         if self._last_batch is not None:
             s, t, batch = self._last_batch
             named |= self.interventions.log(s, t, self.dictionary, batch)
@@ -340,6 +347,15 @@ class Distiller:
         self._window = {}
         out["loss"] = sum(v for k, v in out.items() if k.startswith("match/"))
         return out
+
+    def _watch(self, values: Mapping[str, float]) -> dict[str, str]:
+        """What has collapsed since the last look, each symptom once."""
+        signs = {k.removeprefix("inputs/"): v for k, v in values.items() if k.startswith("inputs/")}
+        done, agrees = self.step / self.config.loop.steps, self.last_eval.get("agreement")
+        found = symptoms(signs, self.context.num_classes, agrees, done)
+        fresh = {k: v for k, v in found.items() if k not in self.warnings}
+        self.warnings |= fresh
+        return fresh
 
     def evaluate(self) -> dict[str, float]:
         """Agreement with the teacher on the held-back inputs (%), and accuracy (%): on them (`minival`) where the data
@@ -382,6 +398,7 @@ class Distiller:
             "holdout": self.holdout.state_dict(), "generators": {k: g.get_state() for k, g in self.generators.items()},
             "step": self.step, "round": self.round, "seconds": self.seconds, "acquire_seconds": self.acquire_seconds,
             "best_on_test": self.best_on_test, "last_eval": self.last_eval, "last_log": self.last_log,
+            "warnings": self.warnings, "signs": self._signs,
             "window": self._window, "terms": self.source.terms, "draw": self.draw.state_dict(),
             "replay": self.replay.state_dict(), "replay_terms": self.replay.terms,
         }  # fmt: skip
@@ -397,10 +414,20 @@ class Distiller:
         self.pool.load_state_dict(dict(pool))
         for name, generator in self.generators.items():
             generator.set_state(state["generators"][name].cpu())
-        for name in ("step", "round", "seconds", "acquire_seconds", "best_on_test", "last_eval", "last_log"):
+        for name in (
+            "step",
+            "round",
+            "seconds",
+            "acquire_seconds",
+            "best_on_test",
+            "last_eval",
+            "last_log",
+            "warnings",
+        ):
             setattr(self, name, state[name])
         self._window = {k: v.to(self.device) for k, v in state["window"].items()}
         self.source.terms = {k: v.to(self.device) for k, v in state["terms"].items()}
+        self._signs = {k: v.to(self.device) for k, v in state["signs"].items()}
         self.replay.load_state_dict(state["replay"])
         self.replay.terms = {k: v.to(self.device) for k, v in state["replay_terms"].items()}
         if self.round:
@@ -456,6 +483,11 @@ class Distiller:
                     folder.log(kind="eval", step=self.step, **result)
             if looking:
                 elapsed = self.seconds + now - mark
+                for symptom, text in self._watch(values).items():
+                    if folder is not None:
+                        folder.log(kind="warning", step=self.step, symptom=symptom, text=text)
+                    if progress is not None:
+                        progress.note(text)
                 if folder is not None:
                     folder.log(kind="log", step=self.step, seconds=round(elapsed, 3), **values)
                 if progress is not None:

@@ -1,0 +1,66 @@
+"""Collapse is watched: what goes wrong first when there are no data, in numbers and in words.
+
+A generator that has collapsed makes one class, or one picture; a student that learns nothing agrees with its teacher by
+chance. All three show long before any accuracy could, and without a label.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: Below these the inputs or the student are called collapsed.
+FEW_CLASSES = 0.3  #: effective classes of the newest inputs, as a share of all
+SAME_PICTURE = 0.02  #: standard deviation of a pixel over the newest inputs, of [0, 1]
+CHANCE = 2.0  #: agreement, in multiples of what guessing gets
+PATIENCE = 0.5  #: share of the run that a student is given before its agreement is judged
+
+
+@torch.no_grad()
+def vital_signs(images: Tensor, logits: Tensor) -> dict[str, Tensor]:
+    """Of the newest inputs [n, C, H, W] (float in [0, 1] or uint8) and the teacher's logits [n, K]; unsynced scalars.
+
+    effective_classes: exp(entropy) of the class histogram of the teacher's predictions, in [1, K].
+    diversity: standard deviation of a pixel over the inputs, mean over pixels, in [0, 0.5].
+    confidence: the teacher's mean largest probability, in [1/K, 1].
+    """
+    x = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+    share = torch.nn.functional.one_hot(logits.argmax(1), logits.shape[1]).float().mean(0)
+    return {
+        "effective_classes": torch.special.entr(share).sum().exp(),
+        "diversity": x.std(0, correction=0).mean(),
+        "confidence": logits.softmax(1).amax(1).mean(),
+    }
+
+
+def symptoms(
+    signs: dict[str, float], classes: int, agreement: float | None = None, done: float = 0.0
+) -> dict[str, str]:
+    """Symptom -> a sentence that names it and what to turn. Empty when all is well.
+
+    Args:
+        signs: what `vital_signs` gave, read back.
+        classes: K.
+        agreement: with the teacher on held-back inputs, in percent; None: not known yet.
+        done: share of the run that lies behind.
+    """
+    found: dict[str, str] = {}
+    effective, diversity = signs.get("effective_classes"), signs.get("diversity")
+    if effective is not None and classes > 2 and effective < max(FEW_CLASSES * classes, 1.5):
+        found["few classes"] = (
+            f"the teacher sees {effective:.1f} of {classes} classes in the newest inputs. Raise the source's weight of "
+            "class balance or its batch (see `dodistill distill --source NAME --help`), or draw evenly with "
+            "--intervention stratified."
+        )
+    if diversity is not None and diversity < SAME_PICTURE:
+        found["same picture"] = (
+            f"the newest inputs are nearly one picture (a pixel varies by {diversity:.3f} of 1). Lower the rate of the "
+            "source (as --source.lr_g), or raise its batch."
+        )
+    if agreement is not None and done >= PATIENCE and agreement < CHANCE * 100 / classes:
+        found["no agreement"] = (
+            f"after {100 * done:.0f} % of the steps the student agrees with the teacher on {agreement:.1f} % of the "
+            f"held-back inputs; guessing gets {100 / classes:.1f} %. Look at samples.png and the class shares; lower "
+            "--optim.lr; or try another source."
+        )
+    return found
