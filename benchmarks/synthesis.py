@@ -1,55 +1,117 @@
-"""One batch of `fast` (K inner steps), against its bare generator and teacher passes, in turns in one process.
+"""What a source adds to its bare network passes: one acquisition of each, in turns with those passes alone.
 
-    python benchmarks/synthesis.py [--batch 64] [--K 2]
+    python benchmarks/synthesis.py [--sources fast cmi ...] [--batch 64] [--iterations 3]
 
-Bare: K times generator forward, teacher forward, backward through both, at the same precision, on what lies there.
-`fast` adds the BatchNorm statistics of every layer, crop and flip, the losses, two optimisers, the copy of the
-generator, and, once the student matches, a pass through the student (shown apart). Aim: at most 1.3 times the bare.
+Bare: one acquisition is watched, and each pass through the teacher, the student and the source's own networks is noted:
+the input's shape and whether a gradient came back through it. Those passes are then made again on the same
+inputs, at the same precision, backwards too, and nothing else. What the source adds is its losses, BatchNorm statistics,
+crops, optimisers, copies, memory banks and draws. Aim: at most 1.3 times the bare. Sources that train nothing have no
+synthesis: for them the table shows images per second.
 """
 
 from __future__ import annotations
 
+import argparse
+from typing import Any
+
 import torch
+from torch import Tensor, nn
 
 import measure
+from dodistill import registry
 from dodistill.runtime import Context, autocast
-from dodistill.sources.fast import Config, Fast
 from dodistill.teacher import Teacher
+
+#: Fields, by any name that sources use, for how long one acquisition takes and for how much it hands over.
+ITERATIONS = ("K", "iterations")
+Pass = tuple[nn.Module, Tensor, bool, bool]  # module, its input, whether a gradient goes to the input, to the weights
+
+
+def settings(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The desk preset with this benchmark's batch and iterations, where the source has such fields."""
+    cls = registry.config("source", name)
+    chosen: dict[str, Any] = dict(cls.presets.get("desk", {}).get("source", {}))  # type: ignore[attr-defined]
+    chosen.pop("name", None)
+    known = cls.__dataclass_fields__  # type: ignore[attr-defined]
+    chosen |= {k: args.iterations for k in ITERATIONS if k in known}
+    chosen |= {"batch": args.batch} if "batch" in known else {}
+    chosen |= {k: v for k, v in (("n", 4 * args.batch), ("candidates", 8 * args.batch)) if k in known}
+    return chosen
+
+
+def networks(source: object) -> list[nn.Module]:
+    """The modules that a source holds, one by one, without those that lie within another."""
+    held = [v for v in vars(source).values() if isinstance(v, nn.Module)]
+    return [m for m in held if not any(m is not o and m in set(o.modules()) for o in held)]
+
+
+def watch(source: Any, student: nn.Module, round: int) -> list[Pass]:
+    """The network passes of one acquisition, in order."""
+    passes: list[Pass] = []
+
+    def note(module: nn.Module, given: tuple[Any, ...]) -> None:
+        if given and isinstance(given[0], Tensor):
+            x = given[0]
+            own = torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
+            # the student's weights take part in no source's gradient: only its input does
+            passes.append((module, x.detach(), torch.is_grad_enabled() and x.requires_grad,
+                           own and module is not student))  # fmt: skip
+
+    watched = [source.context.teacher, student, *networks(source)]
+    handles = [m.register_forward_pre_hook(note) for m in watched]
+    try:
+        source.acquire(student, round)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return passes
+
+
+def bare(passes: list[Pass], low: Any, device: torch.device) -> measure.Step:
+    lying = [(module, x.requires_grad_(grad) if grad else x, grad, own) for module, x, grad, own in passes]
+
+    def step() -> None:
+        for module, x, grad, own in lying:
+            weights = [p for p in module.parameters() if p.requires_grad] if own else []
+            with torch.set_grad_enabled(grad or own), low():
+                out = module(x)
+            if grad or own:
+                torch.autograd.grad(out.float().square().mean(), [*([x] if grad else []), *weights], allow_unused=True)
+
+    return step
 
 
 def main() -> None:
-    parser = measure.options(__doc__ or "", rounds=5)
-    parser.add_argument("--K", type=int, default=10)
+    parser = measure.options(__doc__ or "", rounds=4)
+    parser.add_argument("--sources", nargs="+", default=list(registry.names("source")))
+    parser.add_argument("--iterations", type=int, default=3, help="inner steps of the sources that have them")
+    parser.set_defaults(batch=64, teacher="wrn16_2")
     args = parser.parse_args()
     device = measure.start(args)
     low = autocast(device, args.precision)
     shape = (3, args.image, args.image)
-    teacher = Teacher(measure.model(args.teacher, args, device), shape).to(device)
-    student = measure.model(args.student, args, device).eval()
-    source = Fast(Config(K=args.K, batch=args.batch), Context(teacher, device, autocast=low))
-    generator = source.fast
-    z = torch.randn(args.batch, generator.latent, device=device, requires_grad=True)
+    unlabeled = torch.randint(256, (8 * args.batch, *shape), dtype=torch.uint8)
+    print("| source | passes | images/s | of bare | from | to |\n|---|---:|---:|---:|---:|---:|")
+    for name in args.sources:
+        teacher = Teacher(measure.model(args.teacher, args, device), shape).to(device)
+        student = measure.model(args.student, args, device).eval()
+        context = Context(teacher, device, autocast=low, unlabeled=unlabeled)
+        config: Any = registry.config("source", name)(**settings(name, args))
+        source = config.build(context)
+        rounds = iter(range(config.warmup + 1, 10**9))  # after the warm-up, with the student's passes
+        made: list[int] = []
 
-    def bare() -> None:
-        for _ in range(args.K):
-            with low():
-                t = teacher(generator(z))
-            t.square().mean().backward()
-            generator.zero_grad()
-            z.grad = None
+        def acquire(source: Any = source, rounds: Any = rounds, made: Any = made, student: Any = student) -> None:
+            made.append(len(source.acquire(student, next(rounds)).images))
 
-    def without() -> None:
-        source.acquire(student, 1)
-
-    def complete() -> None:
-        source.acquire(student, source.config.warmup + 1)
-
-    rows = measure.alternate([bare, without, complete], device, args.rounds, args.repeat)
-    base = measure.median(rows, 0)
-    print(f"bare {base:.2f} s for {args.batch} images ({args.batch / base:.1f} images/s)")
-    for what, i in (("without the adversarial term (warm-up)", 1), ("complete, with the student's pass", 2)):
-        middle, least, most = measure.ratio(rows, i, 0)
-        print(f"fast {what}: {middle:.3f} of bare (from {least:.3f} to {most:.3f}); aim: <= 1.3")
+        passes = watch(source, student, next(rounds))
+        rows = measure.alternate([bare(passes, low, device), acquire], device, args.rounds, args.repeat)
+        rate = made[-1] / measure.median(rows, 1)
+        if not any(grad or own for _, _, grad, own in passes):
+            print(f"| {name} | {len(passes)} | {rate:.0f} | | | |", flush=True)
+            continue
+        middle, least, most = measure.ratio(rows, 1, 0)
+        print(f"| {name} | {len(passes)} | {rate:.1f} | {middle:.3f} | {least:.3f} | {most:.3f} |", flush=True)
 
 
 if __name__ == "__main__":

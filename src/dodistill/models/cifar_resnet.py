@@ -4,8 +4,8 @@ Two families, both with a 3x3 stem and no max-pool, both with the classifier und
 
 * resnet18, resnet34, resnet50: four stages of width 64..512, projection shortcuts
   (`conv1, bn1, layer{1..4}.{i}.{conv*,bn*,shortcut.0,shortcut.1}, linear`);
-* resnet20, resnet32, resnet56, resnet110: three stages of width 16..64, parameter-free "option A" shortcuts that subsample and pad
-  channels with zeros (`conv1, bn1, layer{1..3}.{i}.{conv1,bn1,conv2,bn2}, linear`).
+* resnet20, resnet32, resnet56, resnet110: three stages of width 16..64, parameter-free "option A" shortcuts that
+  subsample and pad channels with zeros (`conv1, bn1, layer{1..3}.{i}.{conv1,bn1,conv2,bn2}, linear`).
 """
 
 from __future__ import annotations

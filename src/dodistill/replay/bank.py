@@ -1,5 +1,7 @@
-"""A memory bank: some of what the student once saw, kept as it was. As in MB-DFKD (Preventing Catastrophic Forgetting
-and Distribution Mismatch in Knowledge Distillation via Synthetic Data, Binici et al., WACV 2022) and LRA (CVPR 2023).
+"""A memory bank: some of what the student once saw, kept as it was (MB-DFKD, WACV 2022; LRA, CVPR 2023).
+
+MB-DFKD: Preventing Catastrophic Forgetting and Distribution Mismatch in Knowledge Distillation via Synthetic Data
+(Binici et al.).
 
     eviction oldest      a ring of `capacity` batches of `size` images, as published. Of every `every`-th acquisition
                          `size` images replace the oldest batch. A step replays one whole batch, each as likely.

@@ -1,5 +1,6 @@
-"""Generative replay: what was seen is not kept but learnt, by a small VAE. PRE-DFKD: Robust and Resource-Efficient
-Data-Free Knowledge Distillation by Generative Pseudo Replay (Binici et al., AAAI 2022); LRA's second memory.
+"""Generative replay: what was seen is not kept but learnt, by a small VAE (PRE-DFKD, AAAI 2022; LRA, CVPR 2023).
+
+PRE-DFKD: Robust and Resource-Efficient Data-Free Knowledge Distillation by Generative Pseudo Replay (Binici et al.).
 
 An encoder E and a decoder D learn from inputs x, of which some are new and some are D's own ("self-decoded", so that it
 does not forget either), with (mu, sigma) = E(x), x^ = D(mu + sigma * eps):

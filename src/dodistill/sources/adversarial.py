@@ -83,6 +83,10 @@ _DFQ: dict[str, Any] = {
     "loss": "kl", "adv": 1.0, "bn": 1.0, "oh": 1.0, "ie": 20.0, "every": 10, "fresh": 10, "batch": 256, "latent": 256,
     "base": 256, "lr_g": 1e-3, "betas": (0.5, 0.999),
 }  # fmt: skip
+_DESK: dict[str, Any] = {
+    "loss": "kl", "adv": 1.0, "oh": 1.0, "ie": 5.0, "warmup": 30, "every": 5, "fresh": 5, "g_steps": 2, "batch": 128,
+    "latent": 128, "width": 24, "lr_g": 3e-3, "output": "standardised",
+}  # fmt: skip
 _RELEASE: dict[str, Any] = {"betas": (0.9, 0.999), "lr_g": 1e-3, "output": "standardised"}
 
 
@@ -115,9 +119,10 @@ class Config(FreshConfig):
         ),
         "dfq": _preset(_DFQ, _KL, {"lr": 0.1, "weight_decay": 1e-4}, 80_000, 256),
         "mad": _preset({**_DFQ, "ema": 0.95}, _KL, {"lr": 0.1, "weight_decay": 1e-4}, 80_000, 512),
-        "desk": _preset(
-            {"loss": "l1", "every": 5, "fresh": 5, "batch": 128, "latent": 128, "width": 32},
-            {"name": "l1"}, {"lr": 0.1, "weight_decay": 5e-4}, 2000, 128,
+        "desk": _preset(_DESK, _KL, {"lr": 0.1, "weight_decay": 5e-4}, 2000, 128),
+        "desk-dfq": _preset({**_DESK, "bn": 1.0}, _KL, {"lr": 0.1, "weight_decay": 5e-4}, 2000, 128),
+        "desk-mad": _preset(
+            {**_DESK, "bn": 1.0, "ema": 0.95, "batch": 64}, _KL, {"lr": 0.1, "weight_decay": 5e-4}, 2000, 128
         ),
     }  # fmt: skip
     origin: ClassVar[dict[str, str]] = {
@@ -126,7 +131,9 @@ class Config(FreshConfig):
         "dfad-mnist": "release, MNIST, LeNet-5",
         "dfq": "the DFKD toolbox's script, WRN-40-2 -> WRN-16-1 on CIFAR-10; the paper has no release",
         "mad": "the decay is the paper's; losses and schedule are those of dfq (ours)",
-        "desk": "ours, on a schedule for two CPU cores",
+        "desk": "ours: zskt's discrepancy and dfq's entropy, for any teacher, on a schedule for two CPU cores",
+        "desk-dfq": "ours: desk with the teacher's BatchNorm statistics",
+        "desk-mad": "ours: desk-dfq, half of the images from the averaged generator",
     }
 
     def teacher_passes(self) -> tuple[float, float]:

@@ -1,6 +1,8 @@
-"""The generator of MB-DFKD (Binici et al., WACV 2022), PRE-DFKD (Binici et al., AAAI 2022) and LRA (Patel et al.,
-CVPR 2023): DAFL's, that also looks for inputs on which student and teacher disagree. What these three add to it is a
-memory and an update, each on its axis; the presets put them together.
+"""PRE: the generator of MB-DFKD (WACV 2022), PRE-DFKD (AAAI 2022) and LRA (CVPR 2023): DAFL's, with an eye on the
+student.
+
+It also looks for inputs on which student and teacher disagree. What the three papers (Binici et al., twice; Patel et
+al.) add to it is a memory and an update, each on its own axis; the presets put them together.
 
     L_G = oh * L_oh + ie * L_ie + act * L_a + adv * (1 - D(S(x), T(x)))          x = G(z), z ~ N(0, I)
 

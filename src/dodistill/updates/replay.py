@@ -1,4 +1,4 @@
-"""Plain replay: the gradient of both losses, on new and on replayed inputs, at the student's weights w:
+"""Plain replay: the gradient of both losses, on new and on replayed inputs, at the student's weights w.
 
     min_w  L_Acq(w) + weight * L_Ret(w)
 

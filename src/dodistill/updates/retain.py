@@ -1,5 +1,6 @@
-"""LRA: Learning to Retain while Acquiring (Patel, Mopuri, Qiu, CVPR 2023). The student learns from the new inputs so
-that one step of that learning does not cost it what it knew:
+"""LRA: Learning to Retain while Acquiring (Patel, Mopuri, Qiu, CVPR 2023).
+
+The student learns from the new inputs so that one step of that learning does not cost it what it knew:
 
     min_w  L_Acq(w) + weight * L_Ret(w'),      w' = w - alpha * grad L_Acq(w)
 
