@@ -369,16 +369,20 @@ def test_without_data(intervention: str, update: str, teacher: nn.Module) -> Non
     assert isinstance(heads.find(it.complete("last")), heads.ContextHead)
 
 
-@pytest.mark.parametrize("source", ["data", "fast"])
-def test_killed_and_resumed_to_the_same_bits(source: str, teacher: nn.Module, digits: Images) -> None:
+@pytest.mark.parametrize(
+    ("source", "at", "loss"), [("data", 5, "cid"), ("data", 1, "kl"), ("data", 2, "kl"), ("fast", 5, "cid")]
+)
+def test_killed_and_resumed_to_the_same_bits(
+    source: str, at: int, loss: str, teacher: nn.Module, digits: Images
+) -> None:
     def fresh() -> Distiller:
         if source == "data":
-            return job(teacher, digits)
+            return job(teacher, digits, criterion=loss, cid={"init": 0.5})
         return Distiller(config("fast", "cid+kdci", **{"steps": 8, **QUICK}), teacher, student(), SHAPE)
 
     whole, first, second = fresh(), fresh(), fresh()
     assert whole.run()
-    for _ in range(5):
+    for _ in range(at):
         while first._due():
             first._acquire()
         first._match()

@@ -31,7 +31,10 @@ def distances(f: Tensor) -> Tensor:
 
 def angles(f: Tensor) -> Tensor:
     """psi_A [B, B, B] of features [B, d], the vertex first: cosines in [-1, 1], 0 where two of the three are one."""
-    way = nnf.normalize(f - f[:, None], dim=2)  # [j, i, d], from j to i
+    way = f - f[:, None]  # [j, i, d], from j to i
+    # A length of 0 has no second derivative, which an update may ask for: such pairs are taken out before and after.
+    none = way.detach().square().sum(2, keepdim=True) < 1e-20
+    way = nnf.normalize(way.masked_fill(none, 1.0), dim=2).masked_fill(none, 0.0)
     return way @ way.mT
 
 

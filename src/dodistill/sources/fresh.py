@@ -41,10 +41,14 @@ class FreshConfig(SourceConfig):
     trains: ClassVar[str] = "a generator"
     keeps: ClassVar[str] = "1 generator, Adam"
 
+    @property
+    def handed(self) -> int:
+        """Batches handed over per acquisition."""
+        return max(self.fresh, 1)
+
     def teacher_passes(self) -> tuple[float, float]:
-        own = self.g_steps / max(self.fresh, 1)
-        known = not self.fresh and self.output == "sigmoid"  # the last step's images, and its answers with them
-        return own + (0.0 if known else 1.0), own
+        own = self.g_steps / self.handed
+        return own + (1.0 if self.fresh else 0.0), own  # its last step's images come with the teacher's answers
 
 
 class Fresh(Source):
