@@ -22,12 +22,13 @@ lint: $(BIN)/.installed
 	$(BIN)/mypy
 
 test: lint
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 bench: $(BIN)/.installed
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/synthesis.py
 	$(BIN)/python benchmarks/kdci.py
+	$(BIN)/python benchmarks/update.py
 
 clean:
 	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache

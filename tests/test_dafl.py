@@ -115,11 +115,13 @@ def test_parameter_counts_as_published(args: tuple[Any, ...], standardised: bool
 
 
 def test_standardised_images_speak_the_teachers_coordinates() -> None:
-    mean, std = torch.tensor([0.1, 0.5, 0.9]).view(1, 3, 1, 1), torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1)
+    mean, std = torch.tensor([0.1, 0.5, 0.5]).view(1, 3, 1, 1), torch.tensor([0.2, 0.2, 0.1]).view(1, 3, 1, 1)
     net = ConvGenerator(8, (3, 8, 8), 4, space=(mean, std))
     x = net(torch.randn(64, 8, generator=torch.Generator().manual_seed(0)))
-    assert torch.allclose(x.mean((0, 2, 3)), mean.flatten(), atol=1e-4)
-    assert torch.allclose(x.std((0, 2, 3), correction=0), std.flatten(), atol=1e-3)
+    assert x.min() == 0  # of the first channel, much lies below valid pixels
+    assert x.max() <= 1
+    assert torch.allclose(x.mean((0, 2, 3))[1:], mean.flatten()[1:], atol=0.01)
+    assert torch.allclose(x.std((0, 2, 3), correction=0)[1:], std.flatten()[1:], atol=0.01)
     assert not [k for k in net.state_dict() if "mean" in k and "running" not in k]  # constants are no state
 
 
@@ -176,24 +178,23 @@ def test_a_step_moves_the_generator_alone_and_downhill(teacher: nn.Module, pupil
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in teacher.modules())
 
 
-@pytest.mark.parametrize(
-    ("fresh", "output"), [(1, "sigmoid"), (3, "standardised"), (0, "sigmoid"), (0, "standardised")]
-)
+@pytest.mark.parametrize("output", ["sigmoid", "standardised"])
+@pytest.mark.parametrize("fresh", [0, 1, 3])
 def test_what_is_handed_over(fresh: int, output: str, teacher: nn.Module, pupil: nn.Module) -> None:
     source = build(teacher, fresh=fresh, output=output, g_steps=2)
     made: list[Tensor] = []
     source.net.register_forward_hook(lambda _m, _a, out: made.append(out.detach().clone()))
+    asked: list[Tensor] = []
+    source.context.teacher.register_forward_pre_hook(lambda _m, a: asked.append(a[0].detach()))
     got = source.acquire(pupil, 0)
+    assert len(made) == 2 + fresh
+    assert torch.equal(torch.cat(asked), torch.cat(made[:2]))  # what is judged is what is handed over
+    assert source.config.teacher_passes() == (2 / max(fresh, 1) + (fresh > 0), 2 / max(fresh, 1))
     assert got.images.dtype == torch.uint8
     assert got.images.shape == (16 * max(fresh, 1), *SHAPE)
-    assert len(made) == 2 + fresh
-    expected = torch.cat(made[2:]) if fresh else made[1]
-    assert torch.equal(got.images, to_uint8(expected))
-    if output == "standardised":
-        assert expected.min() < 0  # else this test would not see the clipping
-    if got.logits is None:
-        assert fresh or output == "standardised"
-    else:
+    assert torch.equal(got.images, to_uint8(torch.cat(made[2:]) if fresh else made[1]))
+    assert (got.logits is None) == (fresh > 0)
+    if got.logits is not None:
         with torch.no_grad():
             assert torch.allclose(got.logits, teacher(made[1]), atol=1e-4)
             off = (got.logits - teacher(to_float(got.images))).abs().max()
@@ -245,11 +246,12 @@ def test_presets() -> None:
 
 
 def test_the_student_learns_from_it(teacher: nn.Module, digits_test: Images) -> None:
+    """An untrained generator leads the same student to about 17 %."""
     config = resolve(
         {
-            "source": {"name": "dafl", "batch": 64, "latent": 32, "width": 16}, "preset": "desk",
+            "source": {"name": "dafl", "batch": 64, "latent": 32, "width": 16, "warmup": 10}, "preset": "desk",
             "pool": {"capacity": 320},
-            "loop": {"steps": 200, "batch": 64, "device": "cpu", "threads": 1, "eval_every": 200},
+            "loop": {"steps": 120, "batch": 64, "device": "cpu", "threads": 1, "eval_every": 120},
         }
     )  # fmt: skip
     assert digits_test.y is not None
@@ -257,4 +259,4 @@ def test_the_student_learns_from_it(teacher: nn.Module, digits_test: Images) -> 
     run.run()
     shares = run.pool.class_shares()
     assert shares.max() < 0.3, shares  # information entropy: no class has it all
-    assert run.last_eval["test_ema"] > 45, run.last_eval
+    assert run.last_eval["test_ema"] > 35, run.last_eval

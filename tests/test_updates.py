@@ -353,3 +353,19 @@ def test_an_update_that_replays_needs_a_replay(digits: Images) -> None:
             config("fast", update=update)
     with pytest.raises(DodistillError, match="give --update replay or retain"):
         config("fast", replay="bank")
+
+
+@pytest.mark.parametrize("criterion", registry.names("criterion"))
+def test_every_criterion_has_the_second_derivatives_that_exact_asks_for(criterion: str, teacher: nn.Module) -> None:
+    """Also where inputs repeat, so that features coincide, as a replay's may."""
+    cfg = resolve(
+        config("fast", "kdci", steps=3, criterion=criterion).to_tree(),
+        {"replay": {"name": "bank", "size": 8, "capacity": 2, "every": 1, "first": 1, "eviction": "reservoir"},
+         "update": {"name": "retain", "alpha": 0.1}},
+    )  # fmt: skip
+    it = job(teacher, cfg)
+    assert it.run()
+    for name, p in (*it.student.named_parameters(), *it.interventions.named_parameters()):
+        assert p.grad is not None, name
+        assert torch.isfinite(p.grad).all(), name
+        assert p.grad.abs().sum() > 0, name

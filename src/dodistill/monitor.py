@@ -76,7 +76,7 @@ def courses(evals: Iterable[Mapping[str, Any]], after: Sequence[float] = AFTER) 
 
 
 def flat(found: Iterable[Record]) -> dict[str, float]:
-    """What `courses` found, by name: course/test/mean of all evaluations, late/test/mean of those in the second half."""
+    """What `courses` found, by name: course/test/mean of all evaluations, late/test/mean of the second half's."""
     prefix = {0.0: "course", 0.5: "late"}
     return {f"{prefix[c['after']]}/{c['of']}/{k}": round(c[k], 4) for c in found for k in UNITS if c["after"] in prefix}
 

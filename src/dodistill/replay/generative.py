@@ -21,7 +21,7 @@ Deviations, and why
  2. `train` steps per acquisition, at the acquisition, each on its own part of the new images; there, in the first 4
     of the 10 student steps between two acquisitions, on the images of that step. The student waits for the first of
     them; there it replays images of an untrained decoder first.
- 3. Images that leave [0, 1] are clipped when they are replayed, and the teacher is asked about the clipped ones.
+ 3. Images that leave [0, 1] are clipped before teacher or student reads them; in the release nothing is clipped.
  4. A teacher without a known normalisation gets mean 0.5 and deviation 0.25; the released decoders know theirs only by
     the standardisation of their last layer. Images need a height and width divisible by 4; there, by 8.
 """
@@ -192,7 +192,7 @@ class Generative(Replay):
             mu, log_var = self.encoder((x - self.mean) / self.std)
             eps = torch.randn(mu.shape, generator=self.generator, device=mu.device)
             made = self._decode(mu + (0.5 * log_var).exp() * eps)
-            answer = self.context.teacher(made).float()
+            answer = self.context.teacher(made.clamp(0, 1)).float()
         terms = {
             "image": ((made - x) / self.std).abs().mean(),
             "logits": (answer - t).abs().mean(),
@@ -209,20 +209,20 @@ class Generative(Replay):
         return out
 
     def _decode_balanced(self) -> Tensor:
-        """`size` images of latents that were tuned once; constants."""
+        """`size` images in [0, 1] of latents that were tuned once; constants."""
         c = self.config
         z = torch.randn(c.size, c.latent, generator=self.generator, device=self.context.device).requires_grad_()
         with self.context.autocast():
-            t = self.context.teacher(self._decode(z)).float()
+            t = self.context.teacher(self._decode(z).clamp(0, 1)).float()
         terms = balance(t, z, c.ie, c.oh)
         (g,) = torch.autograd.grad(torch.stack(list(terms.values())).sum(), [z])
         self.terms |= {name: value.detach() for name, value in terms.items()}
         with torch.no_grad(), self.context.autocast():
-            return self._decode(z - c.lr_z * g / (g.abs() + 1e-8))  # Adam's first step
+            return self._decode(z - c.lr_z * g / (g.abs() + 1e-8)).clamp(0, 1)  # Adam's first step
 
     def draw(self, student: nn.Module, step: int) -> tuple[Tensor, Tensor | None]:
         self.decoder.eval()
-        return self._decode_balanced().clamp(0, 1), None
+        return self._decode_balanced(), None
 
     def parts(self) -> dict[str, Any]:
         return {"encoder": self.encoder, "decoder": self.decoder, "opt": self.opt}

@@ -15,7 +15,7 @@ Deviations, and why
  2. In `js_repo` the teacher's side is a constant, as released; in the others the gradient goes through both.
  3. The student is in eval mode while G steps; there it is in train mode, and G's batch moves its running statistics.
  4. The student's rate falls each step; there, each epoch (360 of its steps at batch 1024, 720 at 512).
- 5. Images are in the teacher's normalised coordinates and are clipped to [0, 1] when handed over, as in `dafl`.
+ 5. Images are in the teacher's normalised coordinates and are clipped to [0, 1] by the generator, as in `dafl`.
  6. The released LRA halves the batch and so makes twice the steps of the other two. Its presets do so too; compare
     them at equal `loop.steps` only.
 """
