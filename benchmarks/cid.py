@@ -2,9 +2,9 @@
 
     python benchmarks/cid.py [--batch 64] [--rounds 6] [--counts 10 100 1000]
 
-KD is `criterion hinton`, CE and KL on the student's logits; CID is `criterion cid` with `intervention cid`, its contexts
-in use. Both are the engine's own step: draw, crop, teacher, student, losses, SGD. Aims: at most 1.25 times, and no growth
-with the classes beyond that of the logits and of the dictionary [K, d] itself.
+KD is `criterion hinton`, CE and KL on the student's logits; CID is `criterion cid` with `intervention cid`, its
+contexts in use. Both are the engine's own step: draw, crop, teacher, student, losses, SGD. Aims: at most 1.25 times,
+and no growth with the classes beyond that of the logits and of the dictionary [K, d] itself.
 """
 
 from __future__ import annotations

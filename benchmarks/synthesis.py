@@ -2,11 +2,11 @@
 
     python benchmarks/synthesis.py [--sources fast cmi ...] [--batch 64] [--iterations 3]
 
-Bare: one acquisition is watched, and each pass through the teacher, the student and the source's own networks is noted:
-the input's shape and whether a gradient came back through it. Those passes are then made again on the same
-inputs, at the same precision, backwards too, and nothing else. What the source adds is its losses, BatchNorm statistics,
-crops, optimisers, copies, memory banks and draws. Aim: at most 1.3 times the bare. Sources that train nothing have no
-synthesis: for them the table shows images per second.
+Bare: one acquisition is watched, and each pass through the teacher, the student and the source's own networks is
+noted: the input's shape and whether a gradient came back through it. Those passes are then made again on the same
+inputs, at the same precision, backwards too, and nothing else. What the source adds is its losses, BatchNorm
+statistics, crops, optimisers, copies, memory banks and draws. Aim: at most 1.3 times the bare. Sources that train
+nothing have no synthesis: for them the table shows images per second.
 """
 
 from __future__ import annotations
