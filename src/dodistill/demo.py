@@ -33,7 +33,7 @@ SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
 ARMS = {"plain": "none", "+KDCI": "kdci", "+strat.": "stratified"}
 
 
-def demo(out: Path, seed: int = 0, steps: int = 600) -> list[dict[str, Any]]:
+def demo(out: Path, seed: int = 0, steps: int = 450) -> list[dict[str, Any]]:
     """Run it, print the table, write `out/compare.html` and a report for each student. Returns the cells."""
     start = time.monotonic()
     console = Console()
