@@ -4,7 +4,7 @@ Two families, both with a 3x3 stem and no max-pool, both with the classifier und
 
 * resnet18, resnet34, resnet50: four stages of width 64..512, projection shortcuts
   (`conv1, bn1, layer{1..4}.{i}.{conv*,bn*,shortcut.0,shortcut.1}, linear`);
-* resnet20, resnet32, resnet56, resnet110: three stages of width 16..64, parameter-free "option A" shortcuts that
+* resnet8, 14, 20, 32, 56, 110: three stages of width 16..64, parameter-free "option A" shortcuts that
   subsample and pad channels with zeros (`conv1, bn1, layer{1..3}.{i}.{conv1,bn1,conv2,bn2}, linear`).
 """
 
@@ -114,6 +114,8 @@ ZOO: dict[str, Callable[[int, int], nn.Module]] = {
     "resnet18": partial(ResNet, Basic, (2, 2, 2, 2), 64),
     "resnet34": partial(ResNet, Basic, (3, 4, 6, 3), 64),
     "resnet50": partial(ResNet, Bottleneck, (3, 4, 6, 3), 64),
+    "resnet8": partial(ResNet, OptionA, (1, 1, 1), 16),
+    "resnet14": partial(ResNet, OptionA, (2, 2, 2), 16),
     "resnet20": partial(ResNet, OptionA, (3, 3, 3), 16),
     "resnet32": partial(ResNet, OptionA, (5, 5, 5), 16),
     "resnet56": partial(ResNet, OptionA, (9, 9, 9), 16),

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from ..augment import to_float
 from ..errors import DodistillError
 from ..models.normalized import Normalized
+from ..models.upsample import UpsampleConv
 from ..runtime import Context
 from .base import Replay, ReplayConfig
 
@@ -90,10 +91,8 @@ class Decoder(nn.Module):
         self.linear = nn.Linear(latent, 2 * width * (height // 4) * (wide // 4))
         self.layers = nn.Sequential(
             nn.BatchNorm2d(2 * width),
-            nn.Upsample(scale_factor=2),
-            nn.Conv2d(2 * width, 2 * width, 3, 1, 1), nn.BatchNorm2d(2 * width, 0.8), nn.LeakyReLU(0.2, inplace=True),
-            nn.Upsample(scale_factor=2),
-            nn.Conv2d(2 * width, width, 3, 1, 1), nn.BatchNorm2d(width, 0.8), nn.LeakyReLU(0.2, inplace=True),
+            UpsampleConv(2 * width, 2 * width), nn.BatchNorm2d(2 * width, 0.8), nn.LeakyReLU(0.2, inplace=True),
+            UpsampleConv(2 * width, width), nn.BatchNorm2d(width, 0.8), nn.LeakyReLU(0.2, inplace=True),
             nn.Conv2d(width, channels, 3, 1, 1), nn.Tanh(), nn.BatchNorm2d(channels, affine=False),
         )  # fmt: skip
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..errors import DodistillError
 from ..models.normalized import Normalized
+from ..models.upsample import UpsampleConv
 from ..runtime import seeded as seeded
 
 Space = tuple[Tensor, Tensor]  #: (mean, std) of a normalisation, [1, C or 1, 1, 1]
@@ -35,7 +36,7 @@ class _Pixels(nn.Module):
 
 
 class ConvGenerator(nn.Module):
-    """Latent -> Linear -> two (upsample, conv) blocks -> Sigmoid, the toolbox's small generator.
+    """Latent -> Linear -> two (upsample and conv) blocks -> Sigmoid, the toolbox's small generator.
 
     For 32x32, width 64, latent 256: 2 328 899 parameters, as published. Other image sizes must be divisible by 4.
     Given a `space` it is DAFL's and DFAD's instead: convolutions with biases, and Tanh -> BatchNorm without affine in
@@ -73,12 +74,10 @@ class ConvGenerator(nn.Module):
         self.l1 = nn.Linear(latent, base * (height // 4) * (w // 4))
         self.conv_blocks = nn.Sequential(
             nn.BatchNorm2d(base),
-            nn.Upsample(scale_factor=2),
-            nn.Conv2d(base, 2 * width, 3, 1, 1, bias=bias),
+            UpsampleConv(base, 2 * width, bias=bias),
             nn.BatchNorm2d(2 * width, eps=eps),
             nn.LeakyReLU(0.2, inplace=True),
-            nn.Upsample(scale_factor=2),
-            nn.Conv2d(2 * width, width, 3, 1, 1, bias=bias),
+            UpsampleConv(2 * width, width, bias=bias),
             nn.BatchNorm2d(width, eps=eps),
             nn.LeakyReLU(0.2, inplace=True),
             nn.Conv2d(width, channels, 3, 1, 1),
