@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from dodistill import load_model
 from dodistill.cli import main
 
 QUICK = ["--preset", "desk", "--source.warmup", "1", "--source.K", "2", "--source.width", "4", "--source.batch", "16",
@@ -40,7 +42,16 @@ def test_distil_evaluate_report_export(teacher_file: Path, tmp_path: Path, capsy
 
     student = str(out / "student.safetensors")
     assert main(["evaluate", student, "--test", "digits", "--teacher", str(teacher_file)]) == 0
-    assert "of 500 images" in capsys.readouterr().out
+    calibrated = str(tmp_path / "calibrated.safetensors")
+    assert main(["evaluate", student, "--calibrate", "digits", "--n", "64", "--test", "digits", "--out", calibrated]) == 0
+    said = capsys.readouterr().out
+    assert "of 500 images" in said
+    assert "calibrated with 64 images of digits, labels unread" in said
+    before, after = load_model(student).state_dict(), load_model(calibrated).state_dict()
+    assert before.keys() == after.keys()
+    for key in before:  # its statistics, and they alone
+        assert key.endswith("num_batches_tracked") or torch.equal(before[key], after[key]) is ("running" not in key)
+    assert main(["evaluate", student, "--test", "digits", "--out", calibrated]) == 2
     (out / "report.html").unlink()
     assert main(["report", str(out)]) == 0
     assert (out / "report.html").stat().st_size > 10_000

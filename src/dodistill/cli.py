@@ -54,6 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--test", help="labelled images: .npz, folder, or a data set's name")
     evaluate.add_argument("--probe", metavar="DATA", help="transfer: train a linear classifier on its frozen features")
     evaluate.add_argument("--teacher", help="another model, to report agreement with")
+    evaluate.add_argument("--calibrate", metavar="DATA", help="first take BatchNorm's statistics from unlabelled images")
+    evaluate.add_argument("--n", type=int, default=1000, help="so many of those images (default: 1000)")
+    evaluate.add_argument("--out", metavar="FILE", help="write the calibrated model, .safetensors")
 
     compare = add("compare", "run a grid of methods with equal steps, seeds and teacher")
     compare.add_argument("recipe", help="YAML grid; see recipes/")
@@ -313,16 +316,30 @@ def _teach(given: Given, _every: list[str]) -> int:
 
 
 def _evaluate(known: argparse.Namespace) -> int:
+    import torch
+
     from .api import parameters, shape_of
     from .data import contexts_of, load_images
     from .evaluate import agreement, class_shares, expected_calibration_error, predict, top1
-    from .models import load_model
+    from .models import load_model, save_model
     from .probe import context_gap, linear_probe
+    from .sources.noise import calibrate
 
-    if not (known.test or known.probe):
-        raise DodistillError("evaluate needs labelled images: give --test DATA, or --probe DATA, or both.")
+    if not (known.test or known.probe or known.calibrate):
+        raise DodistillError("evaluate needs images: give --test DATA, --probe DATA or --calibrate DATA, or several.")
+    if known.out and not known.calibrate:
+        raise DodistillError(f"--out {known.out}: nothing would be changed; it belongs to --calibrate DATA.")
+    if known.n < 2:
+        raise DodistillError(f"--n is {known.n}; statistics need at least 2 images.")
     model = load_model(known.model, weights=known.weights)
     shape = shape_of(model)
+    if known.calibrate:
+        images = load_images(known.calibrate, "train", labels=False, image_shape=shape)
+        chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[: known.n]
+        calibrate(model, images.x[chosen])
+        print(f"calibrated with {len(chosen):,} images of {known.calibrate}, labels unread")
+        if known.out:
+            print(f"weights    {save_model(model, known.out)}")
     if known.probe:
         train, test = (load_images(known.probe, split, image_shape=shape) for split in ("train", "test"))
         found = linear_probe(model, train, test)
