@@ -43,7 +43,9 @@ def test_distil_evaluate_report_export(teacher_file: Path, tmp_path: Path, capsy
     student = str(out / "student.safetensors")
     assert main(["evaluate", student, "--test", "digits", "--teacher", str(teacher_file)]) == 0
     calibrated = str(tmp_path / "calibrated.safetensors")
-    assert main(["evaluate", student, "--calibrate", "digits", "--n", "64", "--test", "digits", "--out", calibrated]) == 0
+    assert (
+        main(["evaluate", student, "--calibrate", "digits", "--n", "64", "--test", "digits", "--out", calibrated]) == 0
+    )
     said = capsys.readouterr().out
     assert "of 500 images" in said
     assert "calibrated with 64 images of digits, labels unread" in said

@@ -18,7 +18,8 @@ from dodistill.augment import crop_flip
 from dodistill.data import Images
 from dodistill.errors import DodistillError
 from dodistill.evaluate import predict, top1
-from dodistill.sources.nayer import Config, Nayer, NoisyGenerator, classifier_rows, orthogonal_rows, read_embedding
+from dodistill.sources.embeddings import classifier_rows, orthogonal_rows, read_embedding
+from dodistill.sources.nayer import Config, Nayer, NoisyGenerator
 from dodistill.taps import batchnorms
 from helpers import SHAPE, context, same, student
 

@@ -54,7 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--test", help="labelled images: .npz, folder, or a data set's name")
     evaluate.add_argument("--probe", metavar="DATA", help="transfer: train a linear classifier on its frozen features")
     evaluate.add_argument("--teacher", help="another model, to report agreement with")
-    evaluate.add_argument("--calibrate", metavar="DATA", help="first take BatchNorm's statistics from unlabelled images")
+    evaluate.add_argument(
+        "--calibrate", metavar="DATA", help="first take BatchNorm's statistics from unlabelled images"
+    )
     evaluate.add_argument("--n", type=int, default=1000, help="so many of those images (default: 1000)")
     evaluate.add_argument("--out", metavar="FILE", help="write the calibrated model, .safetensors")
 

@@ -16,7 +16,16 @@ AXES = {
     "update": "updates",
     "replay": "replay",
 }
-_SHARED = {"base", "dictionary", "fresh", "generators", "kmeans", "pictures"}  # files there that are no choice
+_SHARED = {
+    "base",
+    "dictionary",
+    "embeddings",
+    "fresh",
+    "generators",
+    "guided",
+    "kmeans",
+    "pictures",
+}  # files there that are no choice
 
 
 @cache

@@ -1,9 +1,9 @@
 """Upsampling by 2 and a 3x3 convolution, as one transposed convolution of 16 products per pixel instead of 36.
 
-Repeating every pixel is a transposed convolution with ones [2, 2] and stride 2. After it, the 3x3 convolution w makes one
-transposed convolution with the 4x4 kernel w' = ones [2, 2] * flip(w): the same linear map from the same nine weights, zero
-padding included, up to rounding. On the generators here that is where most of the time goes; 1.8 to 2.4 times as fast
-forwards and backwards (benchmarks/upsample.py).
+Repeating every pixel is a transposed convolution with ones [2, 2] and stride 2. With the 3x3 convolution w after it,
+it is one transposed convolution with the 4x4 kernel w' = ones [2, 2] * flip(w): the same linear map of the same nine
+weights, zero padding included, up to rounding. On a CPU core most of a small run's time goes there; whole generators
+are 1.6 to 1.9 times as fast forwards and backwards (benchmarks/upsample.py).
 """
 
 from __future__ import annotations

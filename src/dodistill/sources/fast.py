@@ -25,15 +25,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from .. import losses
-from ..augment import crop_flip
 from ..runtime import Context
-from ..taps import batchnorm_inputs
-from .base import Acquired, Kind, Source, SourceConfig, at_least
+from .base import Acquired, Kind, Source, at_least
 from .generators import ConvGenerator, seeded
+from .guided import Guided, GuidedConfig
 
 _COMMON: dict[str, Any] = {
     "source": {
@@ -50,7 +47,7 @@ def _pair(K: int, lr_g: float, lr_z: float, adv: float, oh: float) -> dict[str, 
 
 
 @dataclass(frozen=True)
-class Config(SourceConfig):
+class Config(GuidedConfig):
     """Hyper-parameters of FastDFKD; defaults are those for WRN teachers on CIFAR."""
 
     warmup: int = 20
@@ -61,10 +58,6 @@ class Config(SourceConfig):
     lr_z: float = 0.01  #: inner rate of the latents
     latent: int = 256  #: size of z
     width: int = 64  #: channels of the generator's last hidden layer
-    bn: float = 10.0  #: weight of the BatchNorm statistics
-    oh: float = 0.4  #: weight of the cross-entropy to the drawn labels
-    adv: float = 1.1  #: weight of the decision-adversarial term
-    bn_momentum: float = 0.9  #: smoothing of batch statistics over acquisitions (0: none)
     meta: Literal["fomaml", "reptile", "none"] = "fomaml"
     reptile_factor: float = 67.0  #: Reptile's meta-gradient is this times (meta - fast)
     reset_at: int = 120  #: redraw the first layers at this acquisition after the warm-up (0: never)
@@ -100,11 +93,11 @@ class Config(SourceConfig):
         return Fast(self, context)
 
 
-class Fast(Source):
+class Fast(Guided):
     """The meta-generator and its inner descent."""
 
     def __init__(self, config: Config, context: Context) -> None:
-        super().__init__(context)
+        super().__init__(config, context)
         self.config = config
         at_least(config, 1, "K", "latent", "width")
         at_least(config, 2, "batch")
@@ -115,8 +108,6 @@ class Fast(Source):
         self.opt_meta = torch.optim.Adam(
             self.meta.parameters(), lr=config.lr_g * config.K, betas=(0.5, 0.999), fused=True
         )
-        #: smoothed BatchNorm input statistics, one (mean, var) per layer; empty until the first acquisition
-        self.ema: list[tuple[Tensor, Tensor]] = []
 
     def _labels(self) -> Tensor:
         n, classes, g = self.config.batch, self.context.num_classes, self.generator
@@ -137,34 +128,10 @@ class Fast(Source):
         self.opt_meta.zero_grad()
         adversarial = c.adv > 0 and round > c.warmup
 
-        best = torch.empty(0)
-        lowest = torch.full((), float("inf"), device=ctx.device)
-        with batchnorm_inputs(ctx.teacher) as taps:
-            for k in range(c.K):
-                with ctx.autocast():
-                    x = self.fast(z)
-                    xa = crop_flip(x, ctx.augment.pad, self.generator, ctx.augment.flip)
-                    t = ctx.teacher(xa)
-                terms = {
-                    "bn": c.bn * losses.bn_statistics(taps, taps.modules, self.ema or None, c.bn_momentum),
-                    "ce": c.oh * nnf.cross_entropy(t, y),
-                }
-                if adversarial:
-                    with ctx.autocast():
-                        s = student(xa)
-                    terms["adv"] = c.adv * losses.adversarial(s.float(), t)
-                loss = torch.stack(list(terms.values())).sum()
-                with torch.no_grad():
-                    better = loss < lowest
-                    best = torch.where(better, x, best) if k else x.detach().clone()
-                    lowest = torch.minimum(loss, lowest)
-                opt.zero_grad()
-                loss.backward(inputs=[z, *self.fast.parameters()])  # the student gets no gradients, nor pays for them
-                if c.meta == "fomaml":
-                    self._accumulate()
-                opt.step()
-            if c.bn_momentum > 0:
-                self.ema = losses.bn_average(self.ema or None, taps, c.bn_momentum)
+        best = self._descend(
+            lambda: self.fast(z), y, student if adversarial else None, opt, [z, *self.fast.parameters()], c.K,
+            each=self._accumulate if c.meta == "fomaml" else lambda: None,
+        )  # fmt: skip
         if c.meta == "none":
             self.meta.load_state_dict(self.fast.state_dict())
         else:
@@ -172,8 +139,7 @@ class Fast(Source):
                 for p, q in zip(self.meta.parameters(), self.fast.parameters()):
                     p.grad = c.reptile_factor * (p.detach() - q.detach())
             self.opt_meta.step()
-        self.terms = {name: value.detach() for name, value in terms.items()}
-        return Acquired(best.detach())
+        return Acquired(best)
 
     def _accumulate(self) -> None:
         """First-order MAML: the meta-gradient is the sum of the inner gradients."""
@@ -183,11 +149,3 @@ class Fast(Source):
 
     def parts(self) -> dict[str, Any]:
         return {"meta": self.meta, "opt_meta": self.opt_meta}
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"ema": [t for pair in self.ema for t in pair]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        flat = [t.to(self.context.device) for t in state["ema"]]
-        self.ema = list(zip(flat[::2], flat[1::2]))

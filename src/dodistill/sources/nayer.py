@@ -25,71 +25,18 @@ Deviations, and why
 from __future__ import annotations
 
 import math
-import zipfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 import torch.nn.functional as nnf
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .. import losses
-from ..augment import crop_flip
-from ..errors import DodistillError
 from ..runtime import Context, seeded
-from ..taps import batchnorm_inputs, penultimate
-from .base import Acquired, Kind, Source, SourceConfig, at_least
+from .base import Acquired, Kind, Source, at_least
+from .embeddings import classifier_rows, orthogonal_rows, read_embedding
 from .generators import ConvGenerator
-
-
-def classifier_rows(model: nn.Module, classes: int) -> Tensor:
-    """E [K, d]: row k is the weight of class k in the last linear layer of `model` (or its last 1x1 convolution)."""
-    with penultimate(model) as tap:
-        rows = tap.layer.weight.detach().float().flatten(1)
-    if len(rows) != classes:
-        raise DodistillError(
-            f"the teacher's last layer has {len(rows)} rows for {classes} classes, so they are no label embeddings; "
-            "use --source.embedding orthogonal."
-        )
-    return rows.clone()
-
-
-def orthogonal_rows(classes: int, generator: torch.Generator) -> Tensor:
-    """E [K, K] with orthonormal rows, drawn from `generator`: labels that have nothing to do with one another."""
-    q, r = torch.linalg.qr(torch.randn(classes, classes, generator=generator, device=generator.device))
-    rows: Tensor = q * r.diagonal().sign()
-    return rows
-
-
-def read_embedding(path: str, classes: int) -> Tensor:
-    """E [K, d] from the only (or first) array of a .npy, .npz or .safetensors file. No code of the file is run."""
-    file, kinds = Path(path).expanduser(), (".npy", ".npz", ".safetensors")
-    if file.suffix not in kinds:
-        raise DodistillError(
-            f"source.embedding is {path!r}; it must be classifier, orthogonal, or a file ending in {', '.join(kinds)}."
-        )
-    if not file.is_file():
-        raise DodistillError(f"source.embedding: there is no file {path}; check the path.")
-    try:
-        if file.suffix == ".safetensors":
-            rows = next(iter(load_file(file).values()))
-        else:
-            found = np.load(file, allow_pickle=False)
-            rows = torch.from_numpy(np.array(found if file.suffix == ".npy" else found[found.files[0]], np.float32))
-    except (SafetensorError, OSError, ValueError, TypeError, EOFError, IndexError, StopIteration, KeyError,
-            zipfile.BadZipFile) as error:  # fmt: skip
-        raise DodistillError(f"source.embedding: cannot read numbers from {path} ({error}).") from error
-    if rows.dim() != 2 or len(rows) != classes or not rows.shape[1]:
-        raise DodistillError(
-            f"source.embedding: {path} holds shape {tuple(rows.shape)}; it must be ({classes}, d), a row per class."
-        )
-    if not bool(torch.isfinite(rows.float()).all()):
-        raise DodistillError(f"source.embedding: {path} holds NaN or infinity.")
-    return rows.float()
+from .guided import Guided, GuidedConfig
 
 
 class NoisyGenerator(nn.Module):
@@ -143,7 +90,7 @@ def _published(iterations: int, acquisitions: int) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Config(SourceConfig):
+class Config(GuidedConfig):
     """Hyper-parameters of NAYER; defaults are the release's for CIFAR-100."""
 
     warmup: int = 20
@@ -158,10 +105,8 @@ class Config(SourceConfig):
     noise: int = 1000  #: outputs of the noisy layer
     width: int = 64  #: channels of the generator's last hidden layer
     life: int = 10  #: the generator starts anew after so many acquisitions (0: never)
-    bn: float = 10.0  #: weight of the BatchNorm statistics
-    oh: float = 0.5  #: weight of the cross-entropy to the labels
-    adv: float = 1.33  #: weight of the decision-adversarial term
-    bn_momentum: float = 0.9  #: smoothing of batch statistics over batches (0: none)
+    oh: float = 0.5
+    adv: float = 1.33
 
     name: ClassVar[str] = "nayer"
     kind: ClassVar[Kind] = "generator"
@@ -198,11 +143,11 @@ class Config(SourceConfig):
         return Nayer(self, context)
 
 
-class Nayer(Source):
+class Nayer(Guided):
     """One generator, and noisy layers that live for one batch."""
 
     def __init__(self, config: Config, context: Context) -> None:
-        super().__init__(context)
+        super().__init__(config, context)
         self.config = config
         at_least(config, 1, "loops", "warmup_loops", "iterations", "noise", "width")
         at_least(config, 0, "group", "life")
@@ -223,8 +168,6 @@ class Nayer(Source):
         self.net = seeded(
             NoisyGenerator, self.generator, E.to(device), groups, group, config.noise, context.image_shape, config.width
         ).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        #: smoothed BatchNorm input statistics, one (mean, var) per layer; empty until the first batch
-        self.ema: list[tuple[Tensor, Tensor]] = []
 
     def _labels(self) -> Tensor:
         """[batch]: runs of all classes in order, so that each noisy layer sees each once; then a few at random."""
@@ -247,47 +190,12 @@ class Nayer(Source):
 
     def _batch(self, student: nn.Module, adversarial: bool) -> Tensor:
         """One batch of images [batch, C, H, W], from a fresh noisy layer."""
-        c, ctx = self.config, self.context
+        c = self.config
         self.net.redraw_noise(self.generator)
         y = self._labels()
         parameters = list(self.net.parameters())
         opt = torch.optim.Adam(parameters, lr=c.lr, betas=(0.5, 0.999), fused=True)
-        best = torch.empty(0)
-        lowest = torch.full((), float("inf"), device=ctx.device)
-        with batchnorm_inputs(ctx.teacher) as taps:
-            for k in range(c.iterations):
-                with ctx.autocast():
-                    x = self.net(y)
-                    xa = crop_flip(x, ctx.augment.pad, self.generator, ctx.augment.flip)
-                    t = ctx.teacher(xa)
-                terms = {
-                    "bn": c.bn * losses.bn_statistics(taps, taps.modules, self.ema or None, c.bn_momentum),
-                    "ce": c.oh * nnf.cross_entropy(t, y),
-                }
-                if adversarial:
-                    with ctx.autocast():
-                        s = student(xa)
-                    terms["adv"] = c.adv * losses.adversarial(s.float(), t)
-                loss = torch.stack(list(terms.values())).sum()
-                with torch.no_grad():
-                    better = loss < lowest
-                    best = torch.where(better, x, best) if k else x.detach().clone()
-                    lowest = torch.minimum(loss, lowest)
-                opt.zero_grad()
-                loss.backward(inputs=parameters)  # the student gets no gradients, nor pays for them
-                opt.step()
-            if c.bn_momentum > 0:
-                self.ema = losses.bn_average(self.ema or None, taps, c.bn_momentum)
-        self.terms = {name: value.detach() for name, value in terms.items()}
-        return best.detach()
+        return self._descend(lambda: self.net(y), y, student if adversarial else None, opt, parameters, c.iterations)
 
     def parts(self) -> dict[str, Any]:
         return {"net": self.net}
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"ema": [t for pair in self.ema for t in pair]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        flat = [t.to(self.context.device) for t in state["ema"]]
-        self.ema = list(zip(flat[::2], flat[1::2]))
