@@ -119,7 +119,17 @@ class Config(SourceConfig):
         "subset": {**_PAPER, "source": {**_PAPER["source"], "n": 50_000}},
         "desk": {
             **_PAPER,
-            "source": {**_PAPER["source"], "batch": 64, "width": 32, "base": 128, "patches": 64, "anneal": 400},
+            "source": {
+                **_PAPER["source"],
+                "batch": 64,
+                "width": 32,
+                "base": 128,
+                "patches": 64,
+                "warmup": 30,
+                "lr_g": 3e-3,
+                "anneal": 430,
+                "local": 0.1,
+            },
             "optim": {"lr": 0.1, "weight_decay": 5e-4, "floor": 0.0},
             "pool": {"capacity": 640},
             "loop": {"steps": 2000, "batch": 128},
@@ -128,7 +138,7 @@ class Config(SourceConfig):
     origin: ClassVar[dict[str, str]] = {
         "paper": "release README, CIFAR-100 from CIFAR-10, one setting for all pairs",
         "subset": "the same from the 50 000 images of ImageNet or Places at 32x32 that the teacher doubts most",
-        "desk": "ours: the same losses on a schedule for two CPU cores",
+        "desk": "ours: a quicker generator, `local` a tenth, on a schedule for two CPU cores",
     }
 
     def teacher_passes(self) -> tuple[float, float]:
