@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from dodistill import load_model
 from dodistill.cli import main
@@ -143,3 +144,17 @@ def test_methods_and_doctor(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"\n{source} " in said
     assert main(["doctor"]) in (0, 1)
     assert "GFLOP/s" in capsys.readouterr().out
+
+
+def test_evaluate_reads_bare_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file of tensors that does not say what it reads: the command line says it instead."""
+    file = tmp_path / "bare.safetensors"
+    save_file(dict(load_model("tiny4", num_classes=10, seed=0).model.state_dict()), file)
+    told = ["evaluate", "tiny4", "--weights", str(file), "--test", "digits"]
+    assert main(told) == 2
+    assert "--image-shape" in capsys.readouterr().err
+    assert main([*told, "--image-shape", "1,16,16", "--normalise", "mnist"]) == 0
+    assert "of 500 images" in capsys.readouterr().out
+    for wrong in ("1,16", "1,16,8", "1,a,a"):
+        assert main([*told, "--image-shape", wrong]) == 2
+        assert repr(wrong) in capsys.readouterr().err

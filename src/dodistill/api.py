@@ -57,7 +57,7 @@ def shape_of(model: nn.Module) -> Shape:
     channels, size = spec.get("in_channels"), spec.get("image_size")
     if not channels or not size:
         raise DodistillError(
-            "the teacher's weights do not say which images it reads; give --data.image_shape 3,32,32 "
+            "the teacher's weights do not say which images it reads; give --image-shape 3,32,32 "
             "(in Python image_shape=(3, 32, 32))."
         )
     return int(channels), int(size), int(size)

@@ -51,6 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = add("evaluate", "score a model on labelled images, against a teacher, or by a probe on other data")
     evaluate.add_argument("model", help="a .safetensors that dodistill wrote, or a model spec with --weights")
     evaluate.add_argument("--weights")
+    evaluate.add_argument("--image-shape", metavar="C,H,W", help="what the model reads, where its weights do not say")
+    evaluate.add_argument("--normalise", metavar="NAME", help="its normalisation, where its weights do not say")
     evaluate.add_argument("--test", help="labelled images: .npz, folder, or a data set's name")
     evaluate.add_argument("--probe", metavar="DATA", help="transfer: train a linear classifier on its frozen features")
     evaluate.add_argument("--teacher", help="another model, to report agreement with")
@@ -317,6 +319,16 @@ def _teach(given: Given, _every: list[str]) -> int:
     return 0
 
 
+def _image_shape(text: str | None) -> tuple[int | None, int | None]:
+    """Channels and side of "3,32,32"; models here read square images."""
+    if text is None:
+        return None, None
+    parts = text.split(",")
+    if len(parts) != 3 or not all(p.strip().isdigit() for p in parts) or int(parts[1]) != int(parts[2]):
+        raise DodistillError(f"--image-shape is {text!r}; it must be channels, height, width, as in 3,32,32 (square).")
+    return int(parts[0]), int(parts[1])
+
+
 def _evaluate(known: argparse.Namespace) -> int:
     import torch
 
@@ -333,7 +345,8 @@ def _evaluate(known: argparse.Namespace) -> int:
         raise DodistillError(f"--out {known.out}: nothing would be changed; it belongs to --calibrate DATA.")
     if known.n < 2:
         raise DodistillError(f"--n is {known.n}; statistics need at least 2 images.")
-    model = load_model(known.model, weights=known.weights)
+    c, h = _image_shape(known.image_shape)
+    model = load_model(known.model, weights=known.weights, mean=known.normalise, in_channels=c, image_size=h)
     shape = shape_of(model)
     if known.calibrate:
         images = load_images(known.calibrate, "train", labels=False, image_shape=shape)
