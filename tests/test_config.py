@@ -79,6 +79,7 @@ def test_settings_of_an_arm_that_is_not_chosen_are_allowed_but_checked() -> None
         ({"loop.sed": 1}, "loop: unknown key 'sed'; did you mean 'seed'"),
         ({"source": {"name": "fast", "k": 3}}, "source: unknown key 'k'"),
         ({"lop": {"seed": 1}}, "config: unknown key 'lop'; did you mean 'loop'"),
+        ({"source": "auto"}, "source auto is chosen for one teacher"),
         ({"source": "fats"}, "unknown source 'fats'; did you mean 'fast'"),
         ({"intervention": "kdic"}, "unknown intervention 'kdic'; did you mean 'kdci'"),
         ({"intervention": "kdci+stratifed"}, "did you mean 'stratified'"),

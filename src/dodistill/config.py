@@ -243,6 +243,11 @@ def resolve(*trees: Mapping[str, Any]) -> Distill:
     source = tree.get("source") or {"name": "fast"}
     source = source if isinstance(source, Mapping) else {"name": source}
     name = str(source.get("name", "fast"))
+    if name == "auto":
+        raise DodistillError(
+            "source auto is chosen for one teacher, by `dodistill distill --source auto` or distill(source='auto'); "
+            "name the sources to compare."
+        )
     config = registry.config("source", name)
     preset = str(tree.pop("preset", "") or source.get("preset", ""))
     if preset:
