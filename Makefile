@@ -29,6 +29,8 @@ bench: $(BIN)/.installed
 	$(BIN)/python benchmarks/synthesis.py
 	$(BIN)/python benchmarks/kdci.py
 	$(BIN)/python benchmarks/update.py
+	$(BIN)/python benchmarks/cid.py
+	$(BIN)/python benchmarks/upsample.py
 
 clean:
 	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache
