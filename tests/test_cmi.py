@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dodistill import engine, losses
-from dodistill.augment import crop_flip
+from dodistill.augment import crop_flip, resized_crop
 from dodistill.config import resolve
 from dodistill.data import Images
 from dodistill.engine import Distiller
 from dodistill.errors import DodistillError
 from dodistill.models.zoo import build as build_model
-from dodistill.sources.cmi import Bank, Cmi, Config, Head, _find, contrast, redraw, resized_crop
+from dodistill.sources.cmi import Bank, Cmi, Config, Head, _find, contrast, redraw
 from dodistill.sources.generators import ConvGenerator
 from dodistill.taps import batchnorm_inputs, batchnorms, pooled_inputs
 from helpers import SHAPE, context, job, same, student, tree, untimed

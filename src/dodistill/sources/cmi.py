@@ -24,7 +24,6 @@ Deviations, and why
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -33,7 +32,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from .. import losses
-from ..augment import crop_flip
+from ..augment import crop_flip, resized_crop
 from ..errors import DodistillError
 from ..runtime import Context
 from ..taps import pooled_inputs
@@ -50,28 +49,6 @@ def contrast(p: Tensor, q: Tensor, n: int, tau: float) -> Tensor:
     rows = similarity.logsumexp(1) - similarity.diagonal()
     current = rows[:n].mean()
     return current + rows[n:].mean() if len(rows) > n else current
-
-
-def resized_crop(
-    x: Tensor, generator: torch.Generator, scale: tuple[float, float] = (0.25, 1.0), flip: bool = True
-) -> Tensor:
-    """A random part of each image of x [B, C, H, W], resized to H x W, mirrored with probability 1/2 if `flip`.
-
-    The part has a share U(scale) of the area and an aspect ratio between 3/4 and 4/3, log-uniform; sides are cut to the
-    image's. Bilinear, differentiable in x, one draw per image, in [min x, max x].
-    """
-    b = len(x)
-    u = torch.rand(5, b, generator=generator, device=x.device)
-    area = scale[0] + (scale[1] - scale[0]) * u[0]
-    ratio = ((2 * u[1] - 1) * math.log(4 / 3)).exp()
-    w, h = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
-    cx, cy = (2 * u[2] - 1) * (1 - w), (2 * u[3] - 1) * (1 - h)  # the part's centre; the image is [-1, 1]^2
-    if flip:
-        w = torch.where(u[4] < 0.5, -w, w)
-    zero = torch.zeros_like(w)
-    theta = torch.stack([w, zero, cx, zero, h, cy], 1).view(b, 2, 3)
-    grid = nnf.affine_grid(theta, list(x.shape), align_corners=False)
-    return nnf.grid_sample(x.float(), grid, padding_mode="border", align_corners=False)
 
 
 @torch.no_grad()
