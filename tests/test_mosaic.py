@@ -329,7 +329,7 @@ def test_the_presets_resolve() -> None:
         c = cfg.source
         assert cfg.pool.capacity == c.every * 2 * c.batch  # one acquisition
         assert cfg.loop.batch == 2 * c.batch
-        assert c.anneal * c.every == cfg.loop.steps
+        assert (c.anneal - c.warmup) * c.every == cfg.loop.steps
         assert cfg.criterion.temperature == 1
         assert Config.origin[name]
     c = resolve({"source": "mosaic", "preset": "paper"}).source

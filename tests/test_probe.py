@@ -86,4 +86,4 @@ def test_evaluate_probes(tmp_path: Path, capsys: pytest.CaptureFixture[str], tea
     assert "probe" in said
     assert "accuracy" in said
     assert main(["evaluate", str(file)]) == 2
-    assert "--test DATA, or --probe DATA" in capsys.readouterr().err
+    assert "--test DATA, --probe DATA or --calibrate DATA" in capsys.readouterr().err
