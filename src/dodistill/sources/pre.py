@@ -94,7 +94,8 @@ class Config(dafl.Config):
         "lra-generative": _released(512, 288_000, _LRA, {"name": "generative", "size": 64, "new": 256}),
         "desk": {
             "source": {
-                "every": 5, "fresh": 5, "batch": 128, "latent": 128, "width": 32, "lr_g": 1e-3, "distance": "js",
+                "warmup": 30, "every": 5, "fresh": 5, "g_steps": 2, "batch": 128, "latent": 128, "width": 32,
+                "lr_g": 3e-3, "log": "natural", "act": 1e-3, "distance": "js",
             },
             "update": {"name": "retain", "alpha": 0.1},
             "replay": {"name": "bank", "size": 64, "every": 10, "first": 10},
