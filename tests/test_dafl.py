@@ -22,6 +22,7 @@ from dodistill.sources.dafl import activation, information_entropy, one_hot
 from dodistill.sources.generators import ConvGenerator, normalised_space
 from dodistill.taps import penultimate
 from helpers import SHAPE, context, job, same, student
+from helpers import config as tiny
 
 SMALL: dict[str, Any] = {"batch": 16, "latent": 8, "width": 4, "every": 2, "fresh": 2}
 
@@ -243,6 +244,25 @@ def test_presets() -> None:
     huawei = [resolve({"source": "dafl", "preset": f"huawei{v}"}).source for v in ("", "-cifar100", "-mnist")]
     assert [(c.oh, c.ie, c.act) for c in huawei] == [(0.05, 5, 0.01), (0.5, 20, 0.1), (1, 5, 0.1)]
     assert all((c.every, c.fresh, c.eps, c.log) == (1, 0, 0.8, "log10") for c in huawei)
+
+
+def test_a_class_that_is_lacking_gets_a_gradient_where_answers_are_softened() -> None:
+    """Four images, all surely of class 0: at T = 1 the entropy's pull towards class 2 is in proportion to e^-12."""
+    pull = {}
+    for T in (1.0, 4.0):
+        t = torch.zeros(4, 3)
+        t[:, 0] = 12.0
+        t.requires_grad_()
+        information_entropy(t / T).backward()
+        assert t.grad is not None
+        pull[T] = -t.grad[:, 2].sum().item()
+    assert 0 <= pull[1.0] < 1e-3 < 1e-2 < pull[4.0]
+
+
+def test_no_temperature_of_zero(teacher: nn.Module) -> None:
+    for source in ("dafl", "adversarial"):
+        with pytest.raises(DodistillError, match=r"ie_temperature is 0.0; it must be above 0"):
+            job(teacher, tiny(source, source={"ie_temperature": 0.0}))
 
 
 def test_the_student_learns_from_it(teacher: nn.Module, digits_test: Images) -> None:

@@ -46,7 +46,7 @@ from ..errors import DodistillError
 from ..runtime import Context
 from ..taps import batchnorm_inputs
 from .base import Kind, Source, at_least
-from .dafl import information_entropy, one_hot
+from .dafl import information_entropy, one_hot, warm
 from .fresh import Fresh, FreshConfig
 
 #: D(s, t) of logits [B, K], >= 0
@@ -87,8 +87,8 @@ _DFQ: dict[str, Any] = {
     "base": 256, "lr_g": 1e-3, "betas": (0.5, 0.999),
 }  # fmt: skip
 _DESK: dict[str, Any] = {
-    "loss": "kl", "adv": 1.0, "oh": 1.0, "ie": 5.0, "warmup": 30, "every": 5, "fresh": 5, "g_steps": 2, "batch": 128,
-    "latent": 128, "width": 24, "lr_g": 3e-3, "output": "standardised",
+    "loss": "kl", "adv": 1.0, "oh": 1.0, "ie": 5.0, "warmup": 30, "every": 5, "fresh": 5,
+    "g_steps": 2, "batch": 128, "latent": 128, "width": 24, "lr_g": 3e-3, "output": "standardised",
 }  # fmt: skip
 _RELEASE: dict[str, Any] = {"betas": (0.9, 0.999), "lr_g": 1e-3, "output": "standardised"}
 
@@ -102,6 +102,7 @@ class Config(FreshConfig):
     bn: float = 0.0  #: weight of the teacher's BatchNorm statistics (dfq)
     oh: float = 0.0  #: weight of the one-hot loss (dfq)
     ie: float = 0.0  #: weight of the information entropy (dfq; the toolbox: `balance`)
+    ie_temperature: float = 1.0  #: of the answers that it is taken of, see `dafl`
     student_bn: Literal["batch", "running"] = "batch"  #: statistics that the student's BatchNorm has in this loss
     ema: float = 0.0  #: decay of an averaged generator that hands over as many images as the generator itself; 0: none
 
@@ -154,6 +155,7 @@ class Adversarial(Fresh):
         super().__init__(config, context)
         self.config = config
         at_least(config, 0, "adv", "bn", "oh", "ie", "ema")
+        warm(config.ie_temperature)
         if not (config.adv or config.bn or config.oh or config.ie):
             raise DodistillError("source adversarial has no loss: adv, bn, oh and ie are all 0; give --source.adv 1.")
         if config.bn and not context.teacher.has_batchnorm:
@@ -184,7 +186,7 @@ class Adversarial(Fresh):
         if c.oh:
             terms["oh"] = c.oh * one_hot(t)
         if c.ie:
-            terms["ie"] = c.ie * information_entropy(t)
+            terms["ie"] = c.ie * information_entropy(t / c.ie_temperature)
         return terms, t
 
     def _step(self, student: nn.Module) -> tuple[Tensor, Tensor]:
