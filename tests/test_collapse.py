@@ -76,3 +76,18 @@ def test_a_healthy_run_is_left_in_peace(teacher: nn.Module, digits: Images) -> N
     it = job(teacher, config("real", steps=120, loop={"batch": 64}), digits.x)
     it.run()
     assert it.warnings == {}
+
+
+def test_classes_that_never_come_are_named_where_there_is_enough_to_tell() -> None:
+    logits = torch.eye(4).repeat_interleave(torch.tensor([40, 30, 10, 0]), 0)
+    x = torch.rand(80, 1, 4, 4)
+    signs = {k: float(v) for k, v in vital_signs(x, logits).items()}
+    assert signs["absent_classes"] == 1
+    assert not symptoms(signs, 4, done=0.1)  # a generator needs time
+    said = symptoms(signs, 4, done=0.2)
+    assert list(said) == ["absent classes"]
+    assert "of 1 of 4 classes" in said["absent classes"]
+    assert "--source.ie_temperature 4" in said["absent classes"]
+    assert "absent_classes" not in vital_signs(x[1:], logits[1:])  # 79 of 4 classes: too few
+    logits[0, 3] = 2.0
+    assert not symptoms({k: float(v) for k, v in vital_signs(x, logits).items()}, 4, done=1.0)

@@ -13,6 +13,8 @@ from torch import Tensor
 FEW_CLASSES = 0.3  #: effective classes of the newest inputs, as a share of all
 SAME_PICTURE = 0.02  #: standard deviation of a pixel over the newest inputs, of [0, 1]
 CHANCE = 2.0  #: agreement, in multiples of what guessing gets
+ENOUGH = 20  #: inputs per class from which on a class without any is called absent
+WARM = 0.2  #: share of the run that a generator is given to find all classes
 PATIENCE = 0.5  #: share of the run that a student is given before its agreement is judged
 
 
@@ -23,14 +25,18 @@ def vital_signs(images: Tensor, logits: Tensor) -> dict[str, Tensor]:
     effective_classes: exp(entropy) of the class histogram of the teacher's predictions, in [1, K].
     diversity: standard deviation of a pixel over the inputs, mean over pixels, in [0, 0.5].
     confidence: the teacher's mean largest probability, in [1/K, 1].
+    absent_classes: classes that no input is of; where there are `ENOUGH` inputs per class to tell.
     """
     x = images.float() / 255 if images.dtype == torch.uint8 else images.float()
     share = torch.nn.functional.one_hot(logits.argmax(1), logits.shape[1]).float().mean(0)
-    return {
+    signs = {
         "effective_classes": torch.special.entr(share).sum().exp(),
         "diversity": x.std(0, correction=0).mean(),
         "confidence": logits.softmax(1).amax(1).mean(),
     }
+    if len(logits) >= ENOUGH * logits.shape[1]:
+        signs["absent_classes"] = (share == 0).sum().float()
+    return signs
 
 
 def symptoms(
@@ -51,6 +57,13 @@ def symptoms(
             f"the teacher sees {effective:.1f} of {classes} classes in the newest inputs. Raise the source's weight of "
             "class balance or its batch (see `dodistill distill --source NAME --help`), or draw evenly with "
             "--intervention stratified."
+        )
+    absent = signs.get("absent_classes", 0)
+    if absent and done >= WARM and "few classes" not in found:
+        found["absent classes"] = (
+            f"no newest input is of {absent:.0f} of {classes} classes, so the student cannot learn them. Raise the "
+            "source's weight of class balance or its pace (as --source.ie, --source.lr_g, --source.warmup; of dafl, "
+            "pre and adversarial also --source.ie_temperature 4), or look for other unlabelled images."
         )
     if diversity is not None and diversity < SAME_PICTURE:
         found["same picture"] = (
