@@ -259,6 +259,22 @@ def test_a_class_that_is_lacking_gets_a_gradient_where_answers_are_softened() ->
     assert 0 <= pull[1.0] < 1e-3 < 1e-2 < pull[4.0]
 
 
+@pytest.mark.parametrize("source", ["dafl", "adversarial"])
+def test_the_temperature_is_that_of_the_sources_own_entropy(source: str, teacher: nn.Module) -> None:
+    """Its term, and the generator's gradient of that term alone, at T = 4 against the equation."""
+    alone = {"dafl": {"oh": 0.0, "act": 0.0}, "adversarial": {"adv": 0.0}}[source]
+    settings = {**SMALL, **alone, "ie": 3.0, "ie_temperature": 4.0}
+    made = registry.config("source", source)(**settings).build(context(teacher))  # type: ignore[attr-defined]
+    x = made.net(made._z())
+    terms, t = made._losses(x, student())
+    expected = 3.0 * information_entropy(t / 4.0)
+    assert torch.equal(terms["ie"], expected)
+    weights = list(made.net.parameters())
+    found = torch.autograd.grad(terms["ie"], weights, retain_graph=True)
+    same(list(found), list(torch.autograd.grad(expected, weights)))
+    assert all(bool(g.any()) for g in found[-2:])
+
+
 def test_no_temperature_of_zero(teacher: nn.Module) -> None:
     for source in ("dafl", "adversarial"):
         with pytest.raises(DodistillError, match=r"ie_temperature is 0.0; it must be above 0"):
