@@ -83,7 +83,8 @@ LAYERS = [
     "report progress tables page card figures svg format images monitor", "engine",
     "run", "sources causal criteria updates replay", "batch pool evaluate collapse teach probe",
     "teacher taps models data folder",
-    "losses augment planted curvature", "runtime", "flags methods", "config", "registry", "files", "errors __init__",
+    "losses augment planted curvature recompute",
+    "runtime", "flags methods", "config", "registry", "files", "errors __init__",
 ]  # fmt: skip
 RANK = {name: i for i, line in enumerate(LAYERS) for name in line.split()}
 

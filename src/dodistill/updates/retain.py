@@ -27,7 +27,7 @@ Deviations, and why
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from ..curvature import second_derivatives
 from ..errors import DodistillError
+from ..recompute import recomputed
 from .base import Objective, Update, UpdateConfig
 from .replay import Gradients, alignment, give, length, report, stand_in, take, total
 
@@ -68,36 +69,45 @@ class Retain(Update):
 
     def backward(self, student: nn.Module, acquire: Objective, retain: Objective | None = None) -> dict[str, Tensor]:
         c, named = self.config, {n: p for n, p in student.named_parameters() if p.requires_grad}
-        parameters, exact = list(named.values()), self.config.order == "exact"
-        with second_derivatives() if exact and retain is not None else nullcontext():
-            terms = acquire(student)
-        loss = total(terms)
+        parameters, exact = list(named.values()), c.order == "exact" and c.alpha > 0
         self.terms = {}
         if retain is None:
-            loss.backward()
+            terms = acquire(student)
+            total(terms).backward()
             return report(terms, {}, c.weight)
 
         before = take(parameters)
-        g: Gradients
-        if exact:
-            g = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
-        else:
-            loss.backward()
-            g = take(parameters)
+        with ExitStack() as twice:
+            if exact:
+                twice.enter_context(second_derivatives())
+                twice.enter_context(recomputed())
+            terms = acquire(student)
+            loss = total(terms)
+            g: Gradients
+            if exact:
+                g = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+            else:
+                loss.backward()
+                g = take(parameters)
         with torch.no_grad():
             moved = {n: p if d is None else p - c.alpha * d for (n, p), d in zip(named.items(), g)}
         moved = {n: w.detach().requires_grad_() for n, w in moved.items()}
-        retained = retain(stand_in(student, moved))
+        with recomputed() if exact else nullcontext():
+            retained = retain(stand_in(student, moved))
         total(retained, c.weight).backward()
         u = [w.grad for w in moved.values()]
         del moved
         self.terms = alignment(g, u) | {"inner_step": c.alpha * length(g) / length(parameters)}
-        give(parameters, before, u)
         if exact:
             # grad L_Acq - alpha * H u in one pass: the loss with weight 1 and its gradients with weight -alpha * u
-            pairs = [(d, -c.alpha * v) for d, v in zip(g, u) if d is not None and v is not None and d.requires_grad]
-            roots, weights = [loss, *(d for d, _ in pairs)], [None, *(v for _, v in pairs)]
-            torch.autograd.backward(roots, weights)  # type: ignore[arg-type]
-        else:
-            give(parameters, g)
+            for v in u:
+                if v is not None:
+                    v.mul_(-c.alpha)  # in its place: a student may be larger than its activations
+            pairs = [(d, v) for d, v in zip(g, u) if d is not None and v is not None and d.requires_grad]
+            torch.autograd.backward([loss, *(d for d, _ in pairs)], [None, *(v for _, v in pairs)])  # type: ignore[list-item]
+            g = take(parameters)
+            for v in u:
+                if v is not None:
+                    v.div_(-c.alpha)
+        give(parameters, before, g, u)
         return report(terms, retained, c.weight)
