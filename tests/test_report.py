@@ -238,15 +238,35 @@ def test_changes_are_paired_by_seed() -> None:
     ]
     lines = [
         [c.strip() for c in line.strip("|").split("|")]
-        for line in paired_table(cells, "intervention", "none").splitlines()
+        for line in paired_table(cells, {"intervention": "none"}).splitlines()
     ]
     assert lines[0] == ["source", "intervention", "last epoch, minus none", "by seed", "n"]
     assert lines[2:] == [["fast", "kdci", "+2.50 ± 1.00", "+1.50, +2.50, +3.50", "3"]]
     del cells[3]["last"]  # a pair that is not complete is left out
-    assert "+3.00 ± 0.71" in paired_table(cells, "intervention", "none")
-    assert paired_table(CELLS[:3], "intervention", "none") == "No pair is complete yet."
+    assert "+3.00 ± 0.71" in paired_table(cells, {"intervention": "none"})
+    assert paired_table(CELLS[:3], {"intervention": "none"}) == "No pair is complete yet."
     with pytest.raises(ValueError, match="no cell has intervention=plain; there are kdci, none"):
-        paired_table(CELLS, "intervention", "plain")
+        paired_table(CELLS, {"intervention": "plain"})
+
+
+def test_changes_against_an_arm_of_two_axes_and_of_what_was_logged() -> None:
+    arms = [("none", "plain", 50.0, 9.0), ("bank", "replay", 60.0, 4.0), ("bank", "exact", 61.0, None)]
+    cells = [
+        {
+            "label": {"seed": seed, "replay": replay, "update": update}, "last": last + seed * (replay == "bank"),
+            "agreement": 1.0, "summary": {"log": {} if variance is None else {"late/test/variance": variance}},
+        }
+        for seed in (0, 1) for replay, update, last, variance in arms
+    ]  # fmt: skip
+    table = paired_table(cells, {"replay": "none", "update": "plain"}, ["late/test/variance"])
+    lines = [[c.strip() for c in line.strip("|").split("|")] for line in table.splitlines()]
+    assert lines[0] == [
+        "replay", "update", "last epoch, minus none, plain", "by seed", "late/test/variance, minus none, plain", "n",
+    ]  # fmt: skip
+    assert lines[2:] == [
+        ["bank", "replay", "+10.50 ± 0.71", "+10.00, +11.00", "-5.00 ± 0.00", "2"],
+        ["bank", "exact", "+11.50 ± 0.71", "+11.00, +12.00", "–", "2"],
+    ]
 
 
 def test_what_was_logged_at_the_end_can_be_shown() -> None:

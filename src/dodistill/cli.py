@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--only", action="append", default=[], metavar="AXIS=LABEL", help="only these cells")
     compare.add_argument("--table", action="store_true", help="print the table of what is there, run nothing")
     compare.add_argument(
-        "--against", default="", metavar="AXIS=LABEL", help="also the change against this arm, paired by seed"
+        "--against", default="", metavar="AXIS=LABEL,...", help="also the change against this arm, paired by seed"
     )
     compare.add_argument(
         "--show", action="append", default=[], metavar="NAME", help="also a value logged at the end: kdci/F_over_S"

@@ -198,7 +198,8 @@ def compare(path: Path, out: Path | None, jobs: int = 1, budget: str | None = No
             show: Sequence[str] = ()) -> int:  # fmt: skip
     """Run what is not yet done, within the budget; print the table. 0 done, 75 when cells are left over.
 
-    `against`, as in intervention=plain, adds the changes against that arm, paired by seed; `show` adds columns.
+    `against`, as in intervention=plain or replay=none,update=plain, adds the changes against that arm, paired by seed;
+    `show` adds columns to both.
     """
     recipe = read_recipe(path)
     out = out or Path("runs") / str(recipe.get("name", path.stem))
@@ -343,9 +344,9 @@ def _report(recipe: Tree, chosen: list[Cell], out: Path, against: str = "", show
         records.append({**record, "label": cell.label, "published": cell.published})
     print(markdown_table(records, show))
     if against:
-        axis, _, base = against.partition("=")
+        base = {axis: wanted for axis, _, wanted in (pair.partition("=") for pair in against.split(","))}
         try:
-            print(f"\n{paired_table(records, axis, base)}")
+            print(f"\n{paired_table(records, base, show)}")
         except ValueError as error:
             raise DodistillError(f"--against {against}: {error}.") from error
     page = write_compare(records, out / "compare.html", str(recipe.get("name", "comparison")))

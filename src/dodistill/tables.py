@@ -144,34 +144,46 @@ def markdown_table(cells: Sequence[Cell], show: Sequence[str] = ()) -> str:
     return "\n".join([*table, *notes, FOOTNOTE.replace("*", "\\*", 1)])
 
 
-def paired_table(cells: Sequence[Cell], axis: str, base: str) -> str:
-    """ "last epoch" of every arm on `axis` minus that of the arm `base` with the same other labels and the same seed.
+def paired_table(cells: Sequence[Cell], base: Mapping[str, str], show: Sequence[str] = ()) -> str:
+    """ "last epoch" of every arm minus that of the arm `base` (axis -> label) with the same other labels and seed.
 
-    Pairing takes out what the seeds share (initial weights, the selection, the draw). Raises ValueError where no cell
-    has that label.
+    `show` adds the same for what the runs logged at their last step. Pairing takes out what the seeds share (initial
+    weights, the selection, the draw). Raises ValueError where no cell has those labels.
     """
-    if not any(str(cell["label"].get(axis)) == base for cell in cells):
-        known = sorted({str(cell["label"].get(axis)) for cell in cells})
-        raise ValueError(f"no cell has {axis}={base}; there are {', '.join(known)}")
-    score = {tuple(sorted(c["label"].items())): v for c in cells if (v := _number(c.get("last"))) is not None}
-    names = [k for k in group(cells).columns if k != axis]
-    rows: dict[tuple[str, ...], list[tuple[str, float]]] = {}
+    for axis, wanted in base.items():
+        if not any(str(cell["label"].get(axis)) == wanted for cell in cells):
+            known = sorted({str(cell["label"].get(axis)) for cell in cells})
+            raise ValueError(f"no cell has {axis}={wanted}; there are {', '.join(known)}")
+    read = {"last": lambda c: _number(c.get("last"))} | {n: (lambda c, n=n: _logged(c, n)) for n in show}
+    score = {k: {tuple(sorted(c["label"].items())): f(c) for c in cells} for k, f in read.items()}
+    names = [k for k in group(cells).columns if k not in base] + list(base)
+    rows: dict[tuple[str, ...], dict[str, list[tuple[str, float]]]] = {}
     for cell in cells:
         label = cell["label"]
-        mine = score.get(tuple(sorted(label.items())))
-        its = score.get(tuple(sorted({**label, axis: base}.items())))
-        if str(label.get(axis)) == base or mine is None or its is None:
+        if all(str(label.get(axis)) == wanted for axis, wanted in base.items()):
             continue
-        key = (*(str(label[k]) for k in names), str(label[axis]))
-        rows.setdefault(key, []).append((str(label.get("seed", "")), mine - its))
+        for k in read:
+            mine = score[k].get(tuple(sorted(label.items())))
+            its = score[k].get(tuple(sorted({**label, **base}.items())))
+            if mine is not None and its is not None:
+                found = rows.setdefault(tuple(str(label[a]) for a in names), {})
+                found.setdefault(k, []).append((str(label.get("seed", "")), mine - its))
     body = []
     for key, found in rows.items():
-        change = [d for _, d in found]
-        mean = f"{statistics.fmean(change):+.2f}"
-        spread = f" ± {statistics.stdev(change):.2f}" if len(change) > 1 else ""
-        body.append([*key, mean + spread, ", ".join(f"{d:+.2f}" for _, d in sorted(found)), str(len(found))])
-    head = [*names, axis, f"last epoch, minus {base}", "by seed", "n"]
-    return "\n".join(_aligned([head, *body], len(names) + 1)) if body else "No pair is complete yet."
+        last = found.get("last", [])
+        by_seed = ", ".join(f"{d:+.2f}" for _, d in sorted(last)) or "–"
+        changes = [_change([d for _, d in found.get(k, [])]) for k in read]
+        body.append([*key, changes[0], by_seed, *changes[1:], str(len(last))])
+    minus = f"minus {', '.join(base.values())}"
+    head = [*names, f"last epoch, {minus}", "by seed", *(f"{n}, {minus}" for n in show), "n"]
+    return "\n".join(_aligned([head, *body], len(names))) if body else "No pair is complete yet."
+
+
+def _change(differences: Sequence[float]) -> str:
+    if not differences:
+        return "–"
+    spread = f" ± {statistics.stdev(differences):.2f}" if len(differences) > 1 else ""
+    return f"{statistics.fmean(differences):+.2f}{spread}"
 
 
 def strips(rows: Sequence[Row]) -> tuple[list[list[float]], list[float | None], tuple[float, float]]:
