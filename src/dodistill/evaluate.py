@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .augment import to_float
 from .data import Images
 from .errors import DodistillError
+from .runtime import at_once
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 
@@ -40,7 +41,7 @@ def predict(
     device = x_uint8.device if first is None else first.device
     with evaluating(model):
         parts = []
-        for part in x_uint8.split(batch):
+        for part in x_uint8.split(at_once(device, batch)):
             with autocast():
                 parts.append(model(to_float(part.to(device, non_blocking=True))).float())
     return torch.cat(parts)

@@ -16,7 +16,7 @@ from .data import Images
 from .errors import DodistillError
 from .evaluate import Autocast, accuracy, evaluating, top1
 from .models import heads
-from .runtime import generator
+from .runtime import at_once, generator
 from .taps import classifier
 
 
@@ -37,7 +37,7 @@ def features(model: nn.Module, x: Tensor, batch: int = 1000, autocast: Autocast 
     handle = layer.register_forward_pre_hook(record)
     try:
         with evaluating(model):
-            for part in x.split(batch):
+            for part in x.split(at_once(device, batch)):
                 with autocast():
                     model(to_float(part.to(device)))
     finally:

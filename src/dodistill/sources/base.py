@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..augment import to_float
 from ..errors import DodistillError
-from ..runtime import Context
+from ..runtime import Context, at_once
 
 Kind = Literal["generator", "inversion", "sampler", "data"]
 
@@ -108,6 +108,7 @@ def ask(context: Context, chunk: int = 512) -> tuple[Tensor, Tensor]:
     """The unlabelled images (uint8 [n, C, H, W]) and the teacher's logits [n, K] of them, on the run's device."""
     x, chunks = context.unlabeled, []
     assert x is not None  # `needs` was checked before the run began
+    chunk = at_once(context.device, chunk)
     for start in range(0, len(x), chunk):
         with context.autocast():
             chunks.append(context.teacher(to_float(x[start : start + chunk].to(context.device))))

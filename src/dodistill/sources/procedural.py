@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from ..augment import to_float, to_uint8
 from ..errors import DodistillError
-from ..runtime import Context
+from ..runtime import Context, at_once
 from .base import Acquired, Kind, Source, SourceConfig, at_least
 from .dfnd import select
 from .pictures import KINDS, draw, shares, uniform
@@ -122,11 +122,11 @@ class Procedural(Source):
 
     def _ask(self, x: Tensor) -> Tensor:
         """The teacher's logits [n, K] of uint8 images."""
-        out = []
-        for part in x.split(self.config.chunk):
+        out, chunk = [], at_once(x.device, self.config.chunk)
+        for part in x.split(chunk):
             with self.context.autocast():
                 out.append(self.context.teacher(to_float(part)))
-            self.context.progress("asking the teacher", len(out) * self.config.chunk, len(x))
+            self.context.progress("asking the teacher", min(len(out) * chunk, len(x)), len(x))
         return torch.cat(out)
 
 
