@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dodistill.errors import DodistillError
-from dodistill.runtime import autocast, emulated, generator, pick_device
+from dodistill.runtime import at_once, autocast, emulated, generator, pick_device
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -29,6 +29,11 @@ def test_bf16_without_instructions_of_its_own_is_named(has: Any, slow: bool, mon
     assert not emulated(CPU, "fp32")
     assert not emulated(CPU, "auto")
     assert not emulated(CUDA, "bf16")
+
+
+@pytest.mark.parametrize(("device", "most", "n"), [(CPU, 1000, 64), (CPU, 10, 10), (CUDA, 1000, 1000)])
+def test_how_many_images_at_once(device: torch.device, most: int, n: int) -> None:
+    assert at_once(device, most) == n
 
 
 def test_auto_is_fp32_on_the_cpu() -> None:
