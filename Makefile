@@ -31,6 +31,7 @@ bench: $(BIN)/.installed
 	$(BIN)/python benchmarks/update.py
 	$(BIN)/python benchmarks/cid.py
 	$(BIN)/python benchmarks/upsample.py
+	$(BIN)/python benchmarks/predict.py
 
 clean:
 	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache

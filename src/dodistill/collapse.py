@@ -62,8 +62,8 @@ def symptoms(
     if absent and done >= WARM and "few classes" not in found:
         found["absent classes"] = (
             f"no newest input is of {absent:.0f} of {classes} classes, so the student cannot learn them. Raise the "
-            "source's weight of class balance or its pace (as --source.ie, --source.lr_g, --source.warmup; of dafl, "
-            "pre and adversarial also --source.ie_temperature 4), or look for other unlabelled images."
+            "source's weight of class balance or its pace (as --source.ie, --source.lr_g, --source.warmup; of dafl "
+            "also --source.ie_temperature 4), or look for other unlabelled images."
         )
     if diversity is not None and diversity < SAME_PICTURE:
         found["same picture"] = (

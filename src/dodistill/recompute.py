@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -54,14 +53,14 @@ class recomputed(TorchFunctionMode):
         self.fresh: list[_Kept] | None = None  # what the function that is running has kept
 
     def __enter__(self) -> recomputed:
-        self.stack = ExitStack()
-        self.stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack))
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+        self.hooks.__enter__()
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
-        self.stack.close()
+        self.hooks.__exit__(*error)
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None

@@ -100,14 +100,11 @@ class Retain(Update):
         self.terms = alignment(g, u) | {"inner_step": c.alpha * length(g) / length(parameters)}
         if exact:
             # grad L_Acq - alpha * H u in one pass: the loss with weight 1 and its gradients with weight -alpha * u
-            for v in u:
-                if v is not None:
-                    v.mul_(-c.alpha)  # in its place: a student may be larger than its activations
+            reached = [v for v in u if v is not None]
+            torch._foreach_mul_(reached, -c.alpha)  # in its place: a student may be larger than its activations
             pairs = [(d, v) for d, v in zip(g, u) if d is not None and v is not None and d.requires_grad]
             torch.autograd.backward([loss, *(d for d, _ in pairs)], [None, *(v for _, v in pairs)])  # type: ignore[list-item]
             g = take(parameters)
-            for v in u:
-                if v is not None:
-                    v.div_(-c.alpha)
+            torch._foreach_div_(reached, -c.alpha)
         give(parameters, before, g, u)
         return report(terms, retained, c.weight)
