@@ -12,6 +12,7 @@ import yaml
 
 from dodistill.compare import cells, compare, duration, find, read_recipe, stored
 from dodistill.errors import DodistillError
+from dodistill.run import RunFolder
 
 
 @pytest.fixture
@@ -67,6 +68,14 @@ def test_runs_once_resumes_and_prints_the_table(
     out = tmp_path / "out"
     assert compare(recipe, out, budget="0s") == 75  # nothing fits; nothing breaks
     assert not list((out / "cells").glob("*.json"))
+    first = next(cells(read_recipe(recipe), out / "teachers"))
+    other = RunFolder(out / "runs" / first.slug, first.config)  # as if a second `compare` were at this cell
+    assert compare(recipe, out, jobs=2) == 75
+    captured = capsys.readouterr()
+    assert "to another process" in captured.err
+    assert "FAILED" not in captured.err
+    assert "2 of 3 cells" in captured.out
+    other.close()
     assert compare(recipe, out, jobs=2) == 0
     captured = capsys.readouterr()
     assert "3 of 3 cells" in captured.out

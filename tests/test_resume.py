@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,13 +24,13 @@ from torch import Tensor, nn
 
 from dodistill import files
 from dodistill import run as run_module
-from dodistill.api import distill_config
+from dodistill.api import distill, distill_config
 from dodistill.config import Distill, Tree, resolve
 from dodistill.data import Images
-from dodistill.engine import Distiller
+from dodistill.engine import Distiller, Result
 from dodistill.errors import DodistillError
-from dodistill.run import RunFolder
-from helpers import config, job, metrics, same, tree, untimed
+from dodistill.run import RunFolder, fingerprint
+from helpers import SHAPE, config, job, metrics, same, student, tree, untimed
 
 ALL = "kdci+stratified"
 
@@ -93,6 +95,48 @@ def test_a_finished_last_step_is_not_a_stop(teacher: nn.Module, digits: Images, 
     saved = RunFolder(tmp_path / "run", cfg).load()
     assert saved is not None
     assert saved[0]["step"] == 3
+
+
+def test_a_run_does_not_go_on_with_other_models_or_images(teacher: nn.Module, digits: Images, tmp_path: Path) -> None:
+    """Models given in memory have no name in the config, and a file may be another one than it was."""
+    settings: dict[str, Any] = {
+        "source": "dfnd", "image_shape": SHAPE, "loop": {"steps": 4, "batch": 16}, "dictionary": {"clusters": 2},
+        "out": tmp_path / "run", "verbose": False,
+    }  # fmt: skip
+    x = digits.x[:200]
+
+    def again(teacher: nn.Module = teacher, width: int = 4, x: Tensor = x) -> Result:
+        return distill(copy.deepcopy(teacher), student(width=width), unlabeled=x, **settings)
+
+    cfg = resolve(json.loads((again().folder / "config.json").read_text()))  # type: ignore[operator]
+    other = copy.deepcopy(teacher)
+    next(other.parameters()).data[0] += 1e-3
+    for finished in (True, False):
+        if not finished:  # the same of a run that was stopped halfway
+            shutil.rmtree(tmp_path / "run")
+            it = Distiller(cfg, copy.deepcopy(teacher), student(), SHAPE, x)
+            assert not stopped_at(it, RunFolder(tmp_path / "run", cfg), lambda it: it.step == 2)
+        before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+        with pytest.raises(DodistillError, match="began with other teacher; give"):
+            again(other)
+        with pytest.raises(DodistillError, match="began with other student; give"):
+            again(width=8)
+        with pytest.raises(DodistillError, match="began with other teacher and other unlabelled images; give"):
+            again(other, x=x.flip(0))
+        assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
+        assert again().summary["steps"] == 4
+
+
+def test_fingerprints() -> None:
+    a, b = torch.arange(6.0).view(2, 3), torch.tensor(3)
+    assert fingerprint([a, b]) == fingerprint([a.clone(), b]) != fingerprint([b, a])
+    assert len({fingerprint([v]) for v in (a, a.T, a.view(3, 2), a.double(), a + 1, -a)}) == 6
+    images = torch.rand(2, 3, 4, 4)
+    assert fingerprint([images]) == fingerprint([images.to(memory_format=torch.channels_last)])
+    long = torch.arange(100.0)
+    changed = long.clone()
+    changed[40] = 0
+    assert fingerprint([long], most=40) != fingerprint([changed], most=40) != fingerprint([changed[:90]], most=40)
 
 
 # ---------------------------------------------------------------------------------------------- the folder

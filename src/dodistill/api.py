@@ -225,6 +225,7 @@ def run(
     # After all that can be refused, so that a mistake leaves no folder behind.
     folder = RunFolder(out, config) if out is not None else None
     if folder is not None and (done := folder.summary()) is not None:
+        job.require_same(done.get("made_of"))
         saved = folder.load()
         if saved is not None:
             job.load_state_dict(*saved)
@@ -313,6 +314,7 @@ def _summary(job: Distiller, which: str, command: str, notes: list[str]) -> dict
         "log": {k: float(f"{v:.6g}") for k, v in job.last_log.items()},
         "command": command,
         "key": job.config.key(),
+        "made_of": job.made_of,
         "versions": {"dodistill": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "machine": _machine(job.device),
         "warnings": notes,

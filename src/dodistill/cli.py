@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .errors import DodistillError
-
-STOPPED = 75  #: exit status of a run that stopped at its deadline and can go on
+from .errors import STOPPED, Busy, DodistillError
 
 _DISTILL = """examples:
   dodistill distill --teacher teacher.safetensors --student wrn16_1 --source fast --preset wrn --out runs/a
@@ -91,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status (0 done, 2 a mistake in what was asked, 75 stopped at the deadline)."""
+    """Entry point; returns the exit status (0 done, 2 a mistake in what was asked, 75 try again)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if arguments[:1] in (["distill"], ["teach"]):
@@ -101,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(globals()[f"_{known.command}"](known))
     except DodistillError as error:
         print(f"dodistill: {error}", file=sys.stderr)
-        return 2
+        return STOPPED if isinstance(error, Busy) else 2
     except BrokenPipeError:  # the reader of our output has seen enough
         sys.stderr.close()
         return 0

@@ -36,12 +36,11 @@ from typing import Any
 import yaml
 
 from .config import RUNTIME, Distill, Tree, expand, merge, resolve
-from .errors import DodistillError, nearest
+from .errors import STOPPED, DodistillError, nearest
 from .run import write_atomically
 
 KEYS = ("name", "about", "teachers", "base", "grid", "when", "skip", "published")
 SHORT = {"seed": "loop.seed", "steps": "loop.steps", "lr": "optim.lr", "student": "student.spec"}
-STOPPED = 75
 
 
 @dataclass
@@ -294,7 +293,7 @@ def _start(cell: Cell, out: Path, threads: int, deadline: float) -> tuple[Cell, 
 def _finish(cell: Cell, process: subprocess.Popen[bytes], out: Path, n: int, total: int) -> None:
     run, where = out / "runs" / cell.slug, " ".join(cell.label.values())
     if process.returncode == STOPPED:
-        print(f"[{n}/{total}] {where}: stopped at the budget, will go on", file=sys.stderr)
+        print(f"[{n}/{total}] {where}: left at the budget, or to another process; will go on", file=sys.stderr)
         return
     if process.returncode:
         tail = run.with_suffix(".log").read_text().strip().splitlines()[-1:]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +26,7 @@ from .errors import DodistillError
 from .evaluate import agreement, predict, top1
 from .pool import Draw, Pool
 from .replay.base import Replay
-from .run import RunFolder
+from .run import RunFolder, fingerprint
 from .runtime import Context, autocast, pick_device
 from .sources.base import Acquired
 from .taps import Features, tapped
@@ -388,6 +390,26 @@ class Distiller:
 
     # ------------------------------------------------------------------------------------------- state
 
+    @cached_property
+    def made_of(self) -> dict[str, str]:
+        """Fingerprints of what a run cannot change under way. A student starts anywhere, but keeps its structure."""
+        ctx = self.context
+        given = {"unlabelled images": ctx.unlabeled, "labels": ctx.labels}
+        models = {"teacher": self.teacher, **ctx.extra}
+        out = {k: fingerprint([*m.parameters(), *m.buffers()]) for k, m in models.items()}
+        shapes = [(k, tuple(v.shape)) for k, v in self.student.state_dict().items()]
+        out["student"] = hashlib.sha256(str(shapes).encode()).hexdigest()[:16]
+        return out | {k: fingerprint([v]) for k, v in given.items() if v is not None}
+
+    def require_same(self, began: Mapping[str, str] | None) -> None:
+        """Refuse to go on with what another teacher, student or data began. None: nobody wrote it down then."""
+        began, mine = began or self.made_of, self.made_of
+        if other := sorted(k for k in began.keys() | mine.keys() if began.get(k) != mine.get(k)):
+            raise DodistillError(
+                f"this run began with other {' and other '.join(other)}; give what it began with, or choose another "
+                "--out."
+            )
+
     def state_dict(self) -> dict[str, Any]:
         """Everything but the pool, which is saved on its own when it changes."""
         return {
@@ -400,10 +422,12 @@ class Distiller:
             "best_on_test": self.best_on_test, "last_eval": self.last_eval, "last_log": self.last_log,
             "warnings": self.warnings, "signs": self._signs,
             "window": self._window, "terms": self.source.terms, "draw": self.draw.state_dict(),
-            "replay": self.replay.state_dict(), "replay_terms": self.replay.terms,
+            "replay": self.replay.state_dict(), "replay_terms": self.replay.terms, "made_of": self.made_of,
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any], pool: Mapping[str, Any]) -> None:
+        """Raises DodistillError for the state of a run that had another teacher, student or images."""
+        self.require_same(state.get("made_of"))
         for name in ("student", "ema", "source", "interventions", "criterion"):
             getattr(self, name).load_state_dict(state[name])
         if self.dictionary is not None:

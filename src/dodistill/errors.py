@@ -5,9 +5,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+#: Exit status of what the same command does later: a run stopped at its deadline, or a folder in use. (EX_TEMPFAIL.)
+STOPPED = 75
+
 
 class DodistillError(Exception):
     """A mistake in what was asked for, not in the program. The CLI prints the message alone and exits with 2."""
+
+
+class Busy(DodistillError):
+    """Another process is at it; nothing is wrong. The CLI prints the message alone and exits with 75."""
 
 
 def nearest(name: str, known: Iterable[str], what: str = "name") -> str:

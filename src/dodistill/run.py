@@ -9,17 +9,19 @@ Every file is written beside its final name and moved there, so a kill or a full
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from torch import Tensor
 
 from .config import RUNTIME, Distill, difference
-from .errors import DodistillError
+from .errors import Busy, DodistillError
 from .files import replacing
 
 
@@ -41,6 +43,17 @@ def load_tensors(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of garbage, torch's reader can make any error
         raise DodistillError(f"{path} is damaged or truncated ({str(error).partition(chr(10))[0]}).") from error
+
+
+def fingerprint(tensors: Iterable[Tensor], most: int = 1 << 26) -> str:
+    """16 hex digits of shapes, types and values, the same on every device. Of a tensor over `most` bytes: rows evenly
+    spaced."""
+    digest = hashlib.sha256()
+    for t in tensors:
+        digest.update(f"{tuple(t.shape)} {t.dtype}".encode())
+        some = t.detach()[:: -(-t.nbytes // most)] if t.nbytes > most else t.detach()
+        digest.update(some.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def check_writable(path: Path) -> None:
@@ -121,7 +134,7 @@ class RunFolder:
             self._unlock = weakref.finalize(self, os.close, lock)
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise DodistillError(
+            raise Busy(
                 f"run folder {self.path} is in use by another process; wait for it, or choose another --out."
             ) from error
         except OSError as error:
