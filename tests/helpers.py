@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +107,37 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 def untimed(state: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in state.items() if k not in TIMING}
+
+
+class Page(HTMLParser):
+    """Collects tags and checks that they nest."""
+
+    void = frozenset({"meta", "img", "br", "path", "rect", "circle", "image"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def assert_offline(text: str) -> None:
+    page = Page(text)
+    assert not any(tag in ("script", "link", "iframe", "object", "base") for tag, _ in page.tags)
+    for _, attributes in page.tags:
+        assert not any(name.startswith("on") for name in attributes)
+        for name in ("src", "href", "xlink:href", "action", "data"):
+            assert (attributes.get(name) or "data:").startswith("data:")
+    assert not re.search(r"https?://|url\(|@import|//[a-z]+\.", re.sub(r"base64,[A-Za-z0-9+/=]+", "", text))

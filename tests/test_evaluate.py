@@ -8,6 +8,7 @@ from torch import nn
 from dodistill import evaluate
 from dodistill.data import Images
 from dodistill.errors import DodistillError
+from dodistill.evaluate import frechet_distance
 
 
 def net() -> nn.Module:
@@ -71,3 +72,35 @@ def test_calibration_error_by_its_definition() -> None:
     sure = 50 * torch.eye(4)
     assert evaluate.expected_calibration_error(sure, torch.arange(4)) == pytest.approx(0, abs=1e-6)
     assert evaluate.expected_calibration_error(sure, torch.tensor([1, 2, 3, 0])) == pytest.approx(1)
+
+
+def test_frechet_distance_is_its_equation() -> None:
+    """Against scipy's matrix square root of C_a C_b itself, which is not symmetric."""
+    linalg = pytest.importorskip("scipy.linalg")
+    g = torch.Generator().manual_seed(0)
+    a = torch.randn(60, 5, generator=g, dtype=torch.float64) @ torch.randn(5, 5, generator=g, dtype=torch.float64)
+    b = torch.randn(80, 5, generator=g, dtype=torch.float64).cumsum(1) + 0.7
+    C_a, C_b = torch.cov(a.T).numpy(), torch.cov(b.T).numpy()
+    root = linalg.sqrtm(C_a @ C_b).real
+    apart = (a.mean(0) - b.mean(0)).square().sum().item()
+    expected = apart + C_a.trace() + C_b.trace() - 2 * root.trace()
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(a.float(), b.float()) == pytest.approx(expected, rel=1e-4)
+
+
+def test_frechet_distance_behaves_like_one() -> None:
+    g = torch.Generator().manual_seed(1)
+    a, b = torch.randn(40, 6, generator=g), 2 * torch.randn(30, 6, generator=g) + 1
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(a, a + 3) == pytest.approx(6 * 9, rel=1e-5)
+    assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-9)
+    assert frechet_distance(a, b) > 1
+    turn = torch.linalg.qr(torch.randn(6, 6, generator=g))[0]
+    assert frechet_distance(a @ turn, b @ turn) == pytest.approx(frechet_distance(a, b), rel=1e-4)
+    few = a[:3]  # fewer rows than features: the covariance has no inverse, the distance is there
+    assert frechet_distance(few, few) == pytest.approx(0, abs=1e-6)
+    one = torch.tensor([[0.0], [2.0]])  # a single feature, by hand: deviations sqrt(2) and sqrt(8), means 1 and 4
+    assert frechet_distance(one, torch.tensor([[2.0], [6.0]])) == pytest.approx(9 + 2 + 8 - 2 * 4)
+    for bad in ((a, b[:, :5]), (a[:1], b), (a[0], b)):
+        with pytest.raises(DodistillError, match="two sets"):
+            frechet_distance(*bad)

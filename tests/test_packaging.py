@@ -79,7 +79,7 @@ def test_optional_libraries_are_imported_only_where_needed(name: str) -> None:
 
 # Of docs/design.md, top to bottom: a module may import from its own line and those below.
 LAYERS = [
-    "__main__", "cli demo", "compare doctor", "api",
+    "__main__", "cli demo", "compare doctor look", "api",
     "report progress tables page card figures svg format images monitor", "engine",
     "run", "sources causal criteria updates replay", "batch pool evaluate collapse teach probe",
     "teacher taps models data folder",

@@ -6,7 +6,6 @@ import json
 import math
 import re
 import statistics
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from dodistill.format import count, duration, number, percent
 from dodistill.images import save_grid
 from dodistill.report import write_report
 from dodistill.tables import markdown_table, paired_table, write_compare
+from helpers import Page, assert_offline
 
 CONFIG: dict[str, Any] = {
     "teacher": {"spec": "wrn40_2", "weights": "teacher.safetensors"},
@@ -79,40 +79,6 @@ def folder(tmp_path: Path) -> Path:
     (run / "dictionary.json").write_text(json.dumps({"P": [0.5, 0.5, 0.0], "Z": [[1.0, -2.0]] * 3}))
     save_grid(torch.randint(0, 256, (12, 3, 8, 8), dtype=torch.uint8), run / "samples.png")
     return run
-
-
-class Page(HTMLParser):
-    """Collects tags and checks that they nest."""
-
-    void = frozenset({"meta", "img", "br", "path", "rect", "circle", "image"})
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.void:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-
-def assert_offline(text: str) -> None:
-    page = Page(text)
-    assert not any(tag in ("script", "link", "iframe", "object", "base") for tag, _ in page.tags)
-    for _, attributes in page.tags:
-        assert not any(name.startswith("on") for name in attributes)
-        for name in ("src", "href", "xlink:href", "action", "data"):
-            assert (attributes.get(name) or "data:").startswith("data:")
-    assert not re.search(r"https?://|url\(|@import|//[a-z]+\.", re.sub(r"base64,[A-Za-z0-9+/=]+", "", text))
 
 
 def test_whole_report(folder: Path) -> None:

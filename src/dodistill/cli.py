@@ -78,6 +78,15 @@ def _parser() -> argparse.ArgumentParser:
     report = add("report", "write report.html of a run folder again")
     report.add_argument("run")
 
+    look = add("look", "runs beside real images: how far their data lie, what the students see, where they differ")
+    look.add_argument("runs", nargs="+", metavar="RUN", help="run folders of one teacher")
+    look.add_argument(
+        "--test", required=True, metavar="DATA", help="labelled images: .npz, folder, or a data set's name"
+    )
+    look.add_argument("--teacher", default="", help="the teacher, where a run was given it in memory")
+    look.add_argument("--n", type=int, default=1000, help="points in each map (default: 1000)")
+    look.add_argument("--out", default="look.html", metavar="FILE", help="the page (default: look.html)")
+
     export = add("export", "write the pool of a run as images, or its student as ONNX")
     export.add_argument("run", help="a run folder, or for ONNX a .safetensors too")
     export.add_argument("target", help="a folder for the images, or FILE.onnx")
@@ -391,6 +400,20 @@ def _report(known: argparse.Namespace) -> int:
     from .report import write_report
 
     print(write_report(known.run))
+    return 0
+
+
+def _look(known: argparse.Namespace) -> int:
+    from .format import number
+    from .look import look
+
+    found = look(known.runs, known.test, known.out, known.teacher, known.n)
+    wide = max(len(s.name) for s in found)
+    print(f"{'':{wide}}  accuracy  silhouette  distance of its data (real from real)")
+    for s in found:
+        far = "" if s.distance is None or s.floor is None else f"{number(s.distance, 3)} ({number(s.floor, 3)})"
+        print(f"{s.name:{wide}}  {s.accuracy:7.2f}%  {s.silhouette:10.3f}  {far}".rstrip())
+    print(known.out)
     return 0
 
 

@@ -6,7 +6,6 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from .folder import load_folder
 from .planted import contexts, palette, plant
 
 Shape = tuple[int, int, int]
-_NAMED = ("mnist", "cifar10", "cifar100")
+_NAMED = ("mnist", "cifar10", "cifar100", "tiny_imagenet", "imagenet64")
 _SAMPLES = ("digits", "photos", "strokes")
 
 
@@ -72,7 +71,7 @@ def load_images(
     * `.npy`, uint8, the same shapes, no labels;
     * a folder, searched through: decoded, resized to `image_shape` (short side, centre crop), labelled by its class
       subfolders if it has them and `labels`; a `train` or `test` subfolder is followed when it is there;
-    * `mnist`, `cifar10`, `cifar100`: `$DODISTILL_DATA/NAME.npz`;
+    * `mnist`, `cifar10`, `cifar100`, `tiny_imagenet`, `imagenet64`: `$DODISTILL_DATA/NAME.npz`;
     * `digits`: scikit-learn's 1797 scans (8x8, or resized to `image_shape`), 1297 for train and 500 for test;
     * `photos` or `photos:20000`: `n` (or so many) random patches of scikit-learn's two photographs at `image_shape`
       and several scales, by `seed`;
@@ -219,11 +218,12 @@ def _named(name: str, split: str) -> Images:
         return _npz(path, split)
     kept = _torchvision(name, root, split == "train")
     if kept is None:
-        raise DodistillError(
-            f"no {path}, and no copy of {name} by torchvision in {root}; {_RECIPE} "
-            "Or let torchvision download its own there."
-        )
+        also = ", and no copy of it by torchvision there" if name in _TORCHVISION else ""
+        raise DodistillError(f"no {path}{also}; {_RECIPE}")
     return kept
+
+
+_TORCHVISION = {"mnist": "MNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
 
 
 def _torchvision(name: str, root: str, train: bool) -> Images | None:
@@ -231,13 +231,10 @@ def _torchvision(name: str, root: str, train: bool) -> Images | None:
         from torchvision import datasets
     except (ImportError, RuntimeError):
         return None
-    kinds: dict[str, Callable[..., Any]] = {
-        "mnist": datasets.MNIST,
-        "cifar10": datasets.CIFAR10,
-        "cifar100": datasets.CIFAR100,
-    }
+    if name not in _TORCHVISION:
+        return None
     try:
-        found = kinds[name](root, train=train, download=False)
+        found = getattr(datasets, _TORCHVISION[name])(root, train=train, download=False)
     except RuntimeError:  # not there
         return None
     return Images(_pixels(np.asarray(found.data), name), torch.as_tensor(found.targets, dtype=torch.int64))

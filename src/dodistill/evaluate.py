@@ -1,4 +1,5 @@
-"""What is measured of a classifier: accuracy where there are labels, agreement with the teacher where not."""
+"""What is measured of a classifier: accuracy where there are labels, agreement with the teacher where not; and of the
+images that it learned from: how far they lie from real ones."""
 
 from __future__ import annotations
 
@@ -76,3 +77,24 @@ def expected_calibration_error(logits: Tensor, y: Tensor, bins: int = 15) -> flo
     index = (confidence * bins).ceil().long().sub(1).clamp(0, bins - 1)  # bins are (lo, hi]
     gap = torch.zeros(bins, device=logits.device).index_add_(0, index, right - confidence)
     return (gap.abs().sum() / len(logits)).item()
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of two sets of features [n, d] and [m, d], each taken as a
+    Gaussian of mean m and covariance C (Heusel et al., NeurIPS 2017, eq. 6); >= 0, in float64.
+
+    It falls with the number of rows, so compare sets of one size only. Raises DodistillError for fewer than 2 rows, and
+    for features of two widths.
+    """
+    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+        raise DodistillError(
+            f"features have shapes {tuple(a.shape)} and {tuple(b.shape)}; two sets [n, d] of one width d are needed, "
+            "of 2 rows or more."
+        )
+    a, b = a.detach().cpu().double(), b.detach().cpu().double()
+    values, vectors = torch.linalg.eigh(torch.cov(a.T).reshape(a.shape[1], -1))
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T  # of C_a; its product with C_b has the same eigenvalues
+    C_b = torch.cov(b.T).reshape(b.shape[1], -1)
+    both = torch.linalg.eigvalsh(root @ C_b @ root).clamp_min(0).sqrt().sum()
+    distance = (a.mean(0) - b.mean(0)).square().sum() + values.clamp_min(0).sum() + C_b.trace() - 2 * both
+    return max(0.0, float(distance))

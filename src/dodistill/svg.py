@@ -219,6 +219,29 @@ def bars(
     return _legend(entries) + _frame(marks, ", ".join(name for name, _ in groups) + f" by {x_label}")
 
 
+def scatter(x: Sequence[float], y: Sequence[float], kinds: Sequence[int], *, label: str) -> Markup:
+    """Points in the plane, coloured by kind (0, 1, ...); at most 20 kinds have their number at their median.
+
+    The axes have no meaning and are not drawn; both have one scale.
+    """
+    if not len(x):
+        return Markup('<p class="quiet">Nothing to draw.</p>')
+    px, py, kind = np.asarray(x, float), np.asarray(y, float), np.asarray(kinds)
+    tall = 380
+    scale = min((WIDTH - 24) / max(np.ptp(px), 1e-9), (tall - 24) / max(np.ptp(py), 1e-9))
+    across = WIDTH / 2 + scale * (px - (px.max() + px.min()) / 2)
+    down = tall / 2 - scale * (py - (py.max() + py.min()) / 2)
+    n = int(kind.max()) + 1
+    marks = [
+        f'<circle cx="{a:.1f}" cy="{d:.1f}" r="2.2" fill="hsl({360 * k / n:.0f} 65% 50%)" fill-opacity=".7"/>'
+        for a, d, k in zip(across, down, kind)
+    ]
+    for k in np.unique(kind) if n <= 20 else []:
+        a, d = np.median(across[kind == k]), np.median(down[kind == k])
+        marks.append(_text(float(a), float(d) + 5, str(k), style="mark"))
+    return _frame(marks, label, tall)
+
+
 def heatmap(rows: Sequence[Sequence[float]], *, x_label: str, y_label: str) -> Markup:
     """Signed values: blue below zero, orange above, clear at zero. The cells are one embedded PNG."""
     try:

@@ -1,0 +1,122 @@
+"""`look`: runs beside real images. What the page says is what is so."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from dodistill import svg
+from dodistill.api import distill_config
+from dodistill.cli import main
+from dodistill.config import resolve
+from dodistill.data import Images
+from dodistill.errors import DodistillError
+from dodistill.evaluate import predict
+from dodistill.look import look
+from dodistill.models import Normalized, load_model, save_model
+from dodistill.run import RunFolder
+from helpers import assert_offline, tree
+
+pytest.importorskip("sklearn")
+
+
+@pytest.fixture(scope="module")
+def runs(teacher_file: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    for name, steps in (("short", 4), ("long", 60)):
+        teacher, student = {"spec": str(teacher_file)}, {"spec": "tiny4"}
+        data = {"unlabeled": "strokes:300", "image_shape": [1, 8, 8]}
+        cfg = resolve(tree("dfnd", steps=steps, teacher=teacher, student=student, data=data))
+        distill_config(cfg, folder / name, verbose=False, report=False)
+    return [folder / "short", folder / "long"]
+
+
+def test_the_page_says_what_is_so(
+    runs: list[Path], teacher_file: Path, digits_test: Images, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "look.html"
+    assert main(["look", *map(str, runs), "--test", "digits", "--out", str(out), "--n", "120"]) == 0
+    said = capsys.readouterr().out
+    text = html.unescape(out.read_text())
+    assert_offline(text)
+    right = {}
+    for path in (teacher_file, *(r / "student.safetensors" for r in runs)):
+        right[path] = predict(load_model(str(path)), digits_test.x).argmax(1) == digits_test.y
+        score = 100 * right[path].float().mean().item()
+        assert f"{score:.2f} %" in text
+        assert f"{score:.2f}%" in said
+    short, long = (right[r / "student.safetensors"] for r in runs)
+    assert f"Right only in long: {int((long & ~short).sum())} of 500" in text
+    assert f"Right only in short: {int((short & ~long).sum())} of 500" in text
+    shown = re.findall(r'alt="(\d), not (\d)"', text)
+    assert len(shown) == sum(min(12, int(v.sum())) for v in (long & ~short, short & ~long))
+    assert all(a != b for a, b in shown)
+    assert text.count("<circle") == 3 * 120
+
+    teacher, *students = look(runs, "digits", out, n=60)
+    assert teacher.distance is None
+    assert teacher.silhouette > students[1].silhouette  # the students saw scraps of photographs
+    for s in students:
+        assert s.distance is not None
+        assert s.floor is not None
+        assert s.distance > 2 * s.floor > 0  # scraps are not digits
+        assert s.images == min(250, 194)  # half of the real ones, or the pool
+        assert -1 <= s.silhouette <= 1
+
+
+def test_a_run_without_its_pool_and_a_teacher_that_changed(
+    runs: list[Path], taught: Normalized, teacher_file: Path, tmp_path: Path
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "look.html"
+    shutil.copytree(runs[1], run)
+    RunFolder(run, resolve(json.loads((run / "config.json").read_text()))).drop_checkpoints()
+    assert look([run], "digits", out, n=60)[1].distance is None
+    assert "No pool is left of run" in out.read_text()
+    assert "other weights" not in out.read_text()
+
+    with torch.no_grad():
+        other = load_model(str(teacher_file))
+        next(other.parameters()).mul_(1.01)
+    save_model(other, tmp_path / "other.safetensors")
+    look([run], "digits", out, str(tmp_path / "other.safetensors"), n=60)
+    assert "run was distilled from a teacher with other weights" in out.read_text()
+
+
+def test_mistakes(runs: list[Path], teacher_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "look.html"
+    with pytest.raises(DodistillError, match=r"holds no student\.safetensors"):
+        look([tmp_path], "digits", out)
+    with pytest.raises(DodistillError, match="--n is 10"):
+        look(runs, "digits", out, n=10)
+    with pytest.raises(DodistillError, match="needs labels"):
+        look(runs, "strokes:60", out)
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    config = json.loads((run / "config.json").read_text())
+    for spec, message in (("", "in memory; say which"), ("other.safetensors", "several teachers")):
+        config["teacher"]["spec"] = spec
+        (run / "config.json").write_text(json.dumps(config))
+        with pytest.raises(DodistillError, match=message):
+            look([runs[1], run], "digits", out)
+    assert not out.exists()
+    assert look([run], "digits", out, str(teacher_file), n=60)[1].name == "run"
+
+
+def test_scatter() -> None:
+    plot = svg.scatter([0, 10, 20], [0, 0, 5], [0, 1, 1], label="three")
+    places = [(float(a), float(b)) for a, b in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', plot)]
+    (x0, y0), (x1, y1), (x2, y2) = places
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2)
+    assert y0 == y1
+    assert (y1 - y2) == pytest.approx((x2 - x1) / 2, abs=0.2)  # one scale, and up is up
+    assert len(set(re.findall(r'fill="([^"]+)"', plot))) == 2
+    assert len(re.findall("<text", plot)) == 2
+    many = svg.scatter(list(range(30)), [0.0] * 30, list(range(30)), label="thirty")
+    assert "<text" not in many
+    assert "Nothing to draw" in svg.scatter([], [], [], label="none")
