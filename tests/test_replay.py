@@ -26,6 +26,7 @@ from helpers import SHAPE, config, context, job, metrics, same, student, untimed
 SMALL: dict[str, dict[str, Any]] = {
     "bank": {"capacity": 3, "size": 4, "every": 2, "first": 2},
     "generative": {"size": 6, "new": 8, "train": 2, "latent": 8, "width": 4, "lr": 2e-3},
+    "ema": {"size": 8},
 }
 
 
@@ -273,6 +274,92 @@ def test_published_sizes() -> None:
     assert sum(p.numel() for p in decoder.parameters()) == 8_423_939
 
 
+# ------------------------------------------------------------------------------------------- the averaged generator
+
+
+class Maker:
+    """A source as far as a replay looks at it: z -> images, every pixel sigmoid(w . z)."""
+
+    def __init__(self, steps: int = 1) -> None:
+        self.net, self.steps = nn.Sequential(nn.Linear(3, 64), nn.BatchNorm1d(64), nn.Sigmoid()), steps
+        self.net.append(nn.Unflatten(1, SHAPE))
+
+    def makes_with(self) -> tuple[nn.Module, int, int]:
+        return self.net, 3, self.steps
+
+    def learn(self, by: float) -> None:
+        with torch.no_grad():
+            for p in self.net.parameters():
+                p.add_(by)
+
+
+def following(teacher: nn.Module, maker: Maker, seed: int = 0, **settings: Any) -> Any:
+    memory = build("ema", teacher, seed, **settings)
+    memory.follow(maker)
+    return memory
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_the_average_is_that_of_the_equation(teacher: nn.Module, steps: int) -> None:
+    maker = Maker(steps)
+    memory = following(teacher, maker, decay=0.9)
+    assert not memory.ready
+    expected: list[Tensor] = []
+    for n in range(30):
+        maker.learn(0.1 * (-1) ** n + 0.05)
+        memory.observe(*batch(n), n)
+        decay = min(0.9**steps, (1 + n) / (10 + n)) if n else 0.0
+        now = [p.detach().clone() for p in maker.net.parameters()]
+        expected = [decay * a + (1 - decay) * b for a, b in zip(expected or now, now)]
+        assert memory.ready
+        for a, b in zip(memory.net.parameters(), expected):
+            torch.testing.assert_close(a, b)
+    assert not any(torch.equal(a, b) for a, b in zip(memory.net.parameters(), maker.net.parameters()))
+
+
+def test_it_draws_what_the_average_makes_and_moves_no_weight(teacher: nn.Module) -> None:
+    maker = Maker()
+    memory = following(teacher, maker, size=5)
+    memory.observe(*batch(0), 0)
+    live, mean = copy.deepcopy(maker.net.state_dict()), [p.clone() for p in memory.net.parameters()]
+    stream = torch.Generator()
+    stream.set_state(memory.generator.get_state())
+    x, answer = memory.draw(student(), 0)
+    assert answer is None  # the images are new, so the teacher is asked
+    again = copy.deepcopy(memory.net)(torch.randn(5, 3, generator=stream))
+    torch.testing.assert_close(x, again.detach(), atol=0.5 / 255 + 1e-6, rtol=0)
+    assert x.shape == (5, *SHAPE)
+    assert not x.requires_grad
+    assert all(torch.equal(a, b) for a, b in zip(mean, memory.net.parameters()))
+    same(live, maker.net.state_dict())
+
+
+def test_a_slow_average_lags_and_a_quick_one_does_not(teacher: nn.Module) -> None:
+    """A generator that has drifted for long: what is replayed lies between where it was and where it is."""
+    at = {}
+    for decay in (0.0, 0.5, 0.95):
+        maker = Maker()
+        memory = following(teacher, maker, decay=decay)
+        for n in range(600):
+            maker.learn(0.01)
+            memory.observe(*batch(0), n)
+        ahead = maker.net[0].bias - memory.net[0].bias
+        at[decay] = ahead.mean().item()
+    assert at[0.0] == pytest.approx(0, abs=1e-6)
+    assert at[0.5] == pytest.approx(0.01, rel=0.01)  # a drift of d a step is followed d * decay / (1 - decay) behind
+    assert at[0.95] == pytest.approx(0.19, rel=0.05)
+
+
+def test_sources_without_a_lasting_generator_are_refused(teacher: nn.Module) -> None:
+    cfg = resolve(config("deepinv").to_tree(), {"replay": {"name": "ema", "size": 8}, "update": "replay"})
+    with pytest.raises(DodistillError, match="use one of adversarial, dafl, mosaic, pre, or --replay bank"):
+        job(teacher, cfg)
+    for name in registry.names("source"):
+        cfg = config(name)
+        source = cfg.source.build(context(teacher, unlabeled=torch.zeros(60, *SHAPE, dtype=torch.uint8)))
+        assert (source.makes_with() is not None) == cfg.source.generates, name
+
+
 # ------------------------------------------------------------------------------------------------------- all of them
 
 
@@ -309,15 +396,16 @@ def test_its_state_is_all_of_it(name: str, more: dict[str, Any], teacher: nn.Mod
 
 def learner(replay: str, **update: Any) -> Distill:
     memory = {"bank": {"name": "bank", "capacity": 2, "size": 8, "every": 2, "first": 1},
-              "generative": {"name": "generative", **SMALL["generative"]}}[replay]  # fmt: skip
+              "generative": {"name": "generative", **SMALL["generative"]},
+              "ema": {"name": "ema", **SMALL["ema"]}}[replay]  # fmt: skip
     return resolve(
-        config("fast", "kdci", steps=9).to_tree(),
+        config("pre" if replay == "ema" else "fast", "kdci", steps=9).to_tree(),
         {"source": {"every": 2}, "replay": memory, "update": {"name": "retain", "alpha": 0.2, **update},
          "loop": {"log_every": 2, "eval_every": 4}},
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("replay", ["bank", "generative"])
+@pytest.mark.parametrize("replay", ["bank", "generative", "ema"])
 def test_a_run_stopped_anywhere_ends_in_the_same_bits(replay: str, teacher: nn.Module, tmp_path: Path) -> None:
     cfg = learner(replay)
     whole, folder = job(teacher, cfg, seed=50), RunFolder(tmp_path / "whole", cfg)
@@ -340,7 +428,7 @@ def test_a_run_stopped_anywhere_ends_in_the_same_bits(replay: str, teacher: nn.M
 
 
 @pytest.mark.parametrize("order", ["exact", "first_order"])
-@pytest.mark.parametrize("replay", ["bank", "generative"])
+@pytest.mark.parametrize("replay", ["bank", "generative", "ema"])
 def test_gradients_reach_what_learns_and_nothing_else(replay: str, order: str, teacher: nn.Module) -> None:
     """Student and KDCI's matrices move at every step; teacher, average and memory get nothing of it."""
     it = job(teacher, learner(replay, order=order))
@@ -390,6 +478,8 @@ def test_memory_is_what_it_holds(teacher: nn.Module, digits: Images) -> None:
         ("bank", {"every": 0}, "replay.every is 0"),
         ("bank", {"first": 0}, "replay.first is 0"),
         ("generative", {"size": 1}, "replay.size is 1"),
+        ("ema", {"size": 1}, "replay.size is 1"),
+        ("ema", {"decay": 1.0}, "replay.decay is 1.0"),
         ("generative", {"new": 1}, "replay.new is 1"),
         ("generative", {"train": 0}, "replay.train is 0"),
         ("generative", {"lr": 0.0}, "replay.lr is 0.0"),

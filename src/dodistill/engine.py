@@ -106,6 +106,7 @@ class Distiller:
         self.criterion = config.criterion.build(ctx).to(device)
         self.update = config.update.build()
         self.replay: Replay = config.replay.build(ctx)
+        self.replay.follow(self.source)
         #: what criterion and interventions want of both networks' insides
         self.needs = self.criterion.needs | self.interventions.needs
         shape, classes = ctx.image_shape, ctx.num_classes

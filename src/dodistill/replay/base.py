@@ -23,6 +23,10 @@ class Replay:
         #: the loss terms of its last training step (tensors, unsynced), for the log
         self.terms: dict[str, Tensor] = {}
 
+    def follow(self, source: Any) -> None:
+        """Once, before the first acquisition: the source whose inputs these are. Raises DodistillError for one that
+        this replay cannot follow."""
+
     @property
     def ready(self) -> bool:
         """Is there anything to replay?"""

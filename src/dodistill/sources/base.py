@@ -25,6 +25,7 @@ class SourceConfig(ABC):
         kind: decides the paper's dictionary size (KDCI Sec. 4.3: 8 generator, 32 inversion, 128 sampler).
         needs: of the teacher or the user: `batchnorm`, `unlabeled`.
         reads_labels: whether it hands over true labels, where the user's images have them.
+        generates: whether one generator goes on through the run, so that `Source.makes_with` has something to say.
         presets: named partial configs over all axes, e.g. {"desk": {"source": {"K": 5}, "optim": {"lr": 0.1}}}.
         origin: preset name -> where its numbers come from (`ours` where the papers leave a gap).
         trains, keeps: for `dodistill methods`: what it trains, and what it keeps in memory beside the pool.
@@ -37,6 +38,7 @@ class SourceConfig(ABC):
     kind: ClassVar[Kind]
     needs: ClassVar[frozenset[str]] = frozenset()
     reads_labels: ClassVar[bool] = False
+    generates: ClassVar[bool] = False
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     origin: ClassVar[dict[str, str]] = {}
     trains: ClassVar[str] = "nothing"
@@ -82,6 +84,11 @@ class Source(ABC):
     @abstractmethod
     def acquire(self, student: nn.Module, round: int) -> Acquired:
         """The inputs of acquisition number `round` (from 0). The student is in eval mode and gets no gradients."""
+
+    def makes_with(self) -> tuple[nn.Module, int, int] | None:
+        """The generator that goes on through the run, from z ~ N(0, I) [B, d] to images in [0, 1] [B, C, H, W]; d; and
+        its steps per acquisition. None where there is none."""
+        return None
 
     def parts(self) -> dict[str, Any]:
         """Name -> anything with state_dict/load_state_dict, or a tensor, that changes between acquisitions."""

@@ -38,6 +38,7 @@ class FreshConfig(SourceConfig):
     eps: float = 1e-5  #: of the generator's hidden BatchNorms
     output: Literal["sigmoid", "standardised"] = "sigmoid"  #: pixels, or the teacher's normalised coordinates
 
+    generates: ClassVar[bool] = True
     trains: ClassVar[str] = "a generator"
     keeps: ClassVar[str] = "1 generator, Adam"
 
@@ -91,6 +92,9 @@ class Fresh(Source):
         self.opt.step()
         self.terms = {name: value.detach() for name, value in terms.items()}
         return x, t
+
+    def makes_with(self) -> tuple[nn.Module, int, int]:
+        return self.net, self.fresh.latent, self.fresh.g_steps
 
     def _nets(self) -> list[nn.Module]:
         """The networks that each hand over `fresh` batches."""

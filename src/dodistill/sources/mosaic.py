@@ -112,6 +112,7 @@ class Config(SourceConfig):
     name: ClassVar[str] = "mosaic"
     kind: ClassVar[Kind] = "sampler"
     needs: ClassVar[frozenset[str]] = frozenset({"unlabeled"})
+    generates: ClassVar[bool] = True
     trains: ClassVar[str] = "a generator, a patch discriminator"
     keeps: ClassVar[str] = "both, Adam, the images given"
     presets: ClassVar[dict[str, dict[str, Any]]] = {
@@ -274,6 +275,9 @@ class Mosaic(Source):
         return to_uint8((to_float(u) - 0.5) / 0.5 * self.std + self.mean)
 
     # ---------------------------------------------------------------------------------------------------- state
+
+    def makes_with(self) -> tuple[nn.Module, int, int]:
+        return self.G, self.config.latent, 1
 
     def parts(self) -> dict[str, Any]:
         return {"G": self.G, "D": self.D, "opt_G": self.opt_G, "opt_D": self.opt_D}

@@ -1,0 +1,101 @@
+"""An averaged generator as a memory: it makes what the generator made some time ago (MAD, NeurIPS 2022).
+
+Momentum Adversarial Distillation: Handling Large Distribution Shifts in Data-Free Knowledge Distillation (Do et al.).
+
+Beside the source's generator G(z; theta) stands a copy that follows it slowly,
+
+    theta~ <- decay * theta~ + (1 - decay) * theta
+
+and each step of the student replays `size` images G(z; theta~), z ~ N(0, I). No image is kept: the memory is one more
+generator. Needs a source with one generator that goes on through the run.
+
+Deviations, and why
+ 1. The average moves after each acquisition, by decay^g_steps where the generator makes several steps in one; there,
+    after each step. The same after an acquisition but for what lies between its steps.
+ 2. Its decay warms up, min(decay, (1 + n) / (10 + n)) after n acquisitions, as averages usually do, and it begins as
+    the generator after the first one: else it makes images of an untrained generator for the first hundred steps.
+ 3. There the student matches on both kinds in one batch. So does the preset `mad` of source `adversarial`, where the
+    averaged generator's images join the pool; here the update decides what to do with them.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import registry
+from ..augment import to_float, to_uint8
+from ..errors import DodistillError
+from ..runtime import Context
+from .base import Replay, ReplayConfig
+
+
+@dataclass(frozen=True)
+class Config(ReplayConfig):
+    """How slowly the average follows."""
+
+    size: int = 128  #: images replayed per step
+    decay: float = 0.95  #: of the average, per step of the generator
+
+    name: ClassVar[str] = "ema"
+
+    def build(self, context: Context) -> Replay:
+        return Ema(self, context)
+
+
+class Ema(Replay):
+    """The averaged generator; like the source's own it works with its batch's statistics."""
+
+    net: nn.Module
+
+    def __init__(self, config: Config, context: Context) -> None:
+        super().__init__(context)
+        if config.size < 2:
+            raise DodistillError(f"replay.size is {config.size}; it must be at least 2.")
+        if not 0 <= config.decay < 1:
+            raise DodistillError(f"replay.decay is {config.decay}; it must lie in [0, 1), as in 0.95.")
+        self.config, self.seen = config, 0
+
+    def follow(self, source: Any) -> None:
+        made = source.makes_with()
+        if made is None:
+            able = [n for n in registry.names("source") if registry.config("source", n).generates]  # type: ignore[attr-defined]
+            raise DodistillError(
+                "replay ema averages a generator that goes on through the run, and this source has none; use one of "
+                f"{', '.join(able)}, or --replay bank."
+            )
+        self.live, self.latent, self.steps = made
+        self.net = copy.deepcopy(self.live).requires_grad_(False)
+
+    @property
+    def ready(self) -> bool:
+        return self.seen > 0
+
+    @torch.no_grad()
+    def observe(self, images: Tensor, logits: Tensor, round: int) -> None:
+        if self.seen:
+            decay = min(self.config.decay**self.steps, (1 + self.seen) / (10 + self.seen))
+            torch._foreach_lerp_(list(self.net.parameters()), list(self.live.parameters()), 1 - decay)
+        else:
+            self.net.load_state_dict(self.live.state_dict())
+        self.seen += 1
+
+    @torch.no_grad()
+    def draw(self, student: nn.Module, step: int) -> tuple[Tensor, None]:
+        z = torch.randn(self.config.size, self.latent, generator=self.generator, device=self.context.device)
+        with self.context.autocast():
+            return to_float(to_uint8(self.net(z))), None
+
+    def parts(self) -> dict[str, Any]:
+        return {"net": self.net}
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"seen": self.seen}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.seen = state["seen"]
