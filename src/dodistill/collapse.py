@@ -55,8 +55,8 @@ def symptoms(
     if effective is not None and classes > 2 and effective < max(FEW_CLASSES * classes, 1.5):
         found["few classes"] = (
             f"the teacher sees {effective:.1f} of {classes} classes in the newest inputs. Raise the source's weight of "
-            "class balance or its batch (see `dodistill distill --source NAME --help`), or draw evenly with "
-            "--intervention stratified."
+            "class balance or its batch (see `dodistill distill --source NAME --help`), lower --source.ie_temperature "
+            "where it is above 1, or draw evenly with --intervention stratified."
         )
     absent = signs.get("absent_classes", 0)
     if absent and done >= WARM and "few classes" not in found:
