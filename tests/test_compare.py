@@ -120,7 +120,9 @@ def test_a_setting_that_came_later_does_not_throw_results_away(recipe: Path, tmp
     assert find(cell, remember(gone)) is None
 
 
-@pytest.mark.parametrize("name", ["mnist", "skew", "methods", "cifar10_sources", "cid", "lra", "planted"])
+@pytest.mark.parametrize(
+    "name", ["mnist", "skew", "methods", "cifar10_sources", "cid", "lra", "planted", "skew_cifar10"]
+)
 def test_the_committed_results_are_those_of_the_committed_recipes(name: str) -> None:
     """docs/results.md says that `--table` prints its tables from results/, without data."""
     root = Path(__file__).parents[1]

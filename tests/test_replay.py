@@ -26,7 +26,7 @@ from helpers import SHAPE, config, context, job, metrics, same, student, untimed
 SMALL: dict[str, dict[str, Any]] = {
     "bank": {"capacity": 3, "size": 4, "every": 2, "first": 2},
     "generative": {"size": 6, "new": 8, "train": 2, "latent": 8, "width": 4, "lr": 2e-3},
-    "ema": {"size": 8},
+    "ema_generator": {"size": 8},
 }
 
 
@@ -294,7 +294,7 @@ class Maker:
 
 
 def following(teacher: nn.Module, maker: Maker, seed: int = 0, **settings: Any) -> Any:
-    memory = build("ema", teacher, seed, **settings)
+    memory = build("ema_generator", teacher, seed, **settings)
     memory.follow(maker)
     return memory
 
@@ -351,7 +351,7 @@ def test_a_slow_average_lags_and_a_quick_one_does_not(teacher: nn.Module) -> Non
 
 
 def test_sources_without_a_lasting_generator_are_refused(teacher: nn.Module) -> None:
-    cfg = resolve(config("deepinv").to_tree(), {"replay": {"name": "ema", "size": 8}, "update": "replay"})
+    cfg = resolve(config("deepinv").to_tree(), {"replay": {"name": "ema_generator", "size": 8}, "update": "replay"})
     with pytest.raises(DodistillError, match="use one of adversarial, dafl, mosaic, pre, or --replay bank"):
         job(teacher, cfg)
     for name in registry.names("source"):
@@ -397,15 +397,15 @@ def test_its_state_is_all_of_it(name: str, more: dict[str, Any], teacher: nn.Mod
 def learner(replay: str, **update: Any) -> Distill:
     memory = {"bank": {"name": "bank", "capacity": 2, "size": 8, "every": 2, "first": 1},
               "generative": {"name": "generative", **SMALL["generative"]},
-              "ema": {"name": "ema", **SMALL["ema"]}}[replay]  # fmt: skip
+              "ema_generator": {"name": "ema_generator", **SMALL["ema_generator"]}}[replay]  # fmt: skip
     return resolve(
-        config("pre" if replay == "ema" else "fast", "kdci", steps=9).to_tree(),
+        config("pre" if replay == "ema_generator" else "fast", "kdci", steps=9).to_tree(),
         {"source": {"every": 2}, "replay": memory, "update": {"name": "retain", "alpha": 0.2, **update},
          "loop": {"log_every": 2, "eval_every": 4}},
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("replay", ["bank", "generative", "ema"])
+@pytest.mark.parametrize("replay", ["bank", "generative", "ema_generator"])
 def test_a_run_stopped_anywhere_ends_in_the_same_bits(replay: str, teacher: nn.Module, tmp_path: Path) -> None:
     cfg = learner(replay)
     whole, folder = job(teacher, cfg, seed=50), RunFolder(tmp_path / "whole", cfg)
@@ -428,7 +428,7 @@ def test_a_run_stopped_anywhere_ends_in_the_same_bits(replay: str, teacher: nn.M
 
 
 @pytest.mark.parametrize("order", ["exact", "first_order"])
-@pytest.mark.parametrize("replay", ["bank", "generative", "ema"])
+@pytest.mark.parametrize("replay", ["bank", "generative", "ema_generator"])
 def test_gradients_reach_what_learns_and_nothing_else(replay: str, order: str, teacher: nn.Module) -> None:
     """Student and KDCI's matrices move at every step; teacher, average and memory get nothing of it."""
     it = job(teacher, learner(replay, order=order))
@@ -478,8 +478,8 @@ def test_memory_is_what_it_holds(teacher: nn.Module, digits: Images) -> None:
         ("bank", {"every": 0}, "replay.every is 0"),
         ("bank", {"first": 0}, "replay.first is 0"),
         ("generative", {"size": 1}, "replay.size is 1"),
-        ("ema", {"size": 1}, "replay.size is 1"),
-        ("ema", {"decay": 1.0}, "replay.decay is 1.0"),
+        ("ema_generator", {"size": 1}, "replay.size is 1"),
+        ("ema_generator", {"decay": 1.0}, "replay.decay is 1.0"),
         ("generative", {"new": 1}, "replay.new is 1"),
         ("generative", {"train": 0}, "replay.train is 0"),
         ("generative", {"lr": 0.0}, "replay.lr is 0.0"),

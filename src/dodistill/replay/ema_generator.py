@@ -41,7 +41,7 @@ class Config(ReplayConfig):
     size: int = 128  #: images replayed per step
     decay: float = 0.95  #: of the average, per step of the generator
 
-    name: ClassVar[str] = "ema"
+    name: ClassVar[str] = "ema_generator"
 
     def build(self, context: Context) -> Replay:
         return Ema(self, context)
@@ -63,9 +63,10 @@ class Ema(Replay):
     def follow(self, source: Any) -> None:
         made = source.makes_with()
         if made is None:
-            able = [n for n in registry.names("source") if registry.config("source", n).generates]  # type: ignore[attr-defined]
+            sources: dict[str, Any] = {n: registry.config("source", n) for n in registry.names("source")}
+            able = [name for name, config in sources.items() if config.generates]
             raise DodistillError(
-                "replay ema averages a generator that goes on through the run, and this source has none; use one of "
+                "replay ema_generator averages a generator that goes on through the run, and this source has none; use one of "
                 f"{', '.join(able)}, or --replay bank."
             )
         self.live, self.latent, self.steps = made
