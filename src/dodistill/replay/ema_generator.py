@@ -66,8 +66,8 @@ class Ema(Replay):
             sources: dict[str, Any] = {n: registry.config("source", n) for n in registry.names("source")}
             able = [name for name, config in sources.items() if config.generates]
             raise DodistillError(
-                "replay ema_generator averages a generator that goes on through the run, and this source has none; use one of "
-                f"{', '.join(able)}, or --replay bank."
+                "replay ema_generator averages a generator that goes on through the run, and this source has none; use "
+                f"one of {', '.join(able)}, or --replay bank."
             )
         self.live, self.latent, self.steps = made
         self.net = copy.deepcopy(self.live).requires_grad_(False)
