@@ -80,8 +80,12 @@ def look(runs: Sequence[str | Path], test: str, out: str | Path, teacher: str = 
     if n < 50:
         raise DodistillError(f"--n is {n}; a map needs at least 50 points.")
     configs = [_config(f) for f in folders]
-    spec = teacher or _one_teacher(folders, configs)
-    model, shape = load_teacher(resolve({"teacher": spec}).teacher if teacher else configs[0].teacher, (0, 0, 0))
+    if teacher:
+        part = resolve({"teacher": teacher}).teacher
+    else:
+        _one_teacher(folders, configs)
+        part = configs[0].teacher
+    model, shape = load_teacher(part, configs[0].data.image_shape)
     students = [load_model(str(f / "student.safetensors")) for f in folders]
     real = load_images(test, split="test", image_shape=shape)
     if real.y is None or len(real) < 50:
@@ -93,20 +97,20 @@ def look(runs: Sequence[str | Path], test: str, out: str | Path, teacher: str = 
     assert real.y is not None
     y = some.y
 
-    def seen(name: str, net: nn.Module, logits: Tensor) -> Seen:
-        f = features(net, some.x).cpu().numpy()
+    def seen(name: str, logits: Tensor, inner: Tensor) -> Seen:
+        f = inner.cpu().numpy()
         flat = tsne(n_components=2, init="pca", perplexity=min(30, (len(y) - 1) / 3), random_state=0).fit_transform(f)
         points = svg.scatter(flat[:, 0], flat[:, 1], y.tolist(), label=f"features of {name}, by class")
         return Seen(name, top1(logits, real.y), float(silhouette(f, y.numpy())), points)  # type: ignore[arg-type]
 
     with Progress(1 + len(folders), f"look at {len(folders)} runs on {len(real):,} images") as progress:
         answers = [predict(model, real.x)]
-        found = [seen("teacher", model, answers[0])]
-        inside = features(model, real.x[: 2 * MOST])
+        inside = features(model, real.x[: max(2 * MOST, n)])
+        found = [seen("teacher", answers[0], inside[: len(y)])]
         progress.update(1)
         for i, (folder, student) in enumerate(zip(folders, students), 2):
             answers.append(predict(student, real.x))
-            found.append(seen(folder.name, student, answers[-1]))
+            found.append(seen(folder.name, answers[-1], features(student, some.x)))
             found[-1].agreement = agreement(answers[-1], answers[0])
             _shift(found[-1], folder, model, inside, real)
             progress.update(i)
@@ -133,14 +137,13 @@ def _config(folder: Path) -> Distill:
     return resolve(json.loads((folder / "config.json").read_text()))
 
 
-def _one_teacher(folders: Sequence[Path], configs: Sequence[Distill]) -> str:
-    """The teacher that all runs name."""
+def _one_teacher(folders: Sequence[Path], configs: Sequence[Distill]) -> None:
+    """Refuse runs that do not all name one teacher."""
     named = {c.teacher.spec: f for f, c in zip(folders, configs)}
     if "" in named:
         raise DodistillError(f"{named['']} was given its teacher in memory; say which one it was with --teacher FILE.")
     if len({(c.teacher.spec, c.teacher.weights) for c in configs}) > 1:
         raise DodistillError(f"these runs have several teachers ({', '.join(named)}); look at those of one teacher.")
-    return configs[0].teacher.spec
 
 
 def _strangers(folder: Path, model: nn.Module) -> list[str]:
