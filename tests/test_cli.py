@@ -21,9 +21,12 @@ QUICK = ["--preset", "desk", "--source.warmup", "1", "--source.K", "2", "--sourc
 
 
 def test_help_answers_within_a_second() -> None:
-    start = time.perf_counter()
-    out = subprocess.run([sys.executable, "-m", "dodistill", "--help"], capture_output=True, text=True, check=True)
-    assert time.perf_counter() - start < 1.0
+    took = []
+    for _ in range(3):  # the best of three: other tests run beside this one
+        start = time.perf_counter()
+        out = subprocess.run([sys.executable, "-m", "dodistill", "--help"], capture_output=True, text=True, check=True)
+        took.append(time.perf_counter() - start)
+    assert min(took) < 1.0, took
     for command in ("demo", "teach", "distill", "evaluate", "compare", "report", "doctor"):
         assert f"    {command} " in out.stdout
 
@@ -162,25 +165,27 @@ def test_evaluate_reads_bare_weights(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_glibc_keeps_what_tensors_free() -> None:
-    """Blocks of 8 MiB, taken and freed again and again: by default each comes back as fresh pages from the kernel."""
+    """24 MiB by glibc's own account: by default a mapping of its own, given back with the tensor; kept, neither."""
     code = (
-        "import resource, sys, torch\nfrom dodistill.cli import keep_memory\n"
+        "import ctypes, sys, torch\nfrom dodistill.cli import keep_memory\n"
         "kept = keep_memory() if sys.argv[1] == 'keep' else None\n"
-        "def use():\n    a = [torch.ones(1 << 21) for _ in range(4)]\n"
-        "use(); before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "for _ in range(20): use()\n"
-        "print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
+        "names = 'arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost'.split()\n"
+        "class Info(ctypes.Structure):\n    _fields_ = [(name, ctypes.c_size_t) for name in names]\n"
+        "info = getattr(ctypes.CDLL(None), 'mallinfo2', None)\n"
+        "if info is None: print(False, 0, 0); sys.exit()\n"
+        "info.restype = Info\n"
+        "before = info(); a = torch.ones(6 << 20); held = info(); del a; after = info()\n"
+        "print(kept, held.hblks - before.hblks, held.arena - after.arena)"
     )
     env = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
 
-    def faults(arm: str, **more: str) -> tuple[str, int]:
+    def account(arm: str, **more: str) -> list[str]:
         command = [sys.executable, "-c", code, arm]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=env | more)
-        kept, n = done.stdout.split()
-        return kept, int(n)
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=env | more).stdout.split()
 
-    assert faults("keep", MALLOC_ARENA_MAX="2")[0] == "False"  # whoever has settings of their own keeps them
-    kept, few = faults("keep")
+    assert account("keep", MALLOC_ARENA_MAX="2")[0] == "False"  # whoever has settings of their own keeps them
+    kept, mapped, returned = account("keep")
     if kept == "False":
-        pytest.skip("no glibc here")
-    assert few < faults("plain")[1] / 5
+        pytest.skip("no glibc of 2.33 or later here")
+    assert (mapped, returned) == ("0", "0")
+    assert account("plain")[1] == "1"
