@@ -120,6 +120,28 @@ def test_folder_of_splits(tmp_path: Path) -> None:
     assert len(load_images(tmp_path, "test", image_shape=(1, 8, 8))) == 1
 
 
+def test_named_data_may_be_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ImageNet comes: `imagenet/val/CLASS/*.JPEG`. An .npz of that name goes first; CIFAR is no folder."""
+    monkeypatch.setenv("DODISTILL_DATA", str(tmp_path))
+    for name, shade in (("imagenet/val/n01", 50), ("imagenet/val/n02", 200), ("cifar10/test/cat", 9)):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("L", (20, 12), shade).save(tmp_path / name / "0.png")
+    images = load_images("imagenet", "test", image_shape=(3, 8, 8))
+    assert images.x.shape == (2, 3, 8, 8)
+    assert images.x.is_contiguous()
+    assert images.x[:, 0, 0, 0].tolist() == [50, 200]
+    assert images.y is not None
+    assert images.y.tolist() == [0, 1]
+    with pytest.raises(DodistillError, match="give image_shape"):
+        load_images("imagenet", "test")
+    with pytest.raises(DodistillError, match="nor a folder flickr/ there"):
+        load_images("flickr", image_shape=(3, 8, 8))
+    with pytest.raises(DodistillError, match="no copy of it by torchvision"):
+        load_images("cifar10", "test", image_shape=(3, 8, 8))
+    np.savez(tmp_path / "imagenet.npz", x_test=GREY[:1])
+    assert len(load_images("imagenet", "test")) == 1
+
+
 def test_bad_folders_and_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DodistillError, match="is empty"):
         load_images(tmp_path, image_shape=(3, 8, 8))

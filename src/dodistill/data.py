@@ -20,7 +20,7 @@ from .folder import load_folder
 from .planted import contexts, palette, plant
 
 Shape = tuple[int, int, int]
-_NAMED = ("mnist", "cifar10", "cifar100", "tiny_imagenet", "imagenet64")
+_NAMED = ("mnist", "cifar10", "cifar100", "tiny_imagenet", "imagenet64", "imagenet", "flickr")
 _SAMPLES = ("digits", "photos", "strokes")
 
 
@@ -70,8 +70,9 @@ def load_images(
     * `.npz` with `x_train, y_train, x_test, y_test` (uint8, [n, H, W, C] or [n, H, W]; the y are optional);
     * `.npy`, uint8, the same shapes, no labels;
     * a folder, searched through: decoded, resized to `image_shape` (short side, centre crop), labelled by its class
-      subfolders if it has them and `labels`; a `train` or `test` subfolder is followed when it is there;
-    * `mnist`, `cifar10`, `cifar100`, `tiny_imagenet`, `imagenet64`: `$DODISTILL_DATA/NAME.npz`;
+      subfolders if it has them and `labels`; a `train` or `test` (or `val`) subfolder is followed when it is there;
+    * `mnist`, `cifar10`, `cifar100`, `tiny_imagenet`, `imagenet64`, `imagenet`, `flickr`: `$DODISTILL_DATA/NAME.npz`;
+      the last four may be a folder `$DODISTILL_DATA/NAME` instead;
     * `digits`: scikit-learn's 1797 scans (8x8, or resized to `image_shape`), 1297 for train and 500 for test;
     * `photos` or `photos:20000`: `n` (or so many) random patches of scikit-learn's two photographs at `image_shape`
       and several scales, by `seed`;
@@ -95,10 +96,11 @@ def load_images(
             raise DodistillError(f"{name!r}: write {kind}:20000 for that many patches.")
         patches = _photos(split, image_shape or (3, 32, 32), int(number or n), seed)
         return patches if kind == "photos" else Images(_strokes(patches.x, seed))
-    if name in _NAMED:
+    folder = _named_folder(name)
+    if name in _NAMED and folder is None:
         images = _named(name, split)
     else:
-        path = Path(spec).expanduser()
+        path = folder or Path(spec).expanduser()
         if path.is_dir():
             return Images(*load_folder(path, split, labels, image_shape))
         if path.suffix not in (".npz", ".npy") or not path.is_file():
@@ -209,6 +211,15 @@ def _pixels(x: np.ndarray[Any, Any], where: str) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
 
 
+def _named_folder(name: str) -> Path | None:
+    """`$DODISTILL_DATA/NAME/`, for the data sets that are kept as image files and where there is no NAME.npz."""
+    root = os.environ.get("DODISTILL_DATA", "")
+    if not root or name not in _NAMED or name in _TORCHVISION or (Path(root) / f"{name}.npz").is_file():
+        return None
+    folder = Path(root) / name
+    return folder if folder.is_dir() else None
+
+
 def _named(name: str, split: str) -> Images:
     root = os.environ.get("DODISTILL_DATA", "")
     if not root:
@@ -218,7 +229,7 @@ def _named(name: str, split: str) -> Images:
         return _npz(path, split)
     kept = _torchvision(name, root, split == "train")
     if kept is None:
-        also = ", and no copy of it by torchvision there" if name in _TORCHVISION else ""
+        also = ", and no copy of it by torchvision there" if name in _TORCHVISION else f", nor a folder {name}/ there"
         raise DodistillError(f"no {path}{also}; {_RECIPE}")
     return kept
 

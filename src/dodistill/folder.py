@@ -22,7 +22,8 @@ def load_folder(folder: Path, split: str, labels: bool, image_shape: tuple[int, 
     Labels are the class subfolders, numbered in order of name, when every image lies in one and `labels`.
     Raises DodistillError for an empty folder, or one in which nothing can be decoded.
     """
-    folder = folder / split if (folder / split).is_dir() else folder
+    inner = [folder / name for name in ((split, "val") if split == "test" else (split,))]
+    folder = next((f for f in inner if f.is_dir()), folder)
     if image_shape is None:
         raise DodistillError(f"images in the folder {folder} are resized on reading: give image_shape=(C, H, W).")
     c, h, w = image_shape
@@ -34,12 +35,12 @@ def load_folder(folder: Path, split: str, labels: bool, image_shape: tuple[int, 
         raise DodistillError(f"cannot read {folder}: {error}") from error
     if not files:
         raise DodistillError(f"the folder {folder} is empty; put images (PNG, JPEG, ...) into it or its subfolders.")
-    x = np.empty((len(files), h, w, c), np.uint8)
+    x = np.empty((len(files), c, h, w), np.uint8)
 
     def decode(index: int) -> bool:
         pixels = _decode(files[index], c, h, w)
         if pixels is not None:
-            x[index] = pixels
+            x[index] = pixels.transpose(2, 0, 1)
         return pixels is not None
 
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -59,8 +60,7 @@ def load_folder(folder: Path, split: str, labels: bool, image_shape: tuple[int, 
     if labels and all(len(p.parts) > 1 for p in kept):
         classes = {name: k for k, name in enumerate(sorted({p.parts[0] for p in kept}))}
         y = torch.tensor([classes[p.parts[0]] for p in kept])
-    pixels = np.ascontiguousarray(x[good].transpose(0, 3, 1, 2))
-    return torch.from_numpy(pixels), y, len(bad), note
+    return torch.from_numpy(x[good] if bad else x), y, len(bad), note  # no second copy of what may fill the memory
 
 
 def _decode(path: Path, c: int, h: int, w: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]] | None:
