@@ -87,7 +87,7 @@ def test_classes_that_never_come_are_named_where_there_is_enough_to_tell() -> No
     said = symptoms(signs, 4, done=0.2)
     assert list(said) == ["absent classes"]
     assert "of 1 of 4 classes" in said["absent classes"]
-    assert "--source.ie_temperature 4" in said["absent classes"]
+    assert "--source.coverage 5" in said["absent classes"]
     assert "absent_classes" not in vital_signs(x[1:], logits[1:])  # 79 of 4 classes: too few
     logits[0, 3] = 2.0
     assert not symptoms({k: float(v) for k, v in vital_signs(x, logits).items()}, 4, done=1.0)

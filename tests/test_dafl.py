@@ -17,12 +17,12 @@ from dodistill.augment import to_float, to_uint8
 from dodistill.config import resolve
 from dodistill.data import Images
 from dodistill.errors import DodistillError
+from dodistill.losses import coverage
 from dodistill.models import Normalized
 from dodistill.sources.dafl import activation, information_entropy, one_hot
 from dodistill.sources.generators import ConvGenerator, normalised_space
 from dodistill.taps import penultimate
 from helpers import SHAPE, context, job, same, student
-from helpers import config as tiny
 
 SMALL: dict[str, Any] = {"batch": 16, "latent": 8, "width": 4, "every": 2, "fresh": 2}
 
@@ -55,6 +55,12 @@ def slow_entropy(t: list[list[float]], base: float) -> float:
     return sum(v * math.log(v) / math.log(base) for v in p)
 
 
+def slow_coverage(t: list[list[float]]) -> float:
+    rows = [slow_softmax(row) for row in t]
+    p = [sum(row[c] for row in rows) / len(t) for c in range(len(t[0]))]
+    return sum(max(0.0, math.log(1 / (4 * len(p)) / v)) / len(p) for v in p)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_terms_against_the_equations(seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
@@ -63,6 +69,9 @@ def test_terms_against_the_equations(seed: int) -> None:
     assert one_hot(t).item() == pytest.approx(slow_one_hot(t.tolist()), rel=1e-12)
     assert information_entropy(t).item() == pytest.approx(slow_entropy(t.tolist(), math.e), rel=1e-12)
     assert information_entropy(t, "log10").item() == pytest.approx(slow_entropy(t.tolist(), 10), rel=1e-12)
+    t[:, seed] -= 6
+    assert coverage(t).item() == pytest.approx(slow_coverage(t.tolist()), rel=1e-12)
+    assert coverage(t) > 0.1
     mean = sum(abs(v) for row in f.tolist() for v in row) / 63
     assert activation(f).item() == pytest.approx(-mean, rel=1e-12)
 
@@ -75,10 +84,16 @@ def test_ranges(classes: int, n: int, scale: float, seed: int) -> None:
     assert -1e-6 <= one_hot(t) <= math.log(classes) + 1e-5
     assert torch.allclose(information_entropy(t + 7), information_entropy(t), atol=1e-4)  # logits have no origin
     assert torch.allclose(information_entropy(t.flip(0)), information_entropy(t), atol=1e-5)
+    assert coverage(t) >= 0
+    assert coverage(t, 1.0) >= coverage(t)  # the more is asked for, the more is missing
+    assert torch.allclose(coverage(t + 7), coverage(t), atol=1e-4)
+    assert torch.allclose(coverage(t.flip(1)), coverage(t), atol=1e-4)  # classes have no order
+    assert coverage(t.roll(1, 1).repeat(2, 1)).isfinite()
 
 
 def test_the_entropy_at_its_ends_and_its_gradient() -> None:
     even = 200 * torch.eye(4).repeat(3, 1)
+    assert coverage(even) == 0
     assert information_entropy(even).item() == pytest.approx(-math.log(4), rel=1e-6)
     one = (200 * torch.eye(4)[:1]).repeat(12, 1).requires_grad_()
     assert information_entropy(one).item() == pytest.approx(0, abs=1e-6)
@@ -223,7 +238,8 @@ def test_seeds_and_state(teacher: nn.Module, pupil: nn.Module) -> None:
         ({"g_steps": 0}, "source.g_steps is 0"),
         ({"ie": -1.0}, "source.ie is -1"),
         ({"lr_g": 0.0}, "source.lr_g is 0"),
-        ({"oh": 0.0, "ie": 0.0, "act": 0.0}, "has no loss"),
+        ({"oh": 0.0, "ie": 0.0, "act": 0.0}, "source dafl has no loss"),
+        ({"coverage": -0.5}, "source.coverage is -0.5"),
     ],
 )
 def test_bad_settings_are_named(settings_: dict[str, Any], said: str, teacher: nn.Module) -> None:
@@ -246,39 +262,38 @@ def test_presets() -> None:
     assert all((c.every, c.fresh, c.eps, c.log) == (1, 0, 0.8, "log10") for c in huawei)
 
 
-def test_a_class_that_is_lacking_gets_a_gradient_where_answers_are_softened() -> None:
-    """Four images, all surely of class 0: at T = 1 the entropy's pull towards class 2 is in proportion to e^-12."""
+def test_a_class_that_is_lacking_is_pulled_at() -> None:
+    """Four images, all surely of class 0: the entropy pulls at class 2 in proportion to e^-12, coverage with 1/K."""
     pull = {}
-    for T in (1.0, 4.0):
+    for loss in (information_entropy, coverage):
         t = torch.zeros(4, 3)
         t[:, 0] = 12.0
         t.requires_grad_()
-        information_entropy(t / T).backward()
+        loss(t).backward()
         assert t.grad is not None
-        pull[T] = -t.grad[:, 2].sum().item()
-    assert 0 <= pull[1.0] < 1e-3 < 1e-2 < pull[4.0]
+        pull[loss] = -t.grad[:, 2].sum().item()
+    assert 0 <= pull[information_entropy] < 1e-3
+    assert pull[coverage] == pytest.approx(1 / 3, rel=1e-3)
+    t = torch.zeros(8, 3)
+    t[:, 1] = -0.9  # 0.17 of the answers where a fair share is 0.33: the class is there
+    t.requires_grad_()
+    coverage(t).backward()
+    assert t.grad is not None
+    assert not t.grad.any()
 
 
-@pytest.mark.parametrize("source", ["dafl", "adversarial"])
-def test_the_temperature_is_that_of_the_sources_own_entropy(source: str, teacher: nn.Module) -> None:
-    """Its term, and the generator's gradient of that term alone, at T = 4 against the equation."""
-    alone = {"dafl": {"oh": 0.0, "act": 0.0}, "adversarial": {"adv": 0.0}}[source]
-    settings = {**SMALL, **alone, "ie": 3.0, "ie_temperature": 4.0}
-    made = registry.config("source", source)(**settings).build(context(teacher))  # type: ignore[attr-defined]
-    x = made.net(made._z())
-    terms, t = made._losses(x, student())
-    expected = 3.0 * information_entropy(t / 4.0)
-    assert torch.equal(terms["ie"], expected)
+@pytest.mark.parametrize("source", ["dafl", "adversarial", "pre"])
+def test_coverage_is_a_term_of_its_own_and_off_unless_asked_for(source: str, teacher: nn.Module) -> None:
+    """Its term, and the generator's gradient of that term alone, against the function of the teacher's answers."""
+    assert registry.config("source", source)().coverage == 0  # type: ignore[attr-defined]
+    made = registry.config("source", source)(**SMALL, coverage=3.0).build(context(teacher))  # type: ignore[attr-defined]
+    terms, t = made._losses(made.net(made._z()), student())
+    expected = 3.0 * coverage(t)
+    assert torch.equal(terms["coverage"], expected)
     weights = list(made.net.parameters())
-    found = torch.autograd.grad(terms["ie"], weights, retain_graph=True)
+    found = torch.autograd.grad(terms["coverage"], weights, retain_graph=True)
     same(list(found), list(torch.autograd.grad(expected, weights)))
     assert all(bool(g.any()) for g in found[-2:])
-
-
-def test_no_temperature_of_zero(teacher: nn.Module) -> None:
-    for source in ("dafl", "adversarial"):
-        with pytest.raises(DodistillError, match=r"ie_temperature is 0.0; it must be above 0"):
-            job(teacher, tiny(source, source={"ie_temperature": 0.0}))
 
 
 def test_the_student_learns_from_it(teacher: nn.Module, digits_test: Images) -> None:

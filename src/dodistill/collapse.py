@@ -55,15 +55,15 @@ def symptoms(
     if effective is not None and classes > 2 and effective < max(FEW_CLASSES * classes, 1.5):
         found["few classes"] = (
             f"the teacher sees {effective:.1f} of {classes} classes in the newest inputs. Raise the source's weight of "
-            "class balance or its batch (see `dodistill distill --source NAME --help`), lower --source.ie_temperature "
-            "where it is above 1, or draw evenly with --intervention stratified."
+            "class balance or its batch (see `dodistill distill --source NAME --help`; of dafl, adversarial and pre "
+            "--source.coverage 5), or draw evenly with --intervention stratified."
         )
     absent = signs.get("absent_classes", 0)
     if absent and done >= WARM and "few classes" not in found:
         found["absent classes"] = (
             f"no newest input is of {absent:.0f} of {classes} classes, so the student cannot learn them. Raise the "
-            "source's weight of class balance or its pace (as --source.ie, --source.lr_g, --source.warmup; of dafl "
-            "also --source.ie_temperature 4), or look for other unlabelled images."
+            "source's weight of class balance or its pace (as --source.lr_g, --source.warmup; of dafl, adversarial "
+            "and pre --source.coverage 5), or look for other unlabelled images."
         )
     if diversity is not None and diversity < SAME_PICTURE:
         found["same picture"] = (

@@ -58,6 +58,16 @@ def adversarial(s: Tensor, t: Tensor) -> Tensor:
     return -((s.argmax(1) == t.argmax(1)) * _kl_rows(s, t)).mean()
 
 
+def coverage(t: Tensor, least: float = 0.25) -> Tensor:
+    """mean_c max(0, ln(least / K) - ln p_c), p = mean over the batch of softmax(t), [B, K] -> >= 0, in nats. Ours.
+
+    0 where each class has `least` of its fair share 1/K or more. The entropy of p (DAFL's L_ie) pulls at class c in
+    proportion to p_c, so not at all at one that the batch lacks. This pulls at such a class with 1/K, whatever p_c.
+    """
+    log_p = torch.logsumexp(nnf.log_softmax(t, 1), 0) - math.log(len(t))
+    return (math.log(least / t.shape[1]) - log_p).clamp(min=0).mean()
+
+
 def bn_statistics(
     stats: Stats,
     modules: Sequence[nn.Module],

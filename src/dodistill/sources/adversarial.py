@@ -46,7 +46,7 @@ from ..errors import DodistillError
 from ..runtime import Context
 from ..taps import batchnorm_inputs
 from .base import Kind, Source, at_least
-from .dafl import information_entropy, one_hot, warm
+from .dafl import information_entropy, one_hot
 from .fresh import Fresh, FreshConfig
 
 #: D(s, t) of logits [B, K], >= 0
@@ -102,7 +102,7 @@ class Config(FreshConfig):
     bn: float = 0.0  #: weight of the teacher's BatchNorm statistics (dfq)
     oh: float = 0.0  #: weight of the one-hot loss (dfq)
     ie: float = 0.0  #: weight of the information entropy (dfq; the toolbox: `balance`)
-    ie_temperature: float = 1.0  #: of the answers that it is taken of, see `dafl`
+    coverage: float = 0.0  #: weight of the coverage of classes, see `dafl`; ours
     student_bn: Literal["batch", "running"] = "batch"  #: statistics that the student's BatchNorm has in this loss
     ema: float = 0.0  #: decay of an averaged generator that hands over as many images as the generator itself; 0: none
 
@@ -154,10 +154,11 @@ class Adversarial(Fresh):
     def __init__(self, config: Config, context: Context) -> None:
         super().__init__(config, context)
         self.config = config
-        at_least(config, 0, "adv", "bn", "oh", "ie", "ema")
-        warm(config.ie_temperature)
-        if not (config.adv or config.bn or config.oh or config.ie):
-            raise DodistillError("source adversarial has no loss: adv, bn, oh and ie are all 0; give --source.adv 1.")
+        at_least(config, 0, "adv", "bn", "oh", "ie", "coverage", "ema")
+        if not (config.adv or config.bn or config.oh or config.ie or config.coverage):
+            raise DodistillError(
+                "source adversarial has no loss: adv, bn, oh, ie and coverage are all 0; give --source.adv 1."
+            )
         if config.bn and not context.teacher.has_batchnorm:
             raise DodistillError(
                 f"source.bn is {config.bn}, and this teacher has no BatchNorm layer with statistics to match; "
@@ -186,7 +187,9 @@ class Adversarial(Fresh):
         if c.oh:
             terms["oh"] = c.oh * one_hot(t)
         if c.ie:
-            terms["ie"] = c.ie * information_entropy(t / c.ie_temperature)
+            terms["ie"] = c.ie * information_entropy(t)
+        if c.coverage:
+            terms["coverage"] = c.coverage * losses.coverage(t)
         return terms, t
 
     def _step(self, student: nn.Module) -> tuple[Tensor, Tensor]:
