@@ -98,9 +98,9 @@ class Pool:
         last = torch.full((self.capacity,), -1, dtype=torch.long, device=self.device)
         last.scatter_reduce_(0, where, order, "amax")
         slots = (last >= 0).nonzero()[:, 0]
-        self._x[slots] = images[last[slots]].to(self.device)
-        self._logits[slots] = logits[last[slots]].to(self.device, self._logits.dtype)
-        self._labels[slots] = labels[last[slots]].to(self.device)
+        arrivals = last[slots]
+        for kept, offered in ((self._x, images), (self._logits, logits), (self._labels, labels)):
+            kept[slots] = offered[arrivals.to(offered.device)].to(kept.device, kept.dtype)  # each from where it lies
         self.size = min(self.size + n, self.capacity)
         self.seen += n
         self.version += 1
@@ -130,12 +130,13 @@ class Draw:
     def __init__(self) -> None:
         self._cumulative: Tensor | None = None
         self._size = 0
+        self._device = torch.device("cpu")
         self._order: Tensor | None = None  # of the walk, and how far it has got
         self._at = 0
 
     def set(self, pool: Pool, weights: Tensor | None) -> None:
         """Raises DodistillError when the weights are negative, not finite, or all zero."""
-        self._size = len(pool)
+        self._size, self._device = len(pool), pool.device
         self._cumulative = self._order = None
         self._at = 0
         if weights is not None:
@@ -164,11 +165,12 @@ class Draw:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def state_dict(self) -> dict[str, Any]:
-        """How far the walk has got; the weights follow from the pool."""
+        """How far the walk has got; the weights follow from the pool, which is to be `set` before this is loaded."""
         return {"order": self._order, "at": self._at}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._order, self._at = state["order"], state["at"]
+        order = state["order"]
+        self._order, self._at = None if order is None else order.to(self._device), state["at"]
 
     def shares(self, pool: Pool) -> Tensor:
         """[K], the expected class shares (by the teacher) of what is drawn."""

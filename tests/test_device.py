@@ -1,0 +1,87 @@
+"""Where tensors lie: everything runs, and goes on from a checkpoint, on a device that is not the CPU (see `pretend`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dodistill import engine, registry
+from dodistill.data import Images
+from dodistill.engine import Distiller
+from helpers import SHAPE, SOURCES, config, same, student
+from pretend import THERE, Stream, There, bare, pretended
+
+
+def test_it_finds_what_a_gpu_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pretended(monkeypatch):
+        there, here = torch.arange(6.0, device=THERE), torch.arange(6.0)
+        assert isinstance(there, There)
+        assert isinstance(there * here.sum(), There)  # a number may come from anywhere
+        assert torch.equal((there + 1).cpu(), here + 1)
+        assert isinstance(there[here.long()], There)
+        stream = Stream().manual_seed(1)
+        assert isinstance(torch.rand(3, generator=stream, device=stream.device), There)
+        with pytest.raises(RuntimeError, match="on one device"):
+            there + here
+        with pytest.raises(RuntimeError, match="indices should be"):
+            here[there.long()]
+        with pytest.raises(RuntimeError, match="its generator does not"):
+            torch.rand(3, generator=stream)
+        with pytest.raises(RuntimeError, match="its generator does not"):
+            torch.rand(3, generator=torch.Generator(), device=THERE)
+
+
+def run(
+    teacher: nn.Module, digits: Images, test: Images, source: str, intervention: str, /, **more: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Two steps of four, saved and loaded as from a file, and to the end; the last state and evaluation."""
+    labels = digits.y[:200] if source == "data" and digits.y is not None else None
+
+    def made() -> Distiller:
+        cfg = config(source, intervention, steps=4, **more)
+        assert test.y is not None
+        shown = engine.Test(test.x[:40], test.y[:40])
+        return Distiller(cfg, teacher, student(), SHAPE, digits.x[:200], shown, labels=labels)
+
+    first = made()
+    while first.step < 2:
+        first._acquire() if first._due() else first._match()
+    state, pool = bare(first.state_dict()), bare(first.pool.state_dict())
+    second = made()
+    second.load_state_dict(state, pool)
+    assert second.run()
+    second.delivered()
+    return bare(second.state_dict()), second.last_eval
+
+
+CASES: list[tuple[str, str, dict[str, Any]]] = [(s, "cid+kdci+stratified", {}) for s in sorted(SOURCES)]
+CASES += [("data", "none", {"criterion": c, "optim": {"lr": 1e-3}}) for c in registry.names("criterion")]
+CASES += [
+    ("pre", "none", {"update": {"name": "replay"}, "replay": {"name": "bank", "size": 8}}),
+    ("pre", "none", {"update": {"name": "retain"}, "replay": {"name": "ema_generator", "size": 8}}),
+    ("pre", "none", {"update": {"name": "retain", "order": "first_order"}, "replay": {
+        "name": "generative", "size": 8, "new": 8, "latent": 4, "width": 4}}),
+    ("fast", "kdci", {"pool": {"eviction": "reservoir", "capacity": 64}}),
+    ("fast", "kdci", {"dictionary": {"of": "batch"}}),
+    ("fast", "kdci", {"dictionary": {"of": "pool", "random": True}}),
+    ("dfnd", "stratified", {"stratified": {"by": "cluster"}, "source": {"select": "balanced"}}),
+    ("mosaic", "none", {"source": {"n": 50}}),
+    ("adversarial", "none", {"source": {"ema": 0.9}}),
+    ("cmi", "none", {"source": {"bank_dtype": "bfloat16"}}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("source", "intervention", "more"), CASES, ids=lambda v: str(v) if isinstance(v, str) else "")
+def test_everything_runs_elsewhere_and_gives_the_same_bits(
+    source: str, intervention: str, more: dict[str, Any], teacher: nn.Module, digits: Images, digits_test: Images,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    on_cpu, score = run(teacher, digits, digits_test, source, intervention, **more)
+    with pretended(monkeypatch):
+        there, its = run(teacher, digits, digits_test, source, intervention, **more)
+    assert score == its
+    for name in ("student", "source", "interventions", "holdout"):
+        same(on_cpu[name], there[name], name)
