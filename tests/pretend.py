@@ -1,7 +1,7 @@
 """A second device that is not there: another device by name, the CPU's memory in fact.
 
-It finds what the CPU forgives and a GPU does not: tensors of two devices in one operation, an index that lies elsewhere, a
-generator of the wrong device, state that was loaded and left behind. It knows nothing of kernels, streams or precision.
+It finds what the CPU forgives and a GPU does not: tensors of two devices in one operation, an index lying elsewhere,
+a generator of the wrong device, state that was loaded and left behind. It knows nothing of kernels, streams, precision.
 The name is "lazy:0": a device that PyTorch knows, needs no driver for, and has no kernels of.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from dodistill import engine, runtime
+from dodistill import engine, probe, runtime, teach
 
 THERE = torch.device("lazy:0")
 aten = torch.ops.aten
@@ -112,7 +112,8 @@ def _together(func: Any, args: Any, here: list[Tensor]) -> None:
 @contextlib.contextmanager
 def pretended(patch: pytest.MonkeyPatch) -> Iterator[None]:
     """Within, every run believes in THERE; `patch` undoes it."""
-    made, auto, asked, tensor = runtime.generator, torch.autocast, torch.is_autocast_enabled, torch.tensor
+    made, auto, asked = runtime.generator, torch.autocast, torch.is_autocast_enabled
+    tensor, save = torch.tensor, torch.save
 
     def generator(device: torch.device, seed: int, purpose: str) -> torch.Generator:
         like = made(torch.device("cpu"), seed, purpose)
@@ -125,10 +126,12 @@ def pretended(patch: pytest.MonkeyPatch) -> Iterator[None]:
         return tensor(*args, **rest).to(device)
 
     patch.setattr(engine, "pick_device", lambda _: THERE)
-    patch.setattr(runtime, "generator", generator)
+    for module in (runtime, teach, probe):
+        patch.setattr(module, "generator", generator)
     patch.setattr(torch, "autocast", autocast)
     patch.setattr(torch, "is_autocast_enabled", lambda kind: kind != THERE.type and asked(kind))
     patch.setattr(torch, "tensor", numbers)
+    patch.setattr(torch, "save", lambda what, *args, **rest: save(bare(what), *args, **rest))
     patch.setattr(importlib.import_module("torch.optim.optimizer"), "_get_fused_kernels_supported_devices",
                   lambda: [THERE.type, "cpu"])  # fmt: skip
     # `parameter.data = ...` would change what a wrapper says of itself, and not what lies inside.

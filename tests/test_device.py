@@ -1,16 +1,22 @@
-"""Where tensors lie: everything runs, and goes on from a checkpoint, on a device that is not the CPU (see `pretend`)."""
+"""Where tensors lie: all runs, and goes on from a checkpoint, on a device that is not the CPU (see `pretend`)."""
 
 from __future__ import annotations
 
+import contextlib
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
-from dodistill import engine, registry
+from dodistill import api, engine, registry
 from dodistill.data import Images
 from dodistill.engine import Distiller
+from dodistill.probe import linear_probe
+from dodistill.teach import Teach, teach
 from helpers import SHAPE, SOURCES, config, same, student
 from pretend import THERE, Stream, There, bare, pretended
 
@@ -85,3 +91,38 @@ def test_everything_runs_elsewhere_and_gives_the_same_bits(
     assert score == its
     for name in ("student", "source", "interventions", "holdout"):
         same(on_cpu[name], there[name], name)
+
+
+def test_a_run_folder_from_elsewhere(
+    teacher: nn.Module, digits: Images, digits_test: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped at once, started again, delivered and reported: what is in the folder is the CPU's, bit for bit."""
+    files = []
+    cfg = config("dfnd", "kdci+stratified", steps=5)
+    assert digits_test.y is not None
+    test = engine.Test(digits_test.x[:40], digits_test.y[:40])
+    for name, where in (("here", contextlib.nullcontext()), ("there", pretended(monkeypatch))):
+        with where:
+            for deadline in (0.0, math.inf):
+                result = api.run(
+                    cfg, teacher, student(), SHAPE, digits.x[:200], test, out=tmp_path / name, verbose=False,
+                    deadline=deadline,
+                )  # fmt: skip
+                assert result.summary["finished"] == (deadline > 0)
+        assert (tmp_path / name / "report.html").stat().st_size > 1000
+        files.append(load_file(tmp_path / name / "student.safetensors"))
+    same(*files)
+
+
+def test_teaching_and_probing_elsewhere(
+    digits: Images, digits_test: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    done = []
+    quick = Teach(epochs=1, batch=64, pad=1, flip=False, precision="fp32")
+    for where, device in ((contextlib.nullcontext(), torch.device("cpu")), (pretended(monkeypatch), THERE)):
+        with where:
+            model = student()
+            log = teach(model, digits, digits_test, quick, device=device)
+            found = linear_probe(model, digits, digits_test, epochs=1)
+            done.append((bare(dict(model.state_dict())), log["loss"], log["test"], found))
+    same(*done)
