@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
-from dodistill.compare import cells, compare, duration, find, read_recipe, stored
+from dodistill.compare import cells, compare, duration, find, read_recipe, stored, teach_missing
 from dodistill.errors import DodistillError
+from dodistill.files import claim
 from dodistill.run import RunFolder
 
 
@@ -94,6 +98,28 @@ def test_runs_once_resumes_and_prints_the_table(
     capsys.readouterr()
     assert compare(recipe, out, table=True) == 75
     assert "2 of 3 cells" in capsys.readouterr().out
+
+
+def test_a_teacher_is_taught_by_one_process(
+    tmp_path: Path, teacher_file: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Where another process teaches it, the grid waits for what comes of that, or for the end of its budget."""
+    recipe = {"teachers": {"t": {"model": "tiny4", "data": "digits", "epochs": 1, "flip": "false", "pad": 1}}}
+    target, lock = tmp_path / "t.safetensors", tmp_path / "t.teaching.lock"
+    holder = threading.Event()
+    release = claim(holder, lock, "t")
+    assert not teach_missing(recipe, tmp_path, time.monotonic() + 1)
+    assert f"{target} is in use by another process" in capfd.readouterr().err
+
+    def finish() -> None:
+        shutil.copy(teacher_file, target)
+        release()
+
+    other = threading.Timer(1.0, finish)
+    other.start()
+    assert teach_missing(recipe, tmp_path, math.inf)
+    other.join()
+    assert target.read_bytes() == teacher_file.read_bytes()
 
 
 def test_a_setting_that_came_later_does_not_throw_results_away(recipe: Path, tmp_path: Path) -> None:

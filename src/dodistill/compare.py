@@ -234,22 +234,20 @@ def teach_missing(recipe: Tree, folder: Path, deadline: float) -> bool:
     """Train the recipe's teachers that are not there yet, one after the other. False when the budget ends before."""
     for name, settings in (recipe.get("teachers") or {}).items():
         target = folder / f"{name}.safetensors"
-        if target.exists():
-            continue
-        if time.monotonic() > deadline:
-            return False
         settings = dict(settings)
-        folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "dodistill", "teach", str(settings.pop("model")), "--out", str(target)]
         for key, value in settings.items():
             command += [f"--{key}", str(value)]
-        if math.isfinite(deadline):
-            command += ["--max-seconds", f"{max(1.0, deadline - time.monotonic()):.1f}"]
-        status = subprocess.run(command, check=False).returncode
-        if status == STOPPED:
-            return False
-        if status:
-            raise DodistillError(f"teacher {name} could not be trained: {' '.join(command)}")
+        while not target.exists():
+            if time.monotonic() > deadline:
+                return False
+            folder.mkdir(parents=True, exist_ok=True)
+            left = ["--max-seconds", f"{max(1.0, deadline - time.monotonic()):.1f}"] if math.isfinite(deadline) else []
+            status = subprocess.run([*command, *left], check=False).returncode
+            if status == STOPPED:  # the budget is over, or another process is at it
+                time.sleep(5)
+            elif status:
+                raise DodistillError(f"teacher {name} could not be trained: {' '.join(command)}")
     return True
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -21,8 +20,8 @@ import torch
 from torch import Tensor
 
 from .config import RUNTIME, Distill, difference
-from .errors import Busy, DodistillError
-from .files import replacing
+from .errors import DodistillError
+from .files import claim, replacing
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -119,26 +118,9 @@ class RunFolder:
             raise DodistillError(
                 f"cannot make run folder {self.path}: {error.strerror}; choose another --out."
             ) from error
-        self._claim()
+        # One process at a time: two would tear each other's checkpoints.
+        self._unlock = claim(self, self.path / ".lock", f"run folder {self.path}")
         write_atomically(known, json.dumps(tree, indent=1).encode())
-
-    def _claim(self) -> None:
-        """One process at a time: two would tear each other's checkpoints. The lock goes when its process ends, however
-        it ends."""
-        try:
-            import fcntl
-        except ImportError:  # not a POSIX system: no such locks
-            return
-        try:
-            lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-            self._unlock = weakref.finalize(self, os.close, lock)
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Busy(
-                f"run folder {self.path} is in use by another process; wait for it, or choose another --out."
-            ) from error
-        except OSError as error:
-            raise DodistillError(f"cannot write to {self.path}: {error.strerror}; choose another --out.") from error
 
     # ------------------------------------------------------------------------------------------- metrics
 
