@@ -6,7 +6,8 @@ import dataclasses
 import json
 import math
 import shutil
-import threading
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,7 +16,6 @@ import yaml
 
 from dodistill.compare import cells, compare, duration, find, read_recipe, stored, teach_missing
 from dodistill.errors import DodistillError
-from dodistill.files import claim
 from dodistill.run import RunFolder
 
 
@@ -105,20 +105,19 @@ def test_a_teacher_is_taught_by_one_process(
 ) -> None:
     """Where another process teaches it, the grid waits for what comes of that, or for the end of its budget."""
     recipe = {"teachers": {"t": {"model": "tiny4", "data": "digits", "epochs": 1, "flip": "false", "pad": 1}}}
-    target, lock = tmp_path / "t.safetensors", tmp_path / "t.teaching.lock"
-    holder = threading.Event()
-    release = claim(holder, lock, "t")
-    assert not teach_missing(recipe, tmp_path, time.monotonic() + 1)
-    assert f"{target} is in use by another process" in capfd.readouterr().err
-
-    def finish() -> None:
-        shutil.copy(teacher_file, target)
-        release()
-
-    other = threading.Timer(1.0, finish)
-    other.start()
-    assert teach_missing(recipe, tmp_path, math.inf)
-    other.join()
+    target = tmp_path / "t.safetensors"
+    code = (
+        "import shutil, sys, time\nfrom pathlib import Path\nfrom dodistill.files import claimed\n"
+        "with claimed(Path(sys.argv[1]), 't'):\n"
+        "    print('mine', flush=True); time.sleep(3); shutil.copy(sys.argv[2], sys.argv[3])"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / ".t.lock"), str(teacher_file), str(target)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"mine\n"
+        assert not teach_missing(recipe, tmp_path, time.monotonic() + 0.5)
+        assert f"{target} is in use by another process" in capfd.readouterr().err
+        assert teach_missing(recipe, tmp_path, math.inf)
     assert target.read_bytes() == teacher_file.read_bytes()
 
 

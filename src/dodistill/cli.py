@@ -280,7 +280,6 @@ def _teach(given: Given, _every: list[str]) -> int:
     from . import flags
     from .config import build
     from .data import load_images
-    from .files import claim
     from .models import load_model, save_model
     from .progress import Progress
     from .run import check_writable, load_tensors, save_tensors
@@ -300,8 +299,7 @@ def _teach(given: Given, _every: list[str]) -> int:
         raise DodistillError("teach needs labelled images; give --data cifar10, a .npz, or a folder of class folders.")
     config = build(Teach, {**given.tree(short=False), "model": given.word}, "teach")
     check_writable(target)
-    begun, lock = target.with_suffix(".teaching.pt"), target.with_suffix(".teaching.lock")
-    release = claim(config, lock, str(target))
+    begun = target.with_suffix(".teaching.pt")
     resume = load_tensors(begun) if begun.exists() else None
     train = load_images(spec)
     test = None
@@ -343,9 +341,7 @@ def _teach(given: Given, _every: list[str]) -> int:
         return STOPPED
     numbers = {k: v for k, v in result.items() if isinstance(v, int | float)}
     save_model(model, target, **numbers)
-    for done in (begun, lock):
-        done.unlink(missing_ok=True)
-    release()
+    begun.unlink(missing_ok=True)
     print(json.dumps(numbers))
     print(f"weights    {target}")
     return 0

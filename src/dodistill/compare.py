@@ -36,7 +36,8 @@ from typing import Any
 import yaml
 
 from .config import RUNTIME, Distill, Tree, expand, merge, resolve
-from .errors import STOPPED, DodistillError, nearest
+from .errors import STOPPED, Busy, DodistillError, nearest
+from .files import claimed
 from .run import write_atomically
 
 KEYS = ("name", "about", "teachers", "base", "grid", "when", "skip", "published")
@@ -238,15 +239,25 @@ def teach_missing(recipe: Tree, folder: Path, deadline: float) -> bool:
         command = [sys.executable, "-m", "dodistill", "teach", str(settings.pop("model")), "--out", str(target)]
         for key, value in settings.items():
             command += [f"--{key}", str(value)]
+        told = False
         while not target.exists():
             if time.monotonic() > deadline:
                 return False
             folder.mkdir(parents=True, exist_ok=True)
             left = ["--max-seconds", f"{max(1.0, deadline - time.monotonic()):.1f}"] if math.isfinite(deadline) else []
-            status = subprocess.run([*command, *left], check=False).returncode
-            if status == STOPPED:  # the budget is over, or another process is at it
-                time.sleep(5)
-            elif status:
+            try:
+                with claimed(folder / f".{name}.lock", str(target)):
+                    done = target.exists()  # by now, by another process
+                    status = 0 if done else subprocess.run([*command, *left], check=False).returncode
+            except Busy as busy:
+                if not told:
+                    print(f"{busy} Waiting.", file=sys.stderr)
+                told = True
+                time.sleep(min(2.0, max(0.0, deadline - time.monotonic()) + 0.1))
+                continue
+            if status == STOPPED:
+                return False
+            if status:
                 raise DodistillError(f"teacher {name} could not be trained: {' '.join(command)}")
     return True
 

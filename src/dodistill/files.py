@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -34,22 +33,34 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         ) from error
 
 
-def claim(owner: object, lock: Path, what: str) -> Callable[[], object]:
-    """Take the lock file `lock` for as long as `owner` lives, or until what is returned is called.
+def claim(lock: Path, what: str) -> int | None:
+    """Take the lock file `lock`; closing the handle that is returned, or the end of the process, gives it back.
 
-    It goes when its process ends, however it ends. Raises Busy where another process has it: `what` is in use. On a
-    system that is not POSIX there is no such lock, and nothing is taken.
+    Raises Busy where another process has it, naming `what` is in use. None on a system without such locks (not POSIX).
     """
     try:
         import fcntl
     except ImportError:
-        return lambda: None
+        return None
+    handle = None
     try:
         handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-        release = weakref.finalize(owner, os.close, handle)
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise Busy(f"{what} is in use by another process; wait for it, or choose another --out.") from error
     except OSError as error:
+        if handle is not None:
+            os.close(handle)
+        if isinstance(error, BlockingIOError):
+            raise Busy(f"{what} is in use by another process; wait for it, or choose another --out.") from error
         raise DodistillError(f"cannot write to {lock.parent}: {error.strerror}; choose another --out.") from error
-    return release
+    return handle
+
+
+@contextmanager
+def claimed(lock: Path, what: str) -> Iterator[None]:
+    """`claim` for the length of a block."""
+    handle = claim(lock, what)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)

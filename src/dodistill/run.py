@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -119,7 +120,9 @@ class RunFolder:
                 f"cannot make run folder {self.path}: {error.strerror}; choose another --out."
             ) from error
         # One process at a time: two would tear each other's checkpoints.
-        self._unlock = claim(self, self.path / ".lock", f"run folder {self.path}")
+        lock = claim(self.path / ".lock", f"run folder {self.path}")
+        if lock is not None:
+            self._unlock = weakref.finalize(self, os.close, lock)
         write_atomically(known, json.dumps(tree, indent=1).encode())
 
     # ------------------------------------------------------------------------------------------- metrics
