@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from dodistill import engine, probe, runtime, teach
+from dodistill import engine, look, probe, runtime, teach
 
 THERE = torch.device("lazy:0")
 aten = torch.ops.aten
@@ -125,7 +125,8 @@ def pretended(patch: pytest.MonkeyPatch) -> Iterator[None]:
     def numbers(*args: Any, device: Any = None, **rest: Any) -> Tensor:  # the one factory that no mode sees
         return tensor(*args, **rest).to(device)
 
-    patch.setattr(engine, "pick_device", lambda _: THERE)
+    for user in (engine, look, runtime):
+        patch.setattr(user, "pick_device", lambda _="auto": THERE)
     for module in (runtime, teach, probe):
         patch.setattr(module, "generator", generator)
     patch.setattr(torch, "autocast", autocast)

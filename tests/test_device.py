@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dodistill import api, engine, registry
+from dodistill.cli import main
 from dodistill.data import Images
 from dodistill.engine import Distiller
 from dodistill.probe import linear_probe
@@ -126,3 +127,24 @@ def test_teaching_and_probing_elsewhere(
             found = linear_probe(model, digits, digits_test, epochs=1)
             done.append((bare(dict(model.state_dict())), log["loss"], log["test"], found))
     same(*done)
+
+
+def test_what_is_measured_and_shown_elsewhere(
+    teacher_file: Path, digits: Images, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    pytest.importorskip("sklearn")
+    data = {"unlabeled": "strokes:300", "image_shape": [1, 8, 8]}
+    models = {"teacher": {"spec": str(teacher_file)}, "student": {"spec": "tiny4"}}
+    api.distill_config(config("dfnd", data=data, **models), tmp_path / "run", verbose=False, report=False)
+    student_file = str(tmp_path / "run" / "student.safetensors")
+    measure = ["evaluate", student_file, "--test", "digits", "--teacher", str(teacher_file), "--calibrate", "digits",
+               "--probe", "digits"]  # fmt: skip
+    show = ["look", str(tmp_path / "run"), "--test", "digits", "--n", "60", "--out", str(tmp_path / "look.html")]
+    said = []
+    for where in (contextlib.nullcontext(), pretended(monkeypatch)):
+        with where:
+            assert main(measure) == 0
+            assert main(show) == 0
+        said.append((capsys.readouterr().out, (tmp_path / "look.html").read_text()))
+    assert said[0] == said[1]

@@ -365,6 +365,7 @@ def _evaluate(known: argparse.Namespace) -> int:
     from .evaluate import agreement, class_shares, expected_calibration_error, predict, top1
     from .models import load_model, save_model
     from .probe import context_gap, linear_probe
+    from .runtime import pick_device
     from .sources.noise import calibrate
 
     if not (known.test or known.probe or known.calibrate):
@@ -375,7 +376,8 @@ def _evaluate(known: argparse.Namespace) -> int:
         raise DodistillError(f"--n is {known.n}; statistics need at least 2 images.")
     c, h = _image_shape(known.image_shape)
     model = load_model(known.model, weights=known.weights, mean=known.normalise, in_channels=c, image_size=h)
-    shape = shape_of(model)
+    shape, device = shape_of(model), pick_device()
+    model.to(device)
     if known.calibrate:
         images = load_images(known.calibrate, "train", labels=False, image_shape=shape)
         chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[: known.n]
@@ -399,7 +401,7 @@ def _evaluate(known: argparse.Namespace) -> int:
     shares = ", ".join(f"{100 * v:.1f}" for v in class_shares(logits).tolist()[:20])
     print(f"predicted class shares (%)  {shares}")
     if known.teacher:
-        other = predict(load_model(known.teacher), images.x)
+        other = predict(load_model(known.teacher).to(device), images.x)
         print(f"teacher    {top1(other, images.y):.2f} %, agreement {agreement(logits, other):.2f} %")
     if contexts := contexts_of(known.test):
         gap = context_gap(model, [load_images(spec, split="test", image_shape=shape) for spec in contexts])

@@ -39,6 +39,7 @@ from .page import render
 from .probe import features
 from .progress import Progress
 from .run import fingerprint, newest_pool
+from .runtime import pick_device
 
 SHOWN = 12  #: images of each kind that a comparison shows
 MOST = 10_000  #: images of each side that a distance is taken over
@@ -86,7 +87,9 @@ def look(runs: Sequence[str | Path], test: str, out: str | Path, teacher: str = 
         _one_teacher(folders, configs)
         part = configs[0].teacher
     model, shape = load_teacher(part, configs[0].data.image_shape)
-    students = [load_model(str(f / "student.safetensors")) for f in folders]
+    device = pick_device()
+    model.to(device)
+    students = [load_model(str(f / "student.safetensors")).to(device) for f in folders]
     real = load_images(test, split="test", image_shape=shape)
     if real.y is None or len(real) < 50:
         raise DodistillError(f"{test} needs labels, and at least 50 images (it has {len(real)}).")

@@ -72,6 +72,7 @@ def calibrate(model: nn.Module, images: Tensor, batch: int = 256) -> nn.Module:
         m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
     ]
     momenta = [m.momentum for m in layers]
+    first = next(model.parameters(), images)
     model.eval()
     try:
         for m in layers:
@@ -79,7 +80,8 @@ def calibrate(model: nn.Module, images: Tensor, batch: int = 256) -> nn.Module:
             m.momentum = None  # PyTorch's sign for the plain mean
             m.train()
         for part in images.tensor_split(-(-len(images) // batch)):
-            model(part if part.is_floating_point() else to_float(part))
+            here = part.to(first.device)
+            model(here if here.is_floating_point() else to_float(here))
     finally:
         for m, momentum in zip(layers, momenta):
             m.momentum = momentum
