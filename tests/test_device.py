@@ -94,6 +94,20 @@ def test_everything_runs_elsewhere_and_gives_the_same_bits(
         same(on_cpu[name], there[name], name)
 
 
+@pytest.mark.parametrize(("source", "intervention", "more"), CASES, ids=lambda v: str(v) if isinstance(v, str) else "")
+def test_everything_runs_in_bf16(
+    source: str, intervention: str, more: dict[str, Any], teacher: nn.Module, digits: Images, digits_test: Images
+) -> None:
+    """The default on CUDA. What lasts stays fp32: weights, averages and logits that are kept."""
+    low = {**more, "loop": {"precision": "bf16"}}
+    state, score = run(teacher, digits, digits_test, source, intervention, **low)
+    assert all(math.isfinite(v) for v in score.values())
+    kept = (*state["student"].values(), *state["ema"].values(), state["holdout"]["logits"])
+    assert {v.dtype for v in kept if v.is_floating_point()} == {torch.float32}
+    exact, _ = run(teacher, digits, digits_test, source, intervention, **more)
+    assert any(not torch.equal(v, exact["student"][k]) for k, v in state["student"].items())
+
+
 def test_a_run_folder_from_elsewhere(
     teacher: nn.Module, digits: Images, digits_test: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
