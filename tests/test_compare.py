@@ -121,6 +121,23 @@ def test_a_teacher_is_taught_by_one_process(
     assert target.read_bytes() == teacher_file.read_bytes()
 
 
+def test_a_label_may_have_commas(recipe: Path, tmp_path: Path) -> None:
+    """As in --against "arm=plain, at length,seed=7": a comma begins the next axis only where one follows."""
+    tree = yaml.safe_load(recipe.read_text())
+    tree["grid"]["arm"] = {"plain, at length": {}, "kdci": {"intervention": "kdci"}}
+    recipe.write_text(yaml.safe_dump(tree, sort_keys=False))
+    said = {}
+    for against in ("arm=plain, at length", "arm=plain, at length,seed=7", "arm=plain, at last"):
+        try:
+            compare(recipe, tmp_path / "out", table=True, against=against)
+            said[against] = "fine"
+        except DodistillError as error:
+            said[against] = str(error)
+    assert said["arm=plain, at length"] == "fine"
+    assert "no cell has seed=7" in said["arm=plain, at length,seed=7"]
+    assert "no cell has arm=plain, at last" in said["arm=plain, at last"]
+
+
 def test_a_setting_that_came_later_does_not_throw_results_away(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     (cell,) = [c for c in cells(read_recipe(recipe), out / "teachers") if c.label == {"seed": "0", "arm": "kdci"}]

@@ -352,7 +352,9 @@ def _report(recipe: Tree, chosen: list[Cell], out: Path, against: str = "", show
         records.append({**record, "label": cell.label, "published": cell.published})
     print(markdown_table(records, show))
     if against:
-        base = {axis: wanted for axis, _, wanted in (pair.partition("=") for pair in against.split(","))}
+        axes = "|".join(re.escape(axis) for axis in recipe["grid"])
+        pairs = re.split(rf",(?=(?:{axes})=)", against)  # a label may have commas of its own
+        base = {axis: wanted for axis, _, wanted in (pair.partition("=") for pair in pairs)}
         try:
             print(f"\n{paired_table(records, base, show)}")
         except ValueError as error:
