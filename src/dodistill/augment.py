@@ -3,13 +3,44 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def crop_flip(x: Tensor, pad: int, generator: torch.Generator, flip: bool = True, mode: str = "reflect") -> Tensor:
+@dataclass(frozen=True)
+class View:
+    """One way to show images to a network: `view(x, generator)`, each image with its own draw.
+
+    crop: `shift` by up to `pad` pixels each way, or `resized`: a random part that keeps a share U(scale) of the area.
+    padding: what a shift brings in, `zeros` (black) or `reflect`; `none`: no shift at all.
+    flip: mirror each image with probability 1/2.
+    """
+
+    crop: str = "shift"
+    padding: str = "zeros"
+    pad: int = 4
+    flip: bool = True
+    scale: tuple[float, float] = (0.08, 1.0)
+
+    def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """x [B, C, H, W], float in [0, 1] -> the same shape and range; differentiable in x."""
+        if self.crop == "resized":
+            return resized_crop(x, generator, self.scale, self.flip)
+        shifted = self.padding != "none"
+        return crop_flip(x, self.pad if shifted else 0, generator, self.flip, self.padding if shifted else "zeros")
+
+    def __str__(self) -> str:
+        if self.crop == "resized":
+            what = f"random resized crops of {self.scale[0]:g} to {self.scale[1]:g} of the area"
+        else:
+            what = "no crop" if self.padding == "none" else f"shifts by up to {self.pad} pixels, {self.padding} outside"
+        return what + (", flips" if self.flip else ", no flips")
+
+
+def crop_flip(x: Tensor, pad: int, generator: torch.Generator, flip: bool = True, mode: str = "zeros") -> Tensor:
     """Shift each image of x [B, C, H, W] by up to `pad` pixels each way; mirror it with probability 1/2 if `flip`.
 
     Any dtype; for floats differentiable in x. `generator` lives on x's device. What comes in from outside is the image

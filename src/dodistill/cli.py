@@ -265,6 +265,7 @@ def _distill_help(given: dict[str, Any]) -> None:
         ("optim.", c.Optim),
         ("pool.", c.Pool),
         ("augment.", c.Augment),
+        ("view.", c.View),
         ("loop.", c.Loop),
     ]
     for prefix, cls in parts:

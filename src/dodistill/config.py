@@ -73,10 +73,22 @@ class Pool:
 
 @dataclass(frozen=True)
 class Augment:
-    """Per-sample augmentation of the student's inputs, and of the generator's view."""
+    """Per-sample augmentation of the student's inputs."""
 
     pad: int = 4  #: random crop after padding by this many pixels (0: none)
     flip: bool = True  #: random horizontal flip
+    padding: Literal["zeros", "reflect"] = "zeros"  #: what the crop brings in from outside the image
+
+
+@dataclass(frozen=True)
+class View:
+    """How the teacher is shown images during synthesis: the augmentation that the teacher was trained with."""
+
+    crop: Literal["shift", "resized", "auto"] = "shift"  #: shift; resized: a random part, resized; auto: see padding
+    padding: Literal["zeros", "reflect", "none", "auto"] = "zeros"  #: of a shift; auto: by the BatchNorm statistics
+    pad: int = 0  #: largest shift in pixels; 0: an eighth of the height
+    flip: bool = True  #: random horizontal flip; off for digits and text
+    scale: tuple[float, float] = (0.08, 1.0)  #: share of the area that a resized crop keeps
 
 
 @dataclass(frozen=True)
@@ -116,6 +128,7 @@ class Distill:
     optim: Optim
     pool: Pool
     augment: Augment
+    view: View
     loop: Loop
     preset: str = ""
 
@@ -125,7 +138,7 @@ class Distill:
 
     def to_tree(self) -> Tree:
         """The tree that resolves to this config."""
-        plain = ("teacher", "student", "data", "dictionary", "optim", "pool", "augment", "loop")
+        plain = ("teacher", "student", "data", "dictionary", "optim", "pool", "augment", "view", "loop")
         tree: Tree = {part: dataclasses.asdict(getattr(self, part)) for part in plain}
         for axis in ("source", "criterion", "update", "replay"):
             choice = getattr(self, axis)
@@ -288,7 +301,7 @@ def resolve(*trees: Mapping[str, Any]) -> Distill:
     }
     plain: dict[str, type] = {
         "teacher": Model, "student": Model, "data": Data, "dictionary": registry.dictionary(), "optim": Optim,
-        "pool": Pool, "augment": Augment, "loop": Loop,
+        "pool": Pool, "augment": Augment, "view": View, "loop": Loop,
     }  # fmt: skip
     for part, cls in plain.items():
         given = tree.pop(part, {})
@@ -318,6 +331,11 @@ def _check(config: Distill) -> None:
         raise DodistillError(
             f"update {config.update.name} has {wants}use for replayed inputs; replay is {config.replay.name}: {fix}."
         )
+    view = config.view
+    if view.pad < 0:
+        raise DodistillError(f"view.pad is {view.pad}; it must be at least 0 (0: an eighth of the height).")
+    if not 0 < view.scale[0] <= view.scale[1] <= 1:
+        raise DodistillError(f"view.scale is {list(view.scale)}; give shares 0 < low <= high <= 1, as in [0.08, 1].")
     optim = config.optim
     if not 0 < optim.lr < math.inf:
         raise DodistillError(f"optim.lr is {optim.lr}; it must be positive, as in 0.1.")

@@ -32,6 +32,7 @@ from .sources.base import Acquired
 from .taps import Features, tapped
 from .teacher import Teacher
 from .updates.base import Objective
+from .view import choose_view
 
 if TYPE_CHECKING:
     from .progress import Progress
@@ -82,11 +83,12 @@ class Distiller:
         self.teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher, image_shape)
         self.teacher.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         require(config.source, self.teacher, unlabeled is not None)
-        if not 0 <= config.augment.pad < min(self.teacher.image_shape[1:]):
-            raise DodistillError(
-                f"augment.pad is {config.augment.pad} pixels; for images of {self.teacher.image_shape} it must lie "
-                f"between 0 and {min(self.teacher.image_shape[1:]) - 1}."
-            )
+        for part, pad in (("augment", config.augment.pad), ("view", config.view.pad)):
+            if not 0 <= pad < min(self.teacher.image_shape[1:]):
+                raise DodistillError(
+                    f"{part}.pad is {pad} pixels; for images of {self.teacher.image_shape} it must lie between 0 and "
+                    f"{min(self.teacher.image_shape[1:]) - 1}."
+                )
         self.student = student.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._check_student()
         self.test = test if test is None else Test(test.x.to(device), test.y.to(device))
@@ -95,7 +97,7 @@ class Distiller:
         extra = {FOREIGN: Teacher(foreign, image_shape).to(device)} if foreign is not None else {}
         self.context = Context(
             teacher=self.teacher, device=device, seed=loop.seed, autocast=self.autocast, augment=config.augment,
-            unlabeled=unlabeled, labels=labels, student=self.student, capacity=config.pool.capacity, extra=extra,
+            view=choose_view(config.view, self.teacher), unlabeled=unlabeled, labels=labels, student=self.student, capacity=config.pool.capacity, extra=extra,
         )  # fmt: skip
         ctx = self.context
         self.source = config.source.build(ctx)
@@ -252,7 +254,7 @@ class Distiller:
         """One step of the student. Nothing here waits for the device."""
         loop, aug, g = self.config.loop, self.config.augment, self.generators
         index = self.draw(loop.batch, g["draw"])
-        x = to_float(crop_flip(self.pool.x[index], aug.pad, g["augment"], aug.flip))
+        x = to_float(crop_flip(self.pool.x[index], aug.pad, g["augment"], aug.flip, aug.padding))
         # Without augmentation the inputs are those that the teacher has answered already.
         known = None if aug.pad or aug.flip else self.pool.logits[index]
         acquire = self._objective(x, known, index, self.pool.labels[index])

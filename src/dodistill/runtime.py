@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .augment import View
 from .config import Augment
 from .errors import DodistillError
 
@@ -92,6 +93,7 @@ class Context:
     seed: int = 0
     autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
     augment: Augment = field(default_factory=Augment)
+    view: View = field(default_factory=View)  #: what the teacher is shown during synthesis
     unlabeled: Tensor | None = None  #: uint8 [n, C, H, W], the images of a sampler
     labels: Tensor | None = None  #: long [n], their true classes, where the user has them and the source is data
     student: nn.Module | None = None  #: as it is before training, to read widths off (`taps.probe`)

@@ -32,7 +32,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from .. import losses
-from ..augment import crop_flip, resized_crop
+from ..augment import resized_crop
 from ..errors import DodistillError
 from ..runtime import Context
 from ..taps import pooled_inputs
@@ -215,7 +215,7 @@ class Cmi(Source):
         for i in range(c.iterations):
             with ctx.autocast():
                 x = self.G(z)
-            seen = crop_flip(x, ctx.augment.pad, g, ctx.augment.flip)
+            seen = ctx.view(x, g)
             with pooled_inputs(ctx.teacher, self.layers) as taps:
                 with ctx.autocast():
                     t = ctx.teacher(seen)
@@ -251,7 +251,7 @@ class Cmi(Source):
     def _local(self, x: Tensor) -> Tensor:
         """[B, D], features of the local view."""
         ctx = self.context
-        view = resized_crop(x, self.generator, flip=ctx.augment.flip)
+        view = resized_crop(x, self.generator, flip=ctx.view.flip)
         with pooled_inputs(ctx.teacher, self.layers, moments=False) as taps:
             with ctx.autocast():
                 ctx.teacher(view)

@@ -5,7 +5,7 @@ Per acquisition the pixels x themselves descend, from noise, towards labels y an
     L = oh * CE(T(x), y) + bn * sum_l r_l + tv * R_tv(x) + l2 * ||x||_2 + adv * (1 - JS(T(x), S(x)))
 
     r_l  = || mu_l - E_l ||_2 + || var_l - V_l ||_2      statistics of each BatchNorm's input
-    R_tv = sum over the four difference images (right, down, two diagonals) of their L2 norm
+    R_tv = sum over the four difference images (right, down, two diagonals) of their mean absolute value
 
 The last term is Adaptive DeepInversion: it looks for images on which teacher and student disagree.
 
@@ -17,7 +17,9 @@ Deviations, and why
     updated in place, so it always returns the last one. `best = false` is that.
  3. Pixels descend in the teacher's normalised coordinates, as in the release, and are clipped to valid pixels after
     each step. A teacher without a known normalisation gets mean 0.5 and deviation 0.25.
- 4. The toolbox subtracts 0.001 of the student's BatchNorm loss; no paper has it, nor have we.
+ 4. `tv_norm = "l2"` is NVIDIA's R_tv: the sum of the four L2 norms over the batch. The weights of the two differ by
+    orders of magnitude: on noise of 256 images the L2 sum is a thousand times as large.
+ 5. The toolbox subtracts 0.001 of the student's BatchNorm loss; no paper has it, nor have we.
 """
 
 from __future__ import annotations
@@ -58,11 +60,12 @@ class Config(SourceConfig):
     first_bn: float = 1.0  #: extra factor on the first BatchNorm (10 in NVIDIA's ImageNet setting)
     adv: float = 1.0  #: weight of the adaptive Jensen-Shannon term (0: plain DeepInversion)
     tv: float = 1e-3  #: weight of the total variation
+    tv_norm: Literal["l1", "l2"] = "l1"  #: mean absolute differences (toolbox), or their L2 norm over the batch (NVIDIA)
     l2: float = 0.0  #: weight of the pixels' L2 norm
     js: Literal["true", "published"] = "true"
     temperature: float = 3.0  #: of the Jensen-Shannon term
     jitter: int = 0  #: largest roll in pixels; 0 means an eighth of the height
-    flip: bool = True  #: mirror the whole batch at half of the iterations (never where augment.flip is off)
+    flip: bool = True  #: mirror the whole batch at half of the iterations (never where view.flip is off)
     clip: bool = True  #: keep pixels valid after each step
     best: bool = True  #: return the iterate of lowest loss instead of the last
     balanced: bool = False  #: every class equally often, instead of labels drawn uniformly
@@ -76,7 +79,8 @@ class Config(SourceConfig):
         "nvidia": {
             **_TOOLBOX,
             "source": {
-                "batch": 256, "iterations": 2000, "lr": 0.05, "betas": (0.9, 0.999), "tv": 2.5e-5, "l2": 3e-8,
+                "batch": 256, "iterations": 2000, "lr": 0.05, "betas": (0.9, 0.999), "tv": 2.5e-5, "tv_norm": "l2",
+                "l2": 3e-8,
                 "adv": 10.0, "jitter": 2, "every": 50, "balanced": True, "clip": False, "flip": False,
             },
             "criterion": {"name": "kl", "temperature": 3.0},
@@ -158,7 +162,7 @@ class DeepInv(Source):
         c, ctx = self.config, self.context
         dy, dx = torch.randint(-jitter, jitter + 1, (2,), generator=self.host).tolist()
         ua = u.roll((dy, dx), (2, 3))
-        if c.flip and ctx.augment.flip and int(torch.randint(2, (1,), generator=self.host)):
+        if c.flip and ctx.view.flip and int(torch.randint(2, (1,), generator=self.host)):
             ua = ua.flip(3)
         x = self.mean + self.std * ua
         with ctx.autocast():
@@ -168,7 +172,7 @@ class DeepInv(Source):
             "bn": c.bn * losses.bn_statistics(taps, taps.modules, first=c.first_bn),
         }
         if c.tv:
-            terms["tv"] = c.tv * losses.total_variation(ua)
+            terms["tv"] = c.tv * losses.total_variation(ua, 1 if c.tv_norm == "l1" else 2)
         if c.l2:
             terms["l2"] = c.l2 * losses.l2_norm(ua)
         if c.adv:

@@ -18,7 +18,6 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from .. import losses
-from ..augment import crop_flip
 from ..runtime import Context
 from ..taps import batchnorm_inputs
 from .base import Source, SourceConfig
@@ -65,7 +64,7 @@ class Guided(Source):
             for k in range(steps):
                 with ctx.autocast():
                     x = make()
-                    xa = crop_flip(x, ctx.augment.pad, self.generator, ctx.augment.flip)
+                    xa = ctx.view(x, self.generator)
                     t = ctx.teacher(xa)
                 terms = {
                     "bn": c.bn * losses.bn_statistics(taps, taps.modules, self.ema or None, c.bn_momentum),
