@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dodistill import engine
+from dodistill.augment import View
 from dodistill.config import Distill, Tree, merge, resolve
 from dodistill.engine import Distiller
 from dodistill.models import load_model
@@ -46,6 +47,7 @@ def tree(source: str = "fast", intervention: str = "none", /, steps: int = 6, **
     """A config tree that runs in a moment. `more` wins."""
     base: Tree = {
         "source": SOURCES[source], "intervention": intervention, "augment": {"pad": 1, "flip": False},
+        "view": {"pad": 1, "flip": False},
         "dictionary": {"clusters": 4, "iterations": 3}, "optim": {"lr": 0.05},
         "loop": {
             "steps": steps, "batch": 16, "device": "cpu", "threads": 1, "log_every": 1, "eval_every": 3, "ema": 0.9,
@@ -65,7 +67,8 @@ def student(seed: int = 1, width: int = 4, classes: int = 10) -> nn.Module:
 def context(teacher: nn.Module, seed: int = 0, unlabeled: Tensor | None = None, pad: int = 1) -> Context:
     wrapped = teacher if isinstance(teacher, Teacher) else Teacher(teacher, SHAPE)
     chosen = resolve({"augment": {"pad": pad, "flip": False}}).augment
-    return Context(wrapped, torch.device("cpu"), seed=seed, augment=chosen, unlabeled=unlabeled)
+    view = View("shift", "zeros" if pad else "none", pad, flip=False)
+    return Context(wrapped, torch.device("cpu"), seed=seed, augment=chosen, view=view, unlabeled=unlabeled)
 
 
 def job(

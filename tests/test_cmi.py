@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dodistill import engine, losses
-from dodistill.augment import crop_flip, resized_crop
+from dodistill.augment import resized_crop
 from dodistill.config import resolve
 from dodistill.data import Images
 from dodistill.engine import Distiller
@@ -237,11 +237,11 @@ def slow_step(source: Cmi, pupil: nn.Module, adversarial: bool) -> tuple[dict[st
     layers, inputs = batchnorms(ctx.teacher), []
     handles = [m.register_forward_pre_hook(lambda _m, a: inputs.append(a[0])) for m in layers]
     x = net(z)
-    xg = crop_flip(x, ctx.augment.pad, g, ctx.augment.flip)
+    xg = ctx.view(x, g)
     t = ctx.teacher(xg)
     whole = list(inputs)
     inputs.clear()
-    xl = resized_crop(x, g, flip=ctx.augment.flip)
+    xl = resized_crop(x, g, flip=ctx.view.flip)
     ctx.teacher(xl)
     for h in handles:
         h.remove()

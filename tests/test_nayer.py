@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dodistill import distill, losses
-from dodistill.augment import crop_flip
 from dodistill.data import Images
 from dodistill.errors import DodistillError
 from dodistill.evaluate import predict, top1
@@ -181,7 +180,7 @@ def slow_batch(source: Nayer, pupil: nn.Module, adversarial: bool) -> tuple[dict
         inputs: list[Tensor] = []
         handles = [m.register_forward_pre_hook(lambda _m, a, to=inputs: to.append(a[0])) for m in layers]
         x = net(y)
-        xa = crop_flip(x, ctx.augment.pad, g, ctx.augment.flip)
+        xa = ctx.view(x, g)
         t = ctx.teacher(xa)
         for h in handles:
             h.remove()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dodistill import losses, registry
-from dodistill.augment import crop_flip, to_float
+from dodistill.augment import to_float
 from dodistill.config import resolve
 from dodistill.criteria.adaptation import Adaptation
 from dodistill.data import Images
@@ -151,7 +151,7 @@ def slow_fast(source: Fast, pupil: nn.Module, round: int) -> tuple[list[Tensor],
         inputs: list[Tensor] = []
         handles = [m.register_forward_pre_hook(lambda _m, a, to=inputs: to.append(a[0])) for m in layers]
         x = net(z)
-        xa = crop_flip(x, ctx.augment.pad, g, ctx.augment.flip)
+        xa = ctx.view(x, g)
         t = ctx.teacher(xa)
         for h in handles:
             h.remove()

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .augment import crop_flip, to_float
+from .augment import View, to_float
 from .data import Images, minival
 from .errors import DodistillError
 from .evaluate import accuracy
@@ -35,6 +35,8 @@ class Teach:
     label_smoothing: float = 0.0
     pad: int = 4  #: largest shift in pixels
     padding: str = "zeros"  #: zeros or reflect
+    crop: str = "shift"  #: shift, or resized: a random part of the image, resized (as for ImageNet)
+    scale: tuple[float, float] = (0.08, 1.0)  #: share of the area that a resized crop keeps
     flip: bool = True
     precision: str = "auto"  #: auto, fp32, bf16
     minival: float = 0.02  #: share of the training images kept back; reported, and free to choose by
@@ -43,6 +45,10 @@ class Teach:
     def __post_init__(self) -> None:
         if self.schedule not in ("onecycle", "cosine"):
             raise DodistillError(f"unknown schedule {self.schedule!r}; use onecycle or cosine.")
+        if self.crop not in ("shift", "resized"):
+            raise DodistillError(f"unknown crop {self.crop!r}; use shift or resized.")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise DodistillError(f"scale is {list(self.scale)}; give shares 0 < low <= high <= 1, as in [0.08, 1].")
         if self.epochs < 1 or self.batch < 2:
             raise DodistillError(f"epochs is {self.epochs} and batch {self.batch}; at least 1 and 2 are needed.")
 
@@ -172,9 +178,9 @@ def teach(
 
 
 def _augmented(x: Tensor, config: Teach, rng: torch.Generator) -> Tensor:
-    if config.pad or config.flip:
-        x = crop_flip(x, config.pad, rng, config.flip, config.padding)
-    return to_float(x).contiguous(memory_format=torch.channels_last)
+    view = View(config.crop, config.padding, config.pad, config.flip, config.scale)
+    x = view(to_float(x), rng) if config.crop == "resized" else to_float(view(x, rng))
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _check_classes(model: nn.Module, train: Images, classes: int) -> None:
