@@ -74,7 +74,7 @@ def test_gradients(mode: str) -> None:
 def test_what_cannot_be_padded_is_refused() -> None:
     x = torch.rand(2, 1, 4, 4)
     with pytest.raises(ValueError, match="cannot reflect 4 pixels"):
-        crop_flip(x, 4, torch.Generator())
+        crop_flip(x, 4, torch.Generator(), mode="reflect")
     with pytest.raises(ValueError, match="unknown padding"):
         crop_flip(x, 1, torch.Generator(), mode="wrap")
 

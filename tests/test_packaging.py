@@ -81,10 +81,10 @@ def test_optional_libraries_are_imported_only_where_needed(name: str) -> None:
 LAYERS = [
     "__main__", "cli demo", "compare doctor look", "api",
     "report progress tables page card figures svg format images monitor", "engine",
-    "run", "sources causal criteria updates replay", "batch pool evaluate collapse teach probe",
+    "run view", "sources causal criteria updates replay", "batch pool evaluate collapse teach probe",
     "teacher taps models data folder",
-    "losses augment planted curvature recompute",
-    "runtime", "flags methods", "config", "registry", "files", "errors __init__",
+    "runtime", "losses augment planted curvature recompute", "flags methods", "config", "registry", "files",
+    "errors __init__",
 ]  # fmt: skip
 RANK = {name: i for i, line in enumerate(LAYERS) for name in line.split()}
 

@@ -97,7 +97,8 @@ class Distiller:
         extra = {FOREIGN: Teacher(foreign, image_shape).to(device)} if foreign is not None else {}
         self.context = Context(
             teacher=self.teacher, device=device, seed=loop.seed, autocast=self.autocast, augment=config.augment,
-            view=choose_view(config.view, self.teacher), unlabeled=unlabeled, labels=labels, student=self.student, capacity=config.pool.capacity, extra=extra,
+            view=choose_view(config.view, self.teacher), unlabeled=unlabeled,
+            labels=labels, student=self.student, capacity=config.pool.capacity, extra=extra,
         )  # fmt: skip
         ctx = self.context
         self.source = config.source.build(ctx)

@@ -1,9 +1,9 @@
 """The view: how the teacher is shown images during synthesis, given by the config or found without data.
 
-A teacher's BatchNorm statistics are those of its training images *as it saw them*: shifted over a black border, reflected
-at the border, cut out and resized. A generator that matches the statistics under another view is asked for images that
-natural images do not match. `auto` shows plain pictures in each candidate view and takes the view under which their
-statistics come nearest to the teacher's.
+A teacher's BatchNorm statistics are those of its training images as augmented: shifted over a black border, reflected
+at the border, or cropped and resized. Under another view natural images do not have these statistics, and a generator
+that matches them learns something else. `auto` shows drawn pictures to the teacher in each candidate view. It takes the
+view under which the statistics come nearest to the teacher's.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ PICTURES = {"shapes": 256, "leaves": 256}
 def candidates(c: config.View, image_shape: tuple[int, int, int]) -> dict[str, View]:
     """The views that the config leaves open, by name; one where it says `auto` nowhere."""
     pad = c.pad or max(1, image_shape[1] // 8)
+    flip = image_shape[0] > 1 if c.flip is None else c.flip
     out = {}
     if c.crop in ("shift", "auto"):
         for padding in ("zeros", "reflect", "none") if c.padding == "auto" else (c.padding,):
-            out[padding] = View("shift", padding, pad, c.flip, c.scale)
+            out[padding] = View("shift", padding, pad, flip, c.scale)
     if c.crop in ("resized", "auto"):
-        out["resized"] = View("resized", "none", 0, c.flip, c.scale)
+        out["resized"] = View("resized", "none", 0, flip, c.scale)
     return out
 
 
 @torch.no_grad()
 def mismatch(view: View, teacher: Teacher, seed: int = 0) -> float:
     """The BatchNorm loss of plain pictures under `view`: the distance from the teacher's running statistics, >= 0."""
-    device = next(iter(teacher.parameters())).device
+    device = next(teacher.parameters()).device
     g = torch.Generator().manual_seed(seed)
     total = 0.0
     for kind, n in PICTURES.items():

@@ -60,7 +60,7 @@ class Config(SourceConfig):
     first_bn: float = 1.0  #: extra factor on the first BatchNorm (10 in NVIDIA's ImageNet setting)
     adv: float = 1.0  #: weight of the adaptive Jensen-Shannon term (0: plain DeepInversion)
     tv: float = 1e-3  #: weight of the total variation
-    tv_norm: Literal["l1", "l2"] = "l1"  #: mean absolute differences (toolbox), or their L2 norm over the batch (NVIDIA)
+    tv_norm: Literal["l1", "l2"] = "l1"  #: mean absolute differences (toolbox); L2 norm of the batch (NVIDIA)
     l2: float = 0.0  #: weight of the pixels' L2 norm
     js: Literal["true", "published"] = "true"
     temperature: float = 3.0  #: of the Jensen-Shannon term
