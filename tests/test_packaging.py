@@ -82,7 +82,7 @@ LAYERS = [
     "__main__", "cli demo", "compare doctor look", "api",
     "report progress tables page card figures svg format images monitor", "engine",
     "run view", "sources causal criteria updates replay", "batch pool evaluate collapse teach probe",
-    "teacher taps models data folder",
+    "teacher taps models data folder layouts",
     "runtime", "losses augment planted curvature recompute", "flags methods", "config", "registry", "files",
     "errors __init__",
 ]  # fmt: skip

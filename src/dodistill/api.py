@@ -17,7 +17,7 @@ from . import __version__, methods
 from .card import model_card
 from .causal.base import Compensated
 from .config import Distill, Model, Tree, expand, resolve
-from .data import Images, contexts_of, load_images
+from .data import Images, contexts_of, load_images, refuse_one_class
 from .engine import Distiller, Result, Test
 from .errors import DodistillError
 from .images import save_grid
@@ -82,14 +82,16 @@ def load_student(part: Model, teacher: nn.Module, classes: int, shape: Shape, se
     )  # fmt: skip
 
 
-def _test(test: Any) -> Test | None:
-    """(images uint8 or float in [0, 1], labels) or a data set -> Test."""
+def _test(test: Any, what: str = "the test set") -> Test | None:
+    """(images uint8 or float in [0, 1], labels) or a data set -> Test. `what` names it in errors."""
     if test is None or isinstance(test, Test):
         return test
     x, y = (test.x, test.y) if hasattr(test, "x") else test
     if y is None:
         raise DodistillError("the test set has no labels; accuracy needs them.")
-    return Test(_pixels(torch.as_tensor(x), "test"), torch.as_tensor(y).long())
+    found = Test(_pixels(torch.as_tensor(x), "test"), torch.as_tensor(y).long())
+    refuse_one_class(test if isinstance(test, Images) else Images(found.x, found.y), what)
+    return found
 
 
 def _pixels(x: Tensor, what: str) -> Tensor:
@@ -185,14 +187,18 @@ def distill_config(config: Distill, out: str | Path | None, verbose: bool = True
     notes = []
     if config.data.unlabeled and config.source.kind in ("sampler", "data"):
         found = load_images(config.data.unlabeled, labels=config.source.reads_labels, image_shape=shape)
+        refuse_one_class(found, config.data.unlabeled)
         unlabeled, labels = found.x, found.y
         if found.skipped:
             notes.append(found.note)
     test = None
     if config.data.test:
-        labelled = load_images(config.data.test, split="test", image_shape=shape)
-        test = _test(labelled)
-    contexts = [load_images(spec, split="test", image_shape=shape) for spec in contexts_of(config.data.test)]
+        labelled = load_images(config.data.test, split="test", image_shape=shape, crop=config.data.crop_share)
+        test = _test(labelled, config.data.test)
+    contexts = [
+        load_images(spec, split="test", image_shape=shape, crop=config.data.crop_share)
+        for spec in contexts_of(config.data.test)
+    ]
     foreign = load_teacher(config.data.foreign, shape)[0] if config.data.foreign.spec else None
     return run(
         config, wrapped, student, shape, unlabeled, test, foreign, out, verbose, deadline, command, report, notes,

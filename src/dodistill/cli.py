@@ -53,6 +53,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--image-shape", metavar="C,H,W", help="what the model reads, where its weights do not say")
     evaluate.add_argument("--normalise", metavar="NAME", help="its normalisation, where its weights do not say")
     evaluate.add_argument("--test", help="labelled images: .npz, folder, or a data set's name")
+    evaluate.add_argument(
+        "--crop-share", default="auto", metavar="S", help="of images in folders, crop : short side "
+        "(default: 0.875 for models of 160 pixels or more, else 1)"
+    )  # fmt: skip
     evaluate.add_argument("--probe", metavar="DATA", help="transfer: train a linear classifier on its frozen features")
     evaluate.add_argument("--teacher", help="another model, to report agreement with")
     evaluate.add_argument(
@@ -280,7 +284,7 @@ def _distill_help(given: dict[str, Any]) -> None:
 def _teach(given: Given, _every: list[str]) -> int:
     from . import flags
     from .config import build
-    from .data import load_images
+    from .data import has_test, load_images, refuse_one_class
     from .models import load_model, save_model
     from .progress import Progress
     from .run import check_writable, load_tensors, save_tensors
@@ -288,12 +292,15 @@ def _teach(given: Given, _every: list[str]) -> int:
 
     if given.help or not given.word:
         print(
-            "usage: dodistill teach MODEL --data SPEC [--test SPEC] [--normalise NAME] [--out FILE] "
-            "[--max-seconds S] [--FIELD VALUE]\n"
+            "usage: dodistill teach MODEL --data SPEC [--test SPEC] [--image-shape C,H,W] [--crop-share S] "
+            "[--normalise NAME] [--out FILE] [--max-seconds S] [--FIELD VALUE]\n\n"
+            "--image-shape is what images in folders are resized to. --crop-share is of test images in folders, crop : "
+            "short side\n(auto: 0.875 from 160 pixels, else 1).\n"
         )
         print(flags.help_of(Teach, ""))
         return 0
     spec, tests, normalise = given.own("data", ""), given.own("test", ""), given.own("normalise", None)
+    shape, share = _square(given.own("image_shape", None)), given.own("crop_share", "auto")
     target = Path(str(given.own("out", "teacher.safetensors")))
     deadline = time.monotonic() + float(given.own("max_seconds", math.inf))
     if not spec:
@@ -302,14 +309,18 @@ def _teach(given: Given, _every: list[str]) -> int:
     check_writable(target)
     begun = target.with_suffix(".teaching.pt")
     resume = load_tensors(begun) if begun.exists() else None
-    train = load_images(spec)
-    test = None
-    if tests or spec.endswith(".npz") or "/" not in spec:
+    train, test, note = load_images(spec, image_shape=shape), None, ""
+    refuse_one_class(train, spec)
+    if tests or has_test(spec):
         try:
-            test = load_images(tests or spec, split="test")
-        except DodistillError:
+            test = load_images(tests or spec, split="test", image_shape=shape, crop=share)
+            if test.y is None:
+                raise DodistillError(f"the test images of {tests or spec} have no labels; accuracy needs them.")
+            refuse_one_class(test, f"test images of {tests or spec}")
+        except DodistillError as error:
             if tests:
                 raise
+            test, note = None, f"no accuracy on test images at the end: {error}"
     classes = config.num_classes or train.num_classes
     channels, size, _ = train.image_shape
     model = load_model(
@@ -325,6 +336,8 @@ def _teach(given: Given, _every: list[str]) -> int:
 
         if emulated(pick_device(), config.precision):
             progress.note("bf16 is emulated on this CPU, some ten times slower than fp32; use --precision fp32.")
+        if note:
+            progress.note(note)
         result = teach(
             model,
             train,
@@ -348,22 +361,24 @@ def _teach(given: Given, _every: list[str]) -> int:
     return 0
 
 
-def _image_shape(text: str | None) -> tuple[int | None, int | None]:
-    """Channels and side of "3,32,32"; models here read square images."""
-    if text is None:
-        return None, None
-    parts = text.split(",")
-    if len(parts) != 3 or not all(p.strip().isdigit() for p in parts) or int(parts[1]) != int(parts[2]):
-        raise DodistillError(f"--image-shape is {text!r}; it must be channels, height, width, as in 3,32,32 (square).")
-    return int(parts[0]), int(parts[1])
+def _square(given: Any) -> tuple[int, int, int] | None:
+    """(C, H, W) from "3,32,32", or from a list of these; models here read square images."""
+    if given is None:
+        return None
+    parts = given if isinstance(given, list) else str(given).split(",")
+    if len(parts) != 3 or not all(str(p).strip().isdigit() for p in parts) or int(parts[1]) != int(parts[2]):
+        raise DodistillError(f"--image-shape is {given!r}; it must be channels, height, width, as in 3,32,32 (square).")
+    return int(parts[0]), int(parts[1]), int(parts[1])
 
 
 def _evaluate(known: argparse.Namespace) -> int:
     import torch
 
     from .api import parameters, shape_of
-    from .data import contexts_of, load_images
+    from .data import Images, contexts_of, load_images, refuse_one_class
     from .evaluate import agreement, class_shares, expected_calibration_error, predict, top1
+    from .flags import value
+    from .folder import crop_share
     from .models import load_model, save_model
     from .probe import context_gap, linear_probe
     from .runtime import pick_device
@@ -375,38 +390,48 @@ def _evaluate(known: argparse.Namespace) -> int:
         raise DodistillError(f"--out {known.out}: nothing would be changed; it belongs to --calibrate DATA.")
     if known.n < 2:
         raise DodistillError(f"--n is {known.n}; statistics need at least 2 images.")
-    c, h = _image_shape(known.image_shape)
+    c, h, _ = _square(known.image_shape) or (None, None, None)
     model = load_model(known.model, weights=known.weights, mean=known.normalise, in_channels=c, image_size=h)
     shape, device = shape_of(model), pick_device()
+    share = crop_share(value(known.crop_share), shape[1])
     model.to(device)
-    if known.calibrate:
-        images = load_images(known.calibrate, "train", labels=False, image_shape=shape)
+
+    def read(spec: str, split: str, labels: bool = True) -> Images:
+        """All of them as test images are seen."""
+        return load_images(spec, split, labels, shape, crop=share)
+
+    images = read(known.calibrate, "train", labels=False) if known.calibrate else None
+    probed = (read(known.probe, "train"), read(known.probe, "test")) if known.probe else ()
+    test = read(known.test, "test") if known.test else None
+    for some, spec in [(test, known.test), *((part, known.probe) for part in probed)]:
+        if some is not None and some.y is None:
+            raise DodistillError(f"{spec} has no labels; accuracy needs them.")
+        if some is not None:
+            refuse_one_class(some, spec)
+    pair = [read(spec, "test") for spec in contexts_of(known.test or "")]
+    teacher = load_model(known.teacher).to(device) if known.teacher and test is not None else None
+    if images is not None:
         chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[: known.n]
         calibrate(model, images.x[chosen])
         print(f"calibrated with {len(chosen):,} images of {known.calibrate}, labels unread")
         if known.out:
             print(f"weights    {save_model(model, known.out)}")
-    if known.probe:
-        train, test = (load_images(known.probe, split, image_shape=shape) for split in ("train", "test"))
-        found = linear_probe(model, train, test)
+    if probed:
+        found = linear_probe(model, *probed)
         print(f"probe      {found['test']:.2f} % on {known.probe} (train {found['train']:.2f} %), features frozen")
-    if not known.test:
+    if test is None or test.y is None:
         return 0
-    images = load_images(known.test, split="test", image_shape=shape)
-    if images.y is None:
-        raise DodistillError(f"{known.test} has no labels; accuracy needs them.")
-    logits = predict(model, images.x)
+    logits = predict(model, test.x)
     print(f"model      {known.model}, {parameters(model):,} parameters")
-    print(f"accuracy   {top1(logits, images.y):.2f} % of {len(images.x):,} images")
-    print(f"ECE        {expected_calibration_error(logits, images.y):.4f}")
+    print(f"accuracy   {top1(logits, test.y):.2f} % of {len(test.x):,} images")
+    print(f"ECE        {expected_calibration_error(logits, test.y):.4f}")
     shares = ", ".join(f"{100 * v:.1f}" for v in class_shares(logits).tolist()[:20])
     print(f"predicted class shares (%)  {shares}")
-    if known.teacher:
-        other = predict(load_model(known.teacher).to(device), images.x)
-        print(f"teacher    {top1(other, images.y):.2f} %, agreement {agreement(logits, other):.2f} %")
-    if contexts := contexts_of(known.test):
-        gap = context_gap(model, [load_images(spec, split="test", image_shape=shape) for spec in contexts])
-        said = ", ".join(f"{name} {value:.2f}" for name, value in gap.items())
+    if teacher is not None:
+        other = predict(teacher, test.x)
+        print(f"teacher    {top1(other, test.y):.2f} %, agreement {agreement(logits, other):.2f} %")
+    if pair:
+        said = ", ".join(f"{name} {score:.2f}" for name, score in context_gap(model, pair).items())
         print(f"context    accuracy in %: {said}")
     return 0
 

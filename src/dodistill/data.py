@@ -6,7 +6,7 @@ import os
 import re
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Images:
     y: Tensor | None = None
     skipped: int = 0  #: files that were no image, or a broken one
     note: str = ""  #: a sentence for the user, "" when there is nothing to say
+    classes: tuple[str, ...] = ()  #: their names, where the images come from class folders
 
     def __len__(self) -> int:
         return len(self.x)
@@ -43,18 +44,18 @@ class Images:
 
     @property
     def num_classes(self) -> int:
-        """Largest label + 1. Raises DodistillError without labels."""
+        """Largest label + 1, or how many names there are. Raises DodistillError without labels."""
         if self.y is None:
             raise DodistillError("these images have no labels, so no class count.")
-        return int(self.y.max()) + 1
+        return len(self.classes) or int(self.y.max()) + 1
 
     def select(self, index: Tensor) -> Images:
         """The images at `index`, in its order."""
-        return Images(self.x[index], None if self.y is None else self.y[index], note=self.note)
+        return replace(self, x=self.x[index], y=None if self.y is None else self.y[index], skipped=0)
 
     def to(self, device: torch.device) -> Images:
         """The same, on `device`."""
-        return Images(self.x.to(device), None if self.y is None else self.y.to(device), self.skipped, self.note)
+        return replace(self, x=self.x.to(device), y=None if self.y is None else self.y.to(device))
 
 
 def load_images(
@@ -64,13 +65,15 @@ def load_images(
     image_shape: Shape | None = None,
     n: int = 6000,
     seed: int = 0,
+    crop: float = 0.0,
 ) -> Images:
     """Load images by `spec`.
 
     * `.npz` with `x_train, y_train, x_test, y_test` (uint8, [n, H, W, C] or [n, H, W]; the y are optional);
     * `.npy`, uint8, the same shapes, no labels;
-    * a folder, searched through: decoded, resized to `image_shape` (short side, centre crop), labelled by its class
-      subfolders if it has them and `labels`; a `train` or `test` (or `val`) subfolder is followed when it is there;
+    * a folder, searched through: decoded, resized to `image_shape` (see `crop`), labelled by its class subfolders if it
+      has them and `labels`; a `train` or `test` (or `val`) subfolder is followed when it is there; Tiny-ImageNet as it
+      is published is read by its own lists (see `layouts`);
     * `mnist`, `cifar10`, `cifar100`, `tiny_imagenet`, `imagenet64`, `imagenet`, `flickr`: `$DODISTILL_DATA/NAME.npz`;
       the last four may be a folder `$DODISTILL_DATA/NAME` instead;
     * `digits`: scikit-learn's 1797 scans (8x8, or resized to `image_shape`), 1297 for train and 500 for test;
@@ -81,13 +84,16 @@ def load_images(
       0.95 (or so much) of the train split and by chance in the test split; `planted:SPEC:aligned` and
       `planted:SPEC:conflicting`, either split, for always and never (see `planted`).
 
+    `crop`, of images in folders: the side of the centre crop over the picture's short side (see `folder`). 0 stands for
+    1 in train, the whole short side; in test for 0.875 from 160 pixels on (Resize(256), CenterCrop(224)), and 1 below.
+
     Raises DodistillError for whatever is missing, empty, broken, or of another shape than `image_shape`.
     """
     if split not in ("train", "test"):
         raise DodistillError(f"unknown split {split!r}; use train or test.")
     name = str(spec)
     if name.startswith("planted:"):
-        return _planted(name.removeprefix("planted:"), split, labels, image_shape, seed)
+        return _planted(name.removeprefix("planted:"), split, labels, image_shape, seed, crop)
     if name == "digits":
         return _digits(split, labels, image_shape)
     kind, _, number = name.partition(":")
@@ -102,7 +108,8 @@ def load_images(
     else:
         path = folder or Path(spec).expanduser()
         if path.is_dir():
-            return Images(*load_folder(path, split, labels, image_shape))
+            whole = 1.0 if split == "train" else 0.0
+            return Images(*load_folder(path, split, labels, image_shape, crop or whole))
         if path.suffix not in (".npz", ".npy") or not path.is_file():
             if path.suffix or len(path.parts) > 1:
                 raise DodistillError(f"no images at {spec}: use a .npz or .npy file, or a folder, that exists.")
@@ -114,6 +121,29 @@ def load_images(
             f"{tuple(image_shape)}; resize the array, or give the images as a folder, which is resized on reading."
         )
     return images if labels else Images(images.x, note=images.note)
+
+
+def refuse_one_class(images: Images, what: str) -> None:
+    """Refuse labels that are all the same: of a wrong folder, mostly. Images without labels pass; `what` names them."""
+    y = images.y
+    if y is None or len(y) == 0 or int(y.min()) != int(y.max()):
+        return
+    name, fix = str(int(y[0])), "check the labels; two classes are needed at least."
+    if images.classes:
+        name = images.classes[int(y[0])]
+        fix = (
+            "give the folder whose subfolders are the classes (of Tiny-ImageNet the one that holds wnids.txt); to use "
+            "the images without labels, give their own folder."
+        )
+    raise DodistillError(
+        f"{what}: all {len(y):,} images are of one class, {name!r}, so their labels say nothing; {fix}"
+    )
+
+
+def has_test(spec: str) -> bool:
+    """Whether `spec` may have a test split of its own: a folder without `test` or `val` is one set."""
+    folder = _named_folder(spec) or Path(spec).expanduser()
+    return not folder.is_dir() or any((folder / name).is_dir() for name in ("test", "val"))
 
 
 def contexts_of(spec: str) -> list[str]:
@@ -132,12 +162,12 @@ def _rho(spec: str) -> tuple[str, str]:
     return spec, "0.95"
 
 
-def _planted(spec: str, split: str, labels: bool, image_shape: Shape | None, seed: int) -> Images:
+def _planted(spec: str, split: str, labels: bool, image_shape: Shape | None, seed: int, crop: float) -> Images:
     base, which = _rho(spec)
     inner = image_shape if Path(base).expanduser().is_dir() else None
     if base == "digits" and image_shape is not None:
         inner = (1, *image_shape[1:])
-    images = load_images(base, split, True, inner, seed=seed)
+    images = load_images(base, split, True, inner, seed=seed, crop=crop)
     if images.y is None:
         raise DodistillError(f"planted:{spec}: {base} has no labels, with which a context could go.")
     rho = {"aligned": 1.0, "conflicting": 0.0}.get(which)
@@ -153,7 +183,7 @@ def _planted(spec: str, split: str, labels: bool, image_shape: Shape | None, see
     x = plant(images.x, shown, palette(images.num_classes))
     if image_shape is not None and tuple(x.shape[1:]) != tuple(image_shape):
         raise DodistillError(f"planted:{spec} holds images of shape {tuple(x.shape[1:])}, not {tuple(image_shape)}.")
-    return Images(x, images.y if labels else None, images.skipped, images.note)
+    return replace(images, x=x, y=images.y if labels else None)
 
 
 def minival(n: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from . import svg
 from .api import load_teacher
 from .config import Distill, resolve
-from .data import Images, load_images
+from .data import Images, load_images, refuse_one_class
 from .errors import DodistillError
 from .evaluate import agreement, class_shares, frechet_distance, predict, top1
 from .images import grid
@@ -90,9 +90,10 @@ def look(runs: Sequence[str | Path], test: str, out: str | Path, teacher: str = 
     device = pick_device()
     model.to(device)
     students = [load_model(str(f / "student.safetensors")).to(device) for f in folders]
-    real = load_images(test, split="test", image_shape=shape)
+    real = load_images(test, split="test", image_shape=shape, crop=configs[0].data.crop_share)
     if real.y is None or len(real) < 50:
         raise DodistillError(f"{test} needs labels, and at least 50 images (it has {len(real)}).")
+    refuse_one_class(real, test)
     notes = [note for f in folders for note in _strangers(f, model)]
     order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
     some, real = real.select(order[:n]), real.select(order)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .augment import View, to_float
-from .data import Images, minival
+from .data import Images, minival, refuse_one_class
 from .errors import DodistillError
 from .evaluate import accuracy
 from .runtime import autocast, generator
@@ -91,6 +91,11 @@ def teach(
     device = device or next(model.parameters()).device
     if images.y is None:
         raise DodistillError("teaching needs labels, and these images have none.")
+    if test is not None and test.y is None:
+        raise DodistillError("the test images have no labels; accuracy needs them.")
+    refuse_one_class(images, "training images")
+    if test is not None:
+        refuse_one_class(test, "test images")
     kept, held = minival(len(images), config.minival, config.seed)
     if config.padding not in ("reflect", "zeros") or not 0 <= config.pad < min(images.image_shape[1:]):
         raise DodistillError(
