@@ -76,6 +76,7 @@ def test_settings_of_an_arm_that_is_not_chosen_are_allowed_but_checked() -> None
 @pytest.mark.parametrize(
     ("tree", "said"),
     [
+        ({"data.crop_share": 1.5}, "data.crop_share is 1.5; it must lie in"),
         ({"loop.sed": 1}, "loop: unknown key 'sed'; did you mean 'seed'"),
         ({"source": {"name": "fast", "k": 3}}, "source: unknown key 'k'"),
         ({"lop": {"seed": 1}}, "config: unknown key 'lop'; did you mean 'loop'"),

@@ -111,6 +111,63 @@ def test_folder_pixels_are_the_centre_resized(tmp_path: Path) -> None:
     assert row[-1].item() == pytest.approx(255 * 28.5 / 39, abs=4)
 
 
+def busy(w: int, h: int) -> Image.Image:
+    """A picture by formula, in which a shift by one pixel shows everywhere."""
+    y, x, c = np.indices((h, w, 3))
+    return Image.fromarray(((x * x // (40 + 20 * c) + y * (3 - c) + x * y // 300 * 7) % 256).astype(np.uint8))
+
+
+def test_test_images_at_224_are_those_of_torchvision(tmp_path: Path) -> None:
+    """Numbers of torchvision 0.29.1, [Resize(a), CenterCrop(b)]: the first pixel, one inside, the last, and the sum."""
+    golden = [
+        (413, 300, 256, 224, [225, 160, 118], [136, 23, 20], [241, 39, 55], 19_182_852),
+        (300, 500, 256, 224, [158, 36, 172], [104, 18, 233], [211, 200, 120], 19_171_667),
+        (227, 227, 256, 224, [46, 31, 16], [196, 29, 146], [240, 167, 23], 19_223_373),
+        (413, 300, 232, 224, [120, 83, 60], [91, 231, 233], [216, 175, 137], 19_210_011),
+        (200, 333, 182, 160, [6, 181, 101], [126, 174, 243], [178, 144, 81], 9_774_792),
+    ]
+    for k, (w, h, _, _, *_) in enumerate(golden):
+        busy(w, h).save(tmp_path / f"{k}.png")
+    for k, (_, _, whole, side, *pixels, total) in enumerate(golden):
+        crop = 0.0 if whole != 232 else 224 / 232
+        x = load_images(tmp_path, "test", image_shape=(3, side, side), crop=crop).x[k].int()
+        for pixel, (i, j) in zip(pixels, ((0, 0), (side // 2, side // 3), (side - 1, side - 1))):
+            assert (x[:, i, j] - torch.tensor(pixel)).abs().max() <= 1, (k, i, j)
+        assert x.sum().item() == pytest.approx(total, rel=1e-3)
+
+
+def test_test_images_at_224_are_pillows_by_the_rule(tmp_path: Path) -> None:
+    busy(413, 300).save(tmp_path / "a.png")
+    grey = busy(413, 300).convert("L").resize((int(256 * 413 / 300), 256), Image.Resampling.BILINEAR)
+    left, top = round((352 - 224) / 2.0), round((256 - 224) / 2.0)
+    want = np.asarray(grey.crop((left, top, left + 224, top + 224)))
+    assert np.array_equal(load_images(tmp_path, "test", image_shape=(1, 224, 224)).x[0, 0].numpy(), want)
+
+
+@pytest.mark.parametrize(
+    ("split", "side", "crop", "share"),
+    [("test", 224, 0.0, 0.875), ("test", 160, 0.0, 0.875), ("test", 159, 0.0, 1.0), ("test", 32, 0.0, 1.0),
+     ("train", 224, 0.0, 1.0), ("train", 224, 0.875, 0.875), ("test", 224, 1.0, 1.0), ("test", 32, 0.5, 0.5)],
+)  # fmt: skip
+def test_how_much_of_the_short_side_is_seen(split: str, side: int, crop: float, share: float, tmp_path: Path) -> None:
+    """A ramp from left to right over a 320x320 picture: its range is the share. Training sees the whole short side."""
+    Image.fromarray(np.tile(np.linspace(0, 255, 320), (320, 1)).astype(np.uint8)).save(tmp_path / "a.png")
+    x = load_images(tmp_path, split, image_shape=(1, side, side), crop=crop).x[0, 0].float()
+    assert (x[0, -1] - x[0, 0]).item() == pytest.approx(255 * share * (1 - 1 / side), abs=3)
+
+
+def test_strips_and_shares_that_are_none(tmp_path: Path) -> None:
+    """A picture 3 pixels wide would be 21 000 high, resized: the part that is kept is made alone, and is the same."""
+    strip = busy(3, 300)
+    strip.save(tmp_path / "a.png")
+    x = load_images(tmp_path, "test", image_shape=(3, 224, 224)).x[0].permute(1, 2, 0).int()
+    whole = strip.resize((256, 25_600), Image.Resampling.BILINEAR).crop((16, 12_688, 240, 12_912))
+    assert np.abs(x.numpy() - np.asarray(whole).astype(int)).max() <= 1
+    for crop in (-0.1, 1.5, float("nan")):
+        with pytest.raises(DodistillError, match=r"crop_share is .* as in 0\.875"):
+            load_images(tmp_path, "test", image_shape=(3, 8, 8), crop=crop)
+
+
 def test_folder_of_splits(tmp_path: Path) -> None:
     for split, count in (("train", 2), ("test", 1)):
         (tmp_path / split / "cat").mkdir(parents=True)

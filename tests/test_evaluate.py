@@ -1,11 +1,15 @@
-"""Measures against their definitions."""
+"""Measures against their definitions, and the images that they are taken on."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
 
 from dodistill import evaluate
+from dodistill.cli import main
 from dodistill.data import Images
 from dodistill.errors import DodistillError
 from dodistill.evaluate import frechet_distance
@@ -104,3 +108,52 @@ def test_frechet_distance_behaves_like_one() -> None:
     for bad in ((a, b[:, :5]), (a[:1], b), (a[0], b)):
         with pytest.raises(DodistillError, match="two sets"):
             frechet_distance(*bad)
+
+
+@pytest.mark.parametrize(("more", "share"), [([], 0.875), (["--crop-share", "1"], 1.0)])
+def test_every_command_reads_large_test_images_as_the_field_does(
+    more: list[str], share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A ramp across each picture: its range is the share of it that the model is shown. Training images are whole."""
+    for part in ("train/a", "train/b", "test/a", "test/b"):
+        (tmp_path / part).mkdir(parents=True)
+        for k in range(2):
+            ramp = np.tile(np.linspace(0, 255, 320), (320, 1)).astype(np.uint8)
+            Image.fromarray(ramp).save(tmp_path / part / f"{k}.png")
+    shown: list[float] = []
+    predict = evaluate.predict
+
+    def watched(model: nn.Module, x: Tensor, *rest: object, **named: object) -> Tensor:
+        shown.append(float(x[0, 0, 0, -1].float() - x[0, 0, 0, 0].float()) / 255)
+        return predict(model, x, *rest, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(evaluate, "predict", watched)
+    monkeypatch.setattr("dodistill.engine.predict", watched)
+    file, data = f"{tmp_path}/t.safetensors", str(tmp_path)
+    teach = [
+        "teach",
+        "tiny4",
+        "--data",
+        data,
+        "--image-shape",
+        "1,160,160",
+        "--epochs",
+        "1",
+        "--batch",
+        "2",
+        "--out",
+        file,
+    ]
+    assert main([*teach, "--minival", "0", *more]) == 0
+    assert shown[0] == pytest.approx(1, abs=0.02)  # the pass before training
+    assert shown[1:] == pytest.approx([share], abs=0.02)
+    shown.clear()
+    assert main(["evaluate", file, "--test", data, *more]) == 0
+    assert shown == pytest.approx([share], abs=0.02)
+    shown.clear()
+    more = [flag.replace("--crop-share", "--data.crop_share") for flag in more]
+    distil = ["distill", "--teacher", file, "--student", "tiny4", "--source", "real", "--unlabeled", data, "--test", data,
+              "--steps", "1", "--batch", "2", "--quiet", "--no-report", "--out", f"{tmp_path}/run"]  # fmt: skip
+    assert main([*distil, *more]) == 0
+    assert {round(v, 1) for v in shown} == {round(share, 1), 1.0}  # 1.0: the images held back, which are not the test's
+    capsys.readouterr()

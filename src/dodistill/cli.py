@@ -54,8 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--normalise", metavar="NAME", help="its normalisation, where its weights do not say")
     evaluate.add_argument("--test", help="labelled images: .npz, folder, or a data set's name")
     evaluate.add_argument(
-        "--crop-share", default="auto", metavar="S", help="of images in folders, crop : short side "
-        "(default: 0.875 for models of 160 pixels or more, else 1)"
+        "--crop-share", type=float, default=0.0, metavar="S", help="of images in folders, crop : short side "
+        "(default: 0.875 from 160 pixels on, else 1)"
     )  # fmt: skip
     evaluate.add_argument("--probe", metavar="DATA", help="transfer: train a linear classifier on its frozen features")
     evaluate.add_argument("--teacher", help="another model, to report agreement with")
@@ -285,6 +285,7 @@ def _teach(given: Given, _every: list[str]) -> int:
     from . import flags
     from .config import build
     from .data import has_test, load_images, refuse_one_class
+    from .folder import crop_share
     from .models import load_model, save_model
     from .progress import Progress
     from .run import check_writable, load_tensors, save_tensors
@@ -295,12 +296,13 @@ def _teach(given: Given, _every: list[str]) -> int:
             "usage: dodistill teach MODEL --data SPEC [--test SPEC] [--image-shape C,H,W] [--crop-share S] "
             "[--normalise NAME] [--out FILE] [--max-seconds S] [--FIELD VALUE]\n\n"
             "--image-shape is what images in folders are resized to. --crop-share is of test images in folders, crop : "
-            "short side\n(auto: 0.875 from 160 pixels, else 1).\n"
+            "short side\n(default: 0.875 from 160 pixels on, else 1).\n"
         )
         print(flags.help_of(Teach, ""))
         return 0
     spec, tests, normalise = given.own("data", ""), given.own("test", ""), given.own("normalise", None)
-    shape, share = _square(given.own("image_shape", None)), given.own("crop_share", "auto")
+    shape, share = _square(given.own("image_shape", None)), given.own("crop_share", 0.0)
+    crop_share(share, 0)
     target = Path(str(given.own("out", "teacher.safetensors")))
     deadline = time.monotonic() + float(given.own("max_seconds", math.inf))
     if not spec:
@@ -377,7 +379,6 @@ def _evaluate(known: argparse.Namespace) -> int:
     from .api import parameters, shape_of
     from .data import Images, contexts_of, load_images, refuse_one_class
     from .evaluate import agreement, class_shares, expected_calibration_error, predict, top1
-    from .flags import value
     from .folder import crop_share
     from .models import load_model, save_model
     from .probe import context_gap, linear_probe
@@ -393,7 +394,7 @@ def _evaluate(known: argparse.Namespace) -> int:
     c, h, _ = _square(known.image_shape) or (None, None, None)
     model = load_model(known.model, weights=known.weights, mean=known.normalise, in_channels=c, image_size=h)
     shape, device = shape_of(model), pick_device()
-    share = crop_share(value(known.crop_share), shape[1])
+    share = crop_share(known.crop_share, shape[1])
     model.to(device)
 
     def read(spec: str, split: str, labels: bool = True) -> Images:

@@ -46,9 +46,7 @@ class Data:
     unlabeled: str = ""  #: images for a sampler: folder, .npz, .npy or a data set's name
     foreign: Model = field(default_factory=Model)  #: another model that predicts the dictionary (KDCI Table 5)
     test: str = ""  #: optional labelled images, only ever reported on, never selected by
-    crop_share: Literal["auto"] | float = (
-        "auto"  #: of test images in folders, crop : short side; 0.875 from 160 px, else 1
-    )
+    crop_share: float = 0.0  #: of test images in folders, crop : short side; 0: 0.875 from 160 pixels on, else 1
 
 
 @dataclass(frozen=True)
@@ -339,9 +337,10 @@ def _check(config: Distill) -> None:
         raise DodistillError(f"view.pad is {view.pad}; it must be at least 0 (0: an eighth of the height).")
     if not 0 < view.scale[0] <= view.scale[1] <= 1:
         raise DodistillError(f"view.scale is {list(view.scale)}; give shares 0 < low <= high <= 1, as in [0.08, 1].")
-    share = config.data.crop_share
-    if not isinstance(share, str) and not 0 < share <= 1:
-        raise DodistillError(f"data.crop_share is {share}; it must be auto, or lie in (0, 1], as in 0.875 or 1.")
+    if not 0 <= config.data.crop_share <= 1:
+        raise DodistillError(
+            f"data.crop_share is {config.data.crop_share}; it must lie in (0, 1], as in 0.875, or be 0, the default."
+        )
     optim = config.optim
     if not 0 < optim.lr < math.inf:
         raise DodistillError(f"optim.lr is {optim.lr}; it must be positive, as in 0.1.")

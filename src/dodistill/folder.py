@@ -34,7 +34,7 @@ Decoded = tuple[torch.Tensor, torch.Tensor | None, int, str, tuple[str, ...]]
 def crop_share(given: float, height: int) -> float:
     """`given`, and for 0 what the field evaluates images of `height` by: 0.875 from 160 pixels on, else 1."""
     if not isinstance(given, int | float) or not 0 <= given <= 1:
-        raise DodistillError(f"crop_share is {given!r}; it must lie in (0, 1], as in 0.875, or be 0 for the usual one.")
+        raise DodistillError(f"crop_share is {given!r}; it must lie in (0, 1], as in 0.875, or be 0, the default.")
     return float(given) or (0.875 if height >= LARGE else 1.0)
 
 
