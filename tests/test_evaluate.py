@@ -152,8 +152,9 @@ def test_every_command_reads_large_test_images_as_the_field_does(
     assert shown == pytest.approx([share], abs=0.02)
     shown.clear()
     more = [flag.replace("--crop-share", "--data.crop_share") for flag in more]
-    distil = ["distill", "--teacher", file, "--student", "tiny4", "--source", "real", "--unlabeled", data, "--test", data,
-              "--steps", "1", "--batch", "2", "--quiet", "--no-report", "--out", f"{tmp_path}/run"]  # fmt: skip
+    distil = ["distill", "--teacher", file, "--student", "tiny4", "--source", "real", "--unlabeled", data,
+              "--test", data, "--steps", "1", "--batch", "2", "--quiet", "--no-report",
+              "--out", f"{tmp_path}/run"]  # fmt: skip
     assert main([*distil, *more]) == 0
     assert {round(v, 1) for v in shown} == {round(share, 1), 1.0}  # 1.0: the images held back, which are not the test's
     capsys.readouterr()
