@@ -1,4 +1,4 @@
-"""The table of sources tells the truth, its page is up to date, and `--source auto` does what its own table says."""
+"""The table of sources tells the truth, and `--source auto` does what its own table says."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ from dodistill.cli import main
 from dodistill.config import resolve
 from dodistill.data import Images
 from dodistill.errors import DodistillError
-from dodistill.methods import HOUR, Choice, asks, choose, first_words, markdown, rows, settle, table
+from dodistill.methods import HOUR, Choice, asks, choose, first_words, rows, settle, table
 from helpers import SHAPE, context, student
 
-DOCS = Path(__file__).parents[1] / "docs" / "methods"
 RGB = (3, 32, 32)
 
 # ----------------------------------------------------------------------------------------------------- choose
@@ -234,18 +233,9 @@ def test_first_words_are_whole_sentences(axis: str) -> None:
         assert (registry.module(axis, name).__doc__ or "").split()[0] == said.split()[0]
 
 
-def test_the_page_is_up_to_date() -> None:
-    assert (DOCS / "README.md").read_text() == markdown(DOCS), (
-        "run: dodistill methods --markdown > docs/methods/README.md"
-    )
-
-
-def test_the_command_prints_both(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods"]) == 0
     assert capsys.readouterr().out == table() + "\n"
-    monkeypatch.chdir(DOCS.parents[1])
-    assert main(["methods", "--markdown"]) == 0
-    assert capsys.readouterr().out == markdown(DOCS)
 
 
 def test_a_choice_prints() -> None:

@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("target", help="a folder for the images, or FILE.onnx")
 
     methods = add("methods", "the sources: what they need, train, keep and cost; and the other axes")
-    methods.add_argument("--markdown", action="store_true", help="as docs/methods/README.md has it")
+    methods.add_argument("--cards", metavar="FOLDER", help="write the pages of this folder of cards that are out of date")
     add("doctor", "what this machine has, and what is wrong with it")
     return top
 
@@ -491,9 +491,17 @@ def _onnx(source: Path, target: Path) -> int:
 
 
 def _methods(known: argparse.Namespace) -> int:
-    from .methods import markdown, table
+    from .methods import pages, table
 
-    print(markdown(Path("docs/methods")) if known.markdown else table(), end="" if known.markdown else "\n")
+    if known.cards is None:
+        print(table())
+        return 0
+    if not Path(known.cards).is_dir():
+        raise DodistillError(f"--cards {known.cards}: no such folder; give that of the method cards, docs/methods.")
+    for path, text in list(pages(Path(known.cards))):
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+            print(path)
     return 0
 
 

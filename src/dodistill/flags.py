@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -70,14 +71,23 @@ def tree(given: Mapping[str, Any], short: Mapping[str, str] = SHORT) -> dict[str
     return out
 
 
+def comment(cls: type, name: str) -> str:
+    """What the `#:` comment beside a field says, its own class first; without one, the values that the field takes."""
+    sources = [inspect.getsource(c) for c in cls.__mro__ if dataclasses.is_dataclass(c)]
+    beside = rf"^ +{name}: [^#\n]*(?:\(\n[^#\n]*)?#: *(.*(?:\n +#: .*)*)$"  # also of a value in brackets, below its name
+    for source in sources:
+        if found := re.search(beside, source, re.MULTILINE):
+            return re.sub(r"\n +#: ", " ", found.group(1))
+    hint = typing.get_type_hints(cls)[name]
+    return ", ".join(map(str, typing.get_args(hint))) if typing.get_origin(hint) is typing.Literal else ""
+
+
 def help_of(cls: type, prefix: str) -> str:
     """One line per field: flag, default, and the `#:` comment beside it in the source."""
-    source = "".join(inspect.getsource(c) for c in cls.__mro__ if dataclasses.is_dataclass(c))
     lines = []
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(field.type) or isinstance(field.default_factory, type):
             continue
-        comment = re.search(rf"^\s*{field.name}\b[^\n]*?#:\s*(.*)$", source, re.MULTILINE)
         default = "" if field.default is dataclasses.MISSING else f"[{field.default!r}]"
-        lines.append(f"  --{prefix}{field.name} {default}  {comment.group(1) if comment else ''}".rstrip())
+        lines.append(f"  --{prefix}{field.name} {default}  {comment(cls, field.name)}".rstrip())
     return "\n".join(lines)

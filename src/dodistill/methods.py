@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import registry
+from . import card_tables, registry
 from .config import Tree, build, expand, merge
 from .errors import DodistillError
 
@@ -227,16 +227,26 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def markdown(cards: Path) -> str:
-    """docs/methods/README.md; `cards` is the folder of method cards, which are linked."""
+def pages(cards: Path) -> Iterator[tuple[Path, str]]:
+    """The folder of method cards: each page whose text, or some of it, is made from the code, and that text as it is now."""
+    yield cards / "README.md", _overview(cards)
+    for path in sorted(cards.glob("*.md")):
+        if path.name != "README.md":
+            yield path, card_tables.filled(path.read_text(), path.name)
 
-    def link(name: str) -> str:
-        return f"[`{name}`]({name}.md)" if (cards / f"{name}.md").exists() else f"`{name}`"
+
+def _overview(cards: Path) -> str:
+    """README.md of the folder of method cards, which are linked."""
+    described = card_tables.described_in(cards)
+
+    def link(axis: str, name: str) -> str:
+        card = described.get((axis, name))
+        return f"[`{name}`]({card})" if card else f"`{name}`"
 
     lines = [
         "# Methods",
         "",
-        "<!-- Generated: dodistill methods --markdown > docs/methods/README.md. A test keeps it up to date. -->",
+        "<!-- Generated: dodistill methods --cards docs/methods. A test keeps it up to date. -->",
         "",
         "One file in `src/dodistill/` for each choice on an axis, and one card here for those that have more to say.",
         "",
@@ -247,7 +257,7 @@ def markdown(cards: Path) -> str:
     ]
     for row in rows():
         name, *rest = _cells(row)
-        lines.append("| " + " | ".join([link(name), *rest, row.about]) + " |")
+        lines.append("| " + " | ".join([link("source", name), *rest, row.about]) + " |")
     lines += ["", *(f"* {note}" for note in NOTES), "", "## `--source auto`", ""]
     lines += ["The first line that applies:", "", "```", *_choose_table(), "```"]
     titles = {
@@ -256,7 +266,7 @@ def markdown(cards: Path) -> str:
     }  # fmt: skip
     for axis in OTHERS:
         lines += ["", f"## {titles[axis]}", ""]
-        lines += [f"* {link(name)}{' ' if about[:1] == '(' else ': '}{about}" for name, about in _choices(axis)]
+        lines += [f"* {link(axis, name)}{' ' if about[:1] == '(' else ': '}{about}" for name, about in _choices(axis)]
     return "\n".join(lines) + "\n"
 
 

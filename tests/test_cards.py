@@ -1,0 +1,216 @@
+"""The method cards name only settings that exist, their commands can be run, and their tables are those of the code."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dodistill import card_tables, config, flags, registry
+from dodistill.card_tables import blocks, described_in, filled, presets, settings, shown
+from dodistill.cli import main
+from dodistill.errors import DodistillError
+from dodistill.methods import pages
+
+DOCS = Path(__file__).parents[1] / "docs" / "methods"
+CARDS = sorted(path for path in DOCS.glob("*.md") if path.name != "README.md")
+CHOICES = [(axis, name) for axis in registry.AXES for name in registry.names(axis)]
+
+
+def fields(cls: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
+
+
+#: part of the config -> the settings that it has, whatever is chosen
+SETTINGS = {axis: set().union(*(fields(registry.config(axis, n)) for n in registry.names(axis))) for axis in registry.AXES}
+SETTINGS |= {name: fields(registry.config("intervention", name)) for name in registry.names("intervention")}
+SETTINGS |= {part: fields(type(getattr(config.resolve({}), part))) for part in (*card_tables.PARTS, "data", "teacher")}
+
+
+# -------------------------------------------------------------------------------------------------- the tables
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in DOCS.glob("*.md")))
+def test_the_pages_are_up_to_date(page: str) -> None:
+    text = {path.name: text for path, text in pages(DOCS)}[page]
+    assert (DOCS / page).read_text() == text, "run: dodistill methods --cards docs/methods"
+
+
+@pytest.mark.parametrize(("axis", "name"), CHOICES)
+def test_what_can_be_set_stands_in_a_card(axis: str, name: str) -> None:
+    cls: Any = registry.config(axis, name)
+    if axis == "source":
+        if (DOCS / f"{name}.md").exists():
+            assert ("presets", name) in blocks((DOCS / f"{name}.md").read_text()), f"no <!-- presets: {name} -->"
+    elif fields(cls):
+        card = DOCS / described_in(DOCS).get((axis, name), "")
+        assert card.is_file(), f"no card has <!-- settings: {axis} {name} -->"
+        shows = [what.split(" in ")[0].split() for kind, what in blocks(card.read_text()) if kind == "settings"]
+        assert any(axis == words[0] and name in words[1:] for words in shows), f"{card.name}: no settings of {axis} {name}"
+
+
+def cells(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines() if line[:1] == "|"]
+
+
+@pytest.mark.parametrize("source", registry.names("source"))
+def test_the_table_of_presets_says_what_they_resolve_to(source: str) -> None:
+    cls: Any = registry.config("source", source)
+    text = presets(source)
+    head, _, *rows = cells(text)
+    assert head == ["setting", "default", *(f"`{name}`" for name in cls.presets)]
+    keys = [row[0].strip("`") for row in rows]
+    for column, preset in enumerate(cls.presets, 2):
+        tree = config.resolve({"source": source, "preset": preset}).to_tree()
+        for key, row in zip(keys, rows):
+            part, _, field = key.partition(".")
+            here = tree.get(part, {})
+            value = here.get(field or "name", card_tables.NONE) if isinstance(here, dict) else here
+            if (source, preset, key) == ("data", "desk", "cid.refresh"):  # set for an intervention that it leaves to you
+                value = cls.presets["desk"]["cid"]["refresh"]
+            assert row[column] == shown(value), (preset, key)
+        assert {f"{part}.{k}" for part, given in cls.presets[preset].items() if isinstance(given, dict)
+                for k in given if k != "name"} <= set(keys)  # fmt: skip
+        assert f"* `{preset}`: {cls.origin[preset]}." in text
+
+
+def test_defaults_that_depend_on_a_choice() -> None:
+    rows = {row[0]: row[1] for row in cells(presets("data"))}
+    assert rows["`criterion.ce`"] == "1 (cid), 0.1 (hinton)"
+    assert rows["`optim.lr`"] == "0.1"
+    assert rows["`cid.refresh`"] == "4.167e-3"
+
+
+def test_settings_in_the_presets_that_choose_them() -> None:
+    head, _, *rows = cells(settings("replay bank in pre"))
+    assert head == ["setting", "default", "`mb`", "`lra-bank`", "`desk`", "meaning"]
+    assert rows[0] == ["`replay.capacity`", "10", "10", "10", "10", "batches that are kept"]
+    assert [row[3] for row in rows if row[0] == "`replay.size`"] == ["64"]
+    head, _, *rows = cells(settings("update replay retain in pre"))
+    assert head[:5] == ["update", "setting", "default", "`mb`", "`pre`"]
+    assert ["`retain`", "`update.alpha`", "0.9", "–", "–", "0.9", "0.9", "0.1"] in [row[:8] for row in rows]
+
+
+def test_settings_that_several_share_stand_once() -> None:
+    _, _, *rows = cells(settings("criterion sp at"))
+    assert ["all", "`criterion.temperature`", "4", "T of that KL"] in rows
+    assert ["`at`", "`criterion.weight`", "1000", "of L_AT"] in rows
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(2e-3, "2e-3"), (2.5e-5, "2.5e-5"), (0.01, "0.01"), (20 / 240, "0.08333"), (1 / 240, "4.167e-3"), (1.0, "1"),
+     (80_000, "80 000"), (1280, "1280"), (True, "true"), (None, "none"), ((0.5, 0.999), "0.5, 0.999"), ([], "none"),
+     ("", "none"), ("kl", "kl"), (1e-10, "1e-10"), (-0.002, "-2e-3")],
+)  # fmt: skip
+def test_values(value: Any, text: str) -> None:
+    assert shown(value) == text
+
+
+def test_a_block_is_filled_again_and_nothing_else_changes() -> None:
+    text = "# a\n\n<!-- settings: update retain -->\n<!-- end -->\nb\n<!-- presets: real -->\nold | table\n<!-- end -->\nc\n"
+    once = filled(text, "x.md")
+    assert "`update.alpha` | 0.9" in once
+    assert "old | table" not in once
+    assert once.startswith("# a\n\n<!-- settings: update retain -->\n\n| setting ")
+    assert "\n<!-- end -->\nb\n<!-- presets: real -->\n" in once
+    assert once.endswith("<!-- end -->\nc\n")
+    assert filled(once, "x.md") == once
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("<!-- presets: fats -->\n<!-- end -->\n", "x.md: <!-- presets: fats -->: unknown source 'fats'; did you mean"),
+        ("<!-- settings: replai bank -->\n<!-- end -->\n", "did you mean 'replay'"),
+        ("<!-- settings: replay -->\n<!-- end -->\n", "An axis wants a name"),
+        ("<!-- settings: replay bank in per -->\n<!-- end -->\n", "unknown source 'per'; did you mean 'pre'"),
+        ("<!-- presets: fast -->\n| a |\n", "needs a line <!-- end -->"),
+        ("<!-- presets: fast -->\n<!-- presets: real -->\n<!-- end -->\n", "presets: fast --> needs a line <!-- end -->"),
+    ],
+)
+def test_wrong_marks_are_refused_by_name(text: str, says: str) -> None:
+    with pytest.raises(DodistillError, match=re.escape(says)):
+        filled(text, "x.md")
+
+
+def test_the_command_writes_what_is_out_of_date(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for card in CARDS:
+        (tmp_path / card.name).write_text(card.read_text())
+    (tmp_path / "bank.md").write_text("<!-- settings: replay bank -->\n<!-- end -->\n")
+    assert main(["methods", "--cards", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.split() == [str(tmp_path / name) for name in ("README.md", "bank.md")]
+    assert "batches that are kept" in (tmp_path / "bank.md").read_text()
+    assert (tmp_path / "README.md").read_text() == (DOCS / "README.md").read_text()
+    assert main(["methods", "--cards", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == ""
+    assert main(["methods", "--cards", str(tmp_path / "nowhere")]) == 2
+
+
+# ---------------------------------------------------------------------------------------------------- the text
+
+
+def commands(text: str) -> Iterator[str]:
+    """Each `dodistill ...` command of the code blocks, without line ends and comments."""
+    for block in re.findall(r"(?:^    .*\n)+", text, re.MULTILINE):
+        for line in block.replace("\\\n", " ").splitlines():
+            if line.strip().startswith("dodistill "):
+                yield re.sub(r"\s#.*$", "", line).strip()
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda p: p.stem)
+def test_the_commands_of_a_card_can_be_resolved(card: Path) -> None:
+    for command in commands(card.read_text()):
+        words = [word for word in shlex.split(command)[1:] if word not in ("...", "--help")]
+        if words[0] != "distill":
+            continue
+        tree = flags.tree(flags.raw(words[1:]))
+        own = {key: tree.pop(key) for key in ("out", "max_seconds") if key in tree}
+        assert config.resolve(tree), (command, own)
+
+
+def backticked(text: str) -> list[str]:
+    """What stands in single backticks outside of code blocks."""
+    text = re.sub(r"^```.*?^```|^    .*$", "", text, flags=re.MULTILINE | re.DOTALL)
+    return [" ".join(quoted.split()) for quoted in re.findall(r"`([^`]+)`", text)]
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda p: p.stem)
+def test_a_card_names_settings_that_exist(card: Path) -> None:
+    text = card.read_text()
+    wrong = []
+    for quoted in [*backticked(text), *commands(text)]:
+        for part, key in re.findall(r"(?<![\w./])(?:--)?([a-z]+)\.([A-Za-z]\w*)(?![\w(/.])", quoted):
+            if part in SETTINGS and key not in SETTINGS[part] | {"py", "md", "yaml"}:
+                wrong.append(f"{part}.{key}")
+    assert not wrong
+
+
+#: words before a value that are no setting: of a command, of another program, of a formula
+NO_SETTING: set[str] = set()
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda p: p.stem)
+def test_a_setting_with_its_value_exists(card: Path) -> None:
+    """`reset_at 0`, `select balanced`, `replay.size`: the first word is a setting of some choice or part."""
+    known = set().union(*SETTINGS.values()) | set(SETTINGS)
+    pairs = [re.fullmatch(r"([A-Za-z_]\w*)[ =]([\w.+-]+)", quoted) for quoted in backticked(card.read_text())]
+    assert not [pair[0] for pair in pairs if pair and pair[1] not in known | NO_SETTING]
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda p: p.stem)
+def test_a_table_written_by_hand_names_settings_that_exist(card: Path) -> None:
+    """Tables whose head says `setting` or `switch` anywhere but in a generated block."""
+    text = re.sub(r"^<!-- (?:presets|settings): .*?^<!-- end -->", "", card.read_text(), flags=re.M | re.S)
+    known = set().union(*SETTINGS.values())
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        head, _, *rows = cells(table)
+        for column in (i for i, title in enumerate(head) if title in ("setting", "switch")):
+            for row in rows:
+                for name in re.findall(r"`(\w+)`", row[column]):
+                    assert name in known, (head[column], row)
