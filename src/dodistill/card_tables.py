@@ -1,4 +1,4 @@
-"""The tables of settings in the method cards, made from the code; `dodistill methods --cards docs/methods` fills them in.
+"""The tables of settings in the method cards, made from the code: `dodistill methods --cards docs/methods`.
 
 A card marks where a table stands, and `filled` replaces what lies between the two lines:
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ def settings(what: str) -> str:
         choices = {name: registry.config(axis, name) for name in names}
     else:
         raise DodistillError(nearest(axis, (*registry.AXES, *PARTS), "axis or part") + " An axis wants a name.")
-    chosen = {p: v for p, v in _presets(source) if set(choices) & set(str(v[axis]).split("+"))} if source else {}
+    chosen = {p: v for p, v in _presets(source) if set(choices) & set(str(v.get(axis)).split("+"))} if source else {}
     rows: dict[tuple[str, ...], list[str]] = {}
     for name, cls in choices.items():
         prefix = name if axis == "intervention" else axis
@@ -109,8 +109,8 @@ def settings(what: str) -> str:
     head = ["setting", "default", *(f"`{p}`" for p in chosen), "meaning"]
     if len(choices) == 1:
         return "\n".join(_table(head, rows))
-    every = [[", ".join(f"`{n}`" for n in names) if names != list(choices) else "all", *row] for row, names in rows.items()]
-    return "\n".join(_table([axis, *head], every))
+    whose = ("all" if names == list(choices) else ", ".join(f"`{n}`" for n in names) for names in rows.values())
+    return "\n".join(_table([axis, *head], [[who, *row] for who, row in zip(whose, rows)]))
 
 
 def shown(value: Any) -> str:
@@ -127,7 +127,7 @@ def shown(value: Any) -> str:
     return str(value) or "none"
 
 
-def _table(head: Sequence[str], rows: Iterator[Sequence[str]] | Sequence[Sequence[str]] | Mapping[Any, Any]) -> list[str]:
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     return ["| " + " | ".join(row) + " |" for row in [list(head), ["---"] * len(head), *cells]]
 

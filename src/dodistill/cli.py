@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("target", help="a folder for the images, or FILE.onnx")
 
     methods = add("methods", "the sources: what they need, train, keep and cost; and the other axes")
-    methods.add_argument("--cards", metavar="FOLDER", help="write the pages of this folder of cards that are out of date")
+    methods.add_argument("--cards", metavar="FOLDER", help="bring the cards in this folder up to date (docs/methods)")
     add("doctor", "what this machine has, and what is wrong with it")
     return top
 

@@ -74,7 +74,9 @@ def tree(given: Mapping[str, Any], short: Mapping[str, str] = SHORT) -> dict[str
 def comment(cls: type, name: str) -> str:
     """What the `#:` comment beside a field says, its own class first; without one, the values that the field takes."""
     sources = [inspect.getsource(c) for c in cls.__mro__ if dataclasses.is_dataclass(c)]
-    beside = rf"^ +{name}: [^#\n]*(?:\(\n[^#\n]*)?#: *(.*(?:\n +#: .*)*)$"  # also of a value in brackets, below its name
+    beside = (
+        rf"^ +{name}: [^#\n]*(?:\(\n[^#\n]*)?#: *(.*(?:\n +#: .*)*)$"  # the value may stand in brackets, a line below
+    )
     for source in sources:
         if found := re.search(beside, source, re.MULTILINE):
             return re.sub(r"\n +#: ", " ", found.group(1))

@@ -228,7 +228,7 @@ def table() -> str:
 
 
 def pages(cards: Path) -> Iterator[tuple[Path, str]]:
-    """The folder of method cards: each page whose text, or some of it, is made from the code, and that text as it is now."""
+    """Each page in the folder of method cards, and its text with what the code says now."""
     yield cards / "README.md", _overview(cards)
     for path in sorted(cards.glob("*.md")):
         if path.name != "README.md":

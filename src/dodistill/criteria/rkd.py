@@ -57,8 +57,8 @@ class RKD(Labelled):
 class Config(LabelledConfig):
     name: ClassVar[str] = "rkd"
     weight: float = 1.0  #: of L_RKD
-    distance: float = 25.0
-    angle: float = 50.0
+    distance: float = 25.0  #: of the distances, within L_RKD
+    angle: float = 50.0  #: of the angles
 
     def build(self, context: Context) -> Criterion:
         widths(context)

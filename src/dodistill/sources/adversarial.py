@@ -19,8 +19,7 @@ Deviations, and why
     its student has Adam, ours SGD with the toolbox's settings; its generator has no Tanh and starts from 10x10 maps.
  3. The student is in eval mode while the generator steps. In train mode, as ZSKT and DFAD have it, its BatchNorm uses
     the batch's own statistics: `student_bn = "batch"` does that alone, and leaves its running ones as they are. With
-    `running` (the toolbox) the generator soon finds images on which only the running statistics are wrong: without the
-    other terms it then teaches nothing (digits, zskt's loss: 10 % after 600 steps, not 78 %).
+    `running` (the toolbox) the generator can widen D by images on which only the running statistics are wrong.
  4. The generator's rate is constant (ZSKT: a cosine; DFAD: optional steps, here for the student alone).
  5. dfq: settings of the toolbox, for the paper has no release; the paper measures the BatchNorm statistics by a KL of
     Gaussians.
