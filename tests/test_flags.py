@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dodistill import flags
+from dodistill import flags, registry
 from dodistill.config import Loop
 from dodistill.errors import DodistillError
 
@@ -42,3 +42,13 @@ def test_help_has_every_field_with_its_comment() -> None:
     text = flags.help_of(Loop, "loop.")
     assert "--loop.steps [2000]  matching steps of the student" in text
     assert "--loop.ema [0.998]" in text
+
+
+def test_comments_of_fields() -> None:
+    kdci, stratified, noise = (registry.config(*c) for c in (
+        ("intervention", "kdci"), ("intervention", "stratified"), ("source", "noise")))  # fmt: skip
+    assert flags.comment(kdci, "weights").startswith("attention (Eq. 5) | random")  # below a bracket
+    assert flags.comment(stratified, "cap").endswith("100:1")  # two lines
+    assert flags.comment(noise, "law") == "gaussian, uniform"  # none, but only two values
+    assert flags.comment(noise, "every").startswith("matching steps per acquisition")  # its base's
+    assert flags.comment(noise, "n") == "images kept per acquisition"

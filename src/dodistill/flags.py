@@ -7,6 +7,7 @@ import inspect
 import re
 import typing
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import yaml
@@ -71,12 +72,16 @@ def tree(given: Mapping[str, Any], short: Mapping[str, str] = SHORT) -> dict[str
     return out
 
 
+@cache
+def _source(cls: type) -> str:
+    return inspect.getsource(cls)  # parses the whole file
+
+
 def comment(cls: type, name: str) -> str:
     """What the `#:` comment beside a field says, its own class first; without one, the values that the field takes."""
-    sources = [inspect.getsource(c) for c in cls.__mro__ if dataclasses.is_dataclass(c)]
-    beside = (
-        rf"^ +{name}: [^#\n]*(?:\(\n[^#\n]*)?#: *(.*(?:\n +#: .*)*)$"  # the value may stand in brackets, a line below
-    )
+    sources = [_source(c) for c in cls.__mro__ if dataclasses.is_dataclass(c)]
+    # the value may stand in brackets on a line of its own, and the comment go on over several lines
+    beside = rf"^ +{name}: [^#\n]*(?:\(\n[^#\n]*)?#: *(.*(?:\n +#: .*)*)$"
     for source in sources:
         if found := re.search(beside, source, re.MULTILINE):
             return re.sub(r"\n +#: ", " ", found.group(1))
