@@ -78,8 +78,9 @@ def test_the_table_of_presets_says_what_they_resolve_to(source: str) -> None:
             part, _, field = key.partition(".")
             here = tree.get(part, {})
             value = here.get(field or "name", card_tables.NONE) if isinstance(here, dict) else here
-            if part in registry.names("intervention") and part in cls.presets[preset]:  # set, perhaps not chosen
-                value = cls.presets[preset][part][field]
+            given = cls.presets[preset].get(part)
+            if isinstance(given, dict) and field in given:  # of an intervention that is perhaps not chosen
+                value = given[field]
             assert row[column] == shown(value), (preset, key)
         assert {f"{part}.{k}" for part, given in cls.presets[preset].items() if isinstance(given, dict)
                 for k in given if k != "name"} <= set(keys)  # fmt: skip
