@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +89,7 @@ def net(phase: float = 0.0, classes: int = 10, width: int = 6, channels: int = 3
 def digest(tensors: Tensor | Iterable[Tensor]) -> list[float]:
     """Two numbers that stand for tensors: their norm, and their product with `wave`, divided by the wave's norm.
 
-    The second is at most the first; compare both relative to the norm (`close`).
+    The second is at most the first; compare both relative to the norm (`alike`).
     """
     parts = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     flat = torch.cat([t.detach().double().reshape(-1) for t in parts])
@@ -97,8 +98,34 @@ def digest(tensors: Tensor | Iterable[Tensor]) -> list[float]:
 
 
 def close(mine: list[float] | float, theirs: list[float] | float, rel: float = 1e-4) -> bool:
-    """Are numbers equal to `rel` of the largest of `theirs`? For a single number: relative to it."""
+    """Is each number equal to the released one, relative to that?"""
     a = [mine] if isinstance(mine, int | float) else mine
     b = [theirs] if isinstance(theirs, int | float) else theirs
-    scale = max(abs(v) for v in b)
-    return len(a) == len(b) and all(abs(x - y) <= rel * scale for x, y in zip(a, b))
+    return len(a) == len(b) and all(abs(x - y) <= rel * abs(y) for x, y in zip(a, b))
+
+
+def alike(mine: list[float], theirs: list[float], rel: float = 1e-4) -> bool:
+    """Are two `digest`s equal, relative to the norm?"""
+    return len(mine) == len(theirs) and all(abs(x - y) <= rel * theirs[0] for x, y in zip(mine, theirs))
+
+
+class Draws:
+    """Stands in for random draws, in the released code and in ours: functions with the signatures of torch's.
+
+    `call` is the number of the acquisition, to be set before each, so that acquisitions differ.
+    """
+
+    def __init__(self) -> None:
+        self.call = 0
+
+    def randn(self, *shape: Any, **options: Any) -> Tensor:
+        """`gauss` of that shape, at the phase call + number of elements."""
+        given = options.get("size", shape)
+        size = tuple(given[0] if len(given) == 1 and not isinstance(given[0], int) else given)
+        return gauss(*size, phase=self.call + math.prod(size)).requires_grad_(bool(options.get("requires_grad")))
+
+    def randint(self, *bounds: Any, **options: Any) -> Tensor:
+        """Of n > 2 draws `labels`; of two a roll, (1, -1); of one 1: mirror the batch."""
+        (n,) = options.get("size") or next(b for b in bounds if not isinstance(b, int))
+        high = options.get("high") or [b for b in bounds if isinstance(b, int)][-1]
+        return labels(n, high) if n > 2 else torch.tensor([1, -1][:n])

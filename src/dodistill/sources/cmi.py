@@ -103,15 +103,16 @@ class Bank:
         self.rows[: len(self)] = state["rows"].to(self.rows.device)
 
 
-def _preset(**source: Any) -> dict[str, Any]:
+def _preset(floor: float = 0.0, batch: int = 128, **source: Any) -> dict[str, Any]:
+    """A preset whose student has that batch, and a cosine that ends at `floor`."""
     return {
         "source": {
             "batch": 256, "iterations": 200, "lr_g": 1e-3, "adv": 0.5, "bn": 1.0, "oh": 1.0, "cr": 0.8, "tau": 0.1,
             "every": 400, **source,
         },
         "criterion": {"name": "kl", "temperature": 20.0},
-        "optim": {"lr": 0.1, "weight_decay": 1e-4, "floor": 0.0},
-        "loop": {"steps": 80_000, "batch": 128},
+        "optim": {"lr": 0.1, "weight_decay": 1e-4, "floor": floor},
+        "loop": {"steps": 80_000, "batch": batch},
     }  # fmt: skip
 
 
@@ -146,6 +147,8 @@ class Config(SourceConfig):
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "cmi": _preset(),
         "cmi500": _preset(iterations=500),
+        "toolbox": _preset(2e-4, 256, tau=0.2),
+        "toolbox500": _preset(2e-4, 256, tau=0.2, iterations=500),
         "resnet34": _preset(iterations=500, layers=("layer1", "layer2", "layer3", "layer4")),
         "desk": {
             **_preset(batch=128, iterations=40, lr_g=0.01, width=32, every=40, bank=2048, negatives=512),
@@ -156,6 +159,8 @@ class Config(SourceConfig):
     origin: ClassVar[dict[str, str]] = {
         "cmi": "release script scratch_cmi, WRN-40-2 -> WRN-16-1 on CIFAR-10; other pairs have none",
         "cmi500": "the same with the 500 iterations that the tables of Fast and KDCI name",
+        "toolbox": "the script of CMI in Fast's repository, same pair: tau 0.2, the student's batch 256, its floor 2e-4",
+        "toolbox500": "toolbox with 500 iterations",
         "resnet34": "cmi500 with the features that the release takes for a ResNet-34 teacher; weights not published",
         "desk": "ours: the same losses on a schedule for two CPU cores",
     }

@@ -18,9 +18,10 @@ Deviations, and why
     digits that the teacher took for ten classes became five. Without a known normalisation, mean 0.5, deviation 0.25.
  2. Huawei's entropy has log10, its weights belong to that: `log = "log10"`. The toolbox's has the natural logarithm.
  3. Huawei's hidden BatchNorms have eps 0.8, a slip of an old code that its authors kept on purpose: `eps`.
- 4. The toolbox's script says T = 20, its code matches at T = 1 for this method; the presets say 1.
+ 4. The toolbox's script says T = 20, its code matches at T = 1 for this method; the presets say 1. `toolbox` is the copy
+    in Fast's repository; CMI's has a larger generator, and makes the student's batches with it in eval mode.
  5. Huawei's MNIST student has Adam; here SGD, rate ours. Its CIFAR-100 teacher had CIFAR-10's constants; ours its own.
- 6. 3 % of each acquisition is held back, to judge the student by.
+ 6. 3 % of each acquisition is held back, to judge the student by; the student meets as many of the others twice.
  7. `coverage` (ours): a class that no image of the batch is of has p_c near 0, and the gradient that L_ie gives it
     is in proportion to p_c: it stays away. L_c pulls at it with 1/K, and at no class with a quarter of its share.
 """
@@ -41,7 +42,7 @@ from ..errors import DodistillError
 from ..runtime import Context
 from ..taps import penultimate
 from .base import Kind, Source, at_least
-from .fresh import Fresh, FreshConfig
+from .fresh import Fresh, FreshConfig, pooled
 
 
 def one_hot(t: Tensor) -> Tensor:
@@ -69,13 +70,14 @@ def activation(f: Tensor) -> Tensor:
 
 
 def _preset(
-    source: dict[str, Any], optim: dict[str, Any], steps: int, batch: int, capacity: int
+    source: dict[str, Any], optim: dict[str, Any], steps: int, batch: int, handed: int
 ) -> dict[str, dict[str, Any]]:
+    """A preset whose acquisitions hand over `handed` images, which the pool keeps until the next."""
     return {
         "source": source,
         "criterion": {"name": "kl", "temperature": 1.0},
         "optim": optim,
-        "pool": {"capacity": capacity},
+        "pool": {"capacity": pooled(handed)},
         "augment": {"pad": 0, "flip": False},
         "loop": {"steps": steps, "batch": batch},
     }
@@ -112,7 +114,7 @@ class Config(FreshConfig):
         ),
         "toolbox": _preset(
             {"every": 5, "fresh": 5, "batch": 256, "latent": 512, "lr_g": 1e-3, "oh": 1.0, "ie": 20.0, "act": 1e-3},
-            {"lr": 0.1, "weight_decay": 1e-4}, 80_000, 256, 5 * 256,
+            {"lr": 0.1, "weight_decay": 1e-4, "floor": 2e-4}, 80_000, 256, 5 * 256,
         ),
         "desk": _preset(
             {"warmup": 30, "every": 5, "fresh": 5, "g_steps": 2, "batch": 128, "latent": 128, "width": 24, "lr_g": 3e-3,
@@ -124,7 +126,7 @@ class Config(FreshConfig):
         "huawei": "release, CIFAR-10, ResNet-34 -> ResNet-18",
         "huawei-cifar100": "release, CIFAR-100, ResNet-34 -> ResNet-18",
         "huawei-mnist": "release, MNIST, LeNet-5; the student's SGD is ours (there: Adam)",
-        "toolbox": "the DFKD toolbox's script, WRN-40-2 -> WRN-16-1 on CIFAR-10; other pairs have none",
+        "toolbox": "the DFKD toolbox's script (Fast's copy), WRN-40-2 -> WRN-16-1 on CIFAR-10; other pairs have none",
         "desk": "ours: coverage beside the entropy, a quicker generator, on a schedule for two CPU cores",
     }
 

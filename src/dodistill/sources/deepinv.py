@@ -19,7 +19,9 @@ Deviations, and why
     each step. A teacher without a known normalisation gets mean 0.5 and deviation 0.25.
  4. `tv_norm = "l2"` is NVIDIA's R_tv: the sum of the four L2 norms over the batch. The weights of the two differ by
     orders of magnitude: on noise of 256 images the L2 sum is a thousand times as large.
- 5. The toolbox subtracts 0.001 of the student's BatchNorm loss; no paper has it, nor have we.
+    L1 is of the image as it lies there, L2 of the rolled one, as in the two codes.
+ 5. The toolbox has two copies. `toolbox` is the one in CMI's repository: tv 1e-3, and the student's cosine ends at 0.
+    Fast's has tv 0, ends at 2e-4, and subtracts 0.001 of the student's BatchNorm loss, which no paper has, nor have we.
 """
 
 from __future__ import annotations
@@ -97,7 +99,7 @@ class Config(SourceConfig):
         },
     }  # fmt: skip
     origin: ClassVar[dict[str, str]] = {
-        "toolbox": "the DFKD toolbox's script, WRN-40-2 -> WRN-16-1 on CIFAR-10; other pairs have none",
+        "toolbox": "the DFKD toolbox's script (CMI's copy), WRN-40-2 -> WRN-16-1 on CIFAR-10; other pairs have none",
         "nvidia": "NVIDIA's CIFAR-10 flags and its authors' answers (50 steps per batch, T 3); l2 and adv from memory",
         "desk": "ours: the same losses on a schedule for two CPU cores",
     }
@@ -172,7 +174,7 @@ class DeepInv(Source):
             "bn": c.bn * losses.bn_statistics(taps, taps.modules, first=c.first_bn),
         }
         if c.tv:
-            terms["tv"] = c.tv * losses.total_variation(ua, 1 if c.tv_norm == "l1" else 2)
+            terms["tv"] = c.tv * (losses.total_variation(u, 1) if c.tv_norm == "l1" else losses.total_variation(ua, 2))
         if c.l2:
             terms["l2"] = c.l2 * losses.l2_norm(ua)
         if c.adv:

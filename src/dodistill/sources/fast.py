@@ -10,13 +10,15 @@ L_adv = -mean(1[argmax s = argmax t] * KL(t || s)), the decision-adversarial ter
 inner gradients (`fomaml`) or towards the copy (`reptile`). The batch of lowest loss joins the pool.
 
 Deviations, and why
- 1. L_adv sets in once the student has matched at all (acquisition `warmup` + 1). The release starts two acquisitions
-    earlier, against an untrained student.
+ 1. L_adv sets in with the first acquisition after the student's first matching step: at the 22nd, for a warm-up of 20.
+    The release has it from the 20th on, in two acquisitions against an untrained student.
  2. Labels are equally frequent in a batch when `balanced` is set. Default off, as published (uniform draw).
- 3. The reset of the first layer and, oddly, the first BatchNorm at acquisition 120 + warm-up is in the code alone, not
-    in the paper: `reset_at` (0 = never).
+ 3. The reset of the first layer and, oddly, the first BatchNorm at acquisition 120 + warm-up, the 140th, is in the code
+    alone, not in the paper: `reset_at` (0 = never).
  4. The pool is drawn with replacement; the release walks a shuffled loader over PNG files on disk.
-Published settings are presets by teacher-student pair; K = 2, 5, 10 are the paper's Fast-2, -5, -10.
+ 5. The student's rate falls from step to step; in the release once per epoch of 400 steps.
+Published settings are presets by teacher-student pair. The release has K = 2, 5 and 10 for every pair, the paper's
+Fast-2, -5 and -10; a preset without a number is Fast-10, the row that KDCI compares with.
 """
 
 from __future__ import annotations
@@ -42,8 +44,22 @@ _COMMON: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _pair(K: int, lr_g: float, lr_z: float, adv: float, oh: float) -> dict[str, Any]:
+#: K -> (lr_g, lr_z), the same for every pair
+_RATES = {2: (5e-3, 0.015), 5: (3e-3, 0.01), 10: (2e-3, 0.01)}
+
+
+def _pair(K: int, adv: float, oh: float) -> dict[str, Any]:
+    lr_g, lr_z = _RATES[K]
     return {**_COMMON, "source": {**_COMMON["source"], "K": K, "lr_g": lr_g, "lr_z": lr_z, "adv": adv, "oh": oh}}
+
+
+def _pairs(name: str, adv: float, oh: float) -> dict[str, dict[str, Any]]:
+    """The presets of one pair: `name` is Fast-10, `name`-5 and `name`-2 the others."""
+    return {name if K == 10 else f"{name}-{K}": _pair(K, adv, oh) for K in (10, 5, 2)}
+
+
+def _origins(name: str, pair: str) -> dict[str, str]:
+    return {name if K == 10 else f"{name}-{K}": f"release script, {pair}, Fast-{K}" for K in (10, 5, 2)}
 
 
 @dataclass(frozen=True)
@@ -60,7 +76,7 @@ class Config(GuidedConfig):
     width: int = 64  #: channels of the generator's last hidden layer
     meta: Literal["fomaml", "reptile", "none"] = "fomaml"
     reptile_factor: float = 67.0  #: Reptile's meta-gradient is this times (meta - fast)
-    reset_at: int = 120  #: redraw the first layers at this acquisition after the warm-up (0: never)
+    reset_at: int = 120  #: redraw the first layers at acquisition number reset_at + warmup, from 1 (0: never)
     balanced: bool = False  #: every class equally often in a batch, instead of labels drawn uniformly
 
     name: ClassVar[str] = "fast"
@@ -69,20 +85,20 @@ class Config(GuidedConfig):
     trains: ClassVar[str] = "a meta-generator, a copy per acquisition"
     keeps: ClassVar[str] = "2 generators, Adam"
     presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "wrn": _pair(10, 2e-3, 0.01, 1.1, 0.4),
-        "vgg11": _pair(5, 3e-3, 0.01, 1.0, 0.5),
-        "resnet34": _pair(2, 5e-3, 0.015, 1.33, 0.5),
+        **_pairs("wrn", 1.1, 0.4),
+        **_pairs("vgg11", 1.0, 0.5),
+        **_pairs("resnet34", 1.33, 0.5),
         "desk": {
-            **_pair(10, 2e-3, 0.01, 1.1, 0.4),
+            **_pair(10, 1.1, 0.4),
             "source": {"K": 5, "batch": 128, "width": 32, "warmup": 10, "every": 20, "reset_at": 0},
             "optim": {"lr": 0.1, "weight_decay": 5e-4, "floor": 0.0},
             "loop": {"steps": 2000, "batch": 128},
         },
     }
     origin: ClassVar[dict[str, str]] = {
-        "wrn": "release scripts, WRN-40-2 pairs, CIFAR-10 = CIFAR-100",
-        "vgg11": "release scripts, VGG-11 -> ResNet-18",
-        "resnet34": "release scripts, ResNet-34 -> ResNet-18",
+        **_origins("wrn", "WRN-40-2 pairs on CIFAR"),
+        **_origins("vgg11", "VGG-11 -> ResNet-18 on CIFAR"),
+        **_origins("resnet34", "ResNet-34 -> ResNet-18 on CIFAR"),
         "desk": "ours: the same losses on a schedule for two CPU cores",
     }
 
@@ -117,7 +133,7 @@ class Fast(Guided):
 
     def acquire(self, student: nn.Module, round: int) -> Acquired:
         c, ctx = self.config, self.context
-        if c.reset_at and round == c.reset_at + c.warmup:
+        if c.reset_at and round + 1 == c.reset_at + c.warmup:
             self.meta.reset_first_layers(self.generator)
         z = torch.randn(c.batch, c.latent, generator=self.generator, device=ctx.device).requires_grad_()
         y = self._labels()

@@ -2,7 +2,8 @@
 
 Per acquisition the generator G makes `g_steps` steps of Adam on a loss of x = G(z), z ~ N(0, I), and then hands over
 `fresh` batches of newly drawn z; the student matches on them for `every` steps, and they leave the pool with the next
-acquisition (the presets set its capacity to one acquisition). A method is the loss; it is in the method's own file.
+acquisition (the presets set its capacity to one acquisition, see `pooled`). A method is the loss; it is in the method's
+own file.
 """
 
 from __future__ import annotations
@@ -15,10 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from ..augment import to_uint8
+from ..config import Pool
 from ..errors import DodistillError
 from ..runtime import Context, seeded
 from .base import Acquired, Source, SourceConfig, at_least
 from .generators import ConvGenerator, normalised_space
+
+
+def pooled(images: int) -> int:
+    """How many of an acquisition of `images` join the pool, where the default share is held back: the capacity of a pool
+    that has nothing but the newest acquisition."""
+    return images - max(1, round(images * Pool().holdout))
 
 
 @dataclass(frozen=True)
