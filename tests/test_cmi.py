@@ -455,6 +455,8 @@ def test_the_presets_resolve() -> None:
     published = resolve({"source": "cmi", "preset": "cmi"})
     assert (published.source.iterations, published.source.tau, published.loop.batch) == (200, 0.1, 128)
     assert resolve({"source": "cmi", "preset": "cmi500"}).source.iterations == 500
+    toolbox = resolve({"source": "cmi", "preset": "toolbox"})
+    assert (toolbox.source.tau, toolbox.loop.batch, toolbox.optim.floor) == (0.2, 256, 2e-4)
     assert published.pool.capacity >= 200 * 256  # all of a published run's images stay
 
 

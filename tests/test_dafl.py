@@ -19,7 +19,9 @@ from dodistill.data import Images
 from dodistill.errors import DodistillError
 from dodistill.losses import coverage
 from dodistill.models import Normalized
+from dodistill.sources.base import Acquired
 from dodistill.sources.dafl import activation, information_entropy, one_hot
+from dodistill.sources.fresh import pooled
 from dodistill.sources.generators import ConvGenerator, normalised_space
 from dodistill.taps import penultimate
 from helpers import SHAPE, context, job, same, student
@@ -252,7 +254,9 @@ def test_presets() -> None:
     for name in presets:
         config = resolve({"source": "dafl", "preset": name})
         c = config.source
-        assert config.pool.capacity == c.batch * max(c.fresh, 1)  # last acquisition's images leave
+        handed = c.batch * max(c.fresh, 1)
+        held = max(1, round(handed * config.pool.holdout))
+        assert config.pool.capacity == handed - held  # last acquisition's images leave
         assert config.loop.batch == c.batch
         assert (config.augment.pad, config.augment.flip) == (0, False)
         assert config.criterion.temperature == 1.0
@@ -260,6 +264,28 @@ def test_presets() -> None:
     huawei = [resolve({"source": "dafl", "preset": f"huawei{v}"}).source for v in ("", "-cifar100", "-mnist")]
     assert [(c.oh, c.ie, c.act) for c in huawei] == [(0.05, 5, 0.01), (0.5, 20, 0.1), (1, 5, 0.1)]
     assert all((c.every, c.fresh, c.eps, c.log) == (1, 0, 0.8, "log10") for c in huawei)
+
+
+@pytest.mark.parametrize(("fresh", "handed"), [(2, 64), (0, 32)])
+def test_the_pool_holds_the_newest_acquisition_and_nothing_else(fresh: int, handed: int, teacher: nn.Module) -> None:
+    """With the capacity that presets give, after three acquisitions."""
+    made: list[Tensor] = []
+    source = {"name": "dafl", "batch": 32, "latent": 8, "width": 4, "every": 2, "fresh": fresh}
+    loop = {"steps": 6, "batch": 16, "device": "cpu", "threads": 1}
+    run = job(teacher, resolve({"source": source, "pool": {"capacity": pooled(handed)}, "loop": loop}))
+    inner = run.source.acquire
+
+    def acquire(student: nn.Module, round: int) -> Acquired:
+        got = inner(student, round)
+        made.append(got.images)
+        return got
+
+    run.source.acquire = acquire  # type: ignore[method-assign]
+    run.run()
+    assert [len(x) for x in made] == [handed] * 3
+    newest = set(map(bytes, made[-1].flatten(1).numpy()))
+    assert len(run.pool) == handed - round(0.03 * handed)
+    assert all(bytes(x) in newest for x in run.pool.x.flatten(1).numpy())
 
 
 def test_a_class_that_is_lacking_is_pulled_at() -> None:

@@ -1,8 +1,8 @@
 """Fast, CMI, DAFL and DeepInversion beside the released code, by numbers.
 
-tests/golden/*.json hold what the released code computes on the inputs and weights of tests/formula.py: each loss term with
-its weight, and what each update does. Random draws are replaced on both sides by `formula.Draws`, random crops and flips by
-fixed ones. Where ours deviates on purpose, the test states both numbers.
+tests/golden/*.json hold what the released code computes on the inputs and weights of tests/formula.py: each loss term
+with its weight, and what each update does. Random draws are replaced on both sides by `formula.Draws`, random crops and
+flips by fixed ones. Where ours deviates on purpose, the test states both numbers.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def test_generator() -> None:
 
 
 def test_fast_by_first_order_maml(draws: Draws) -> None:
-    """Three acquisitions: inner Adam on the copy and z, the sum of the inner gradients, meta Adam at K lr_g, BN averages."""
+    """Three acquisitions: inner Adam on copy and z, the sum of the inner gradients, meta Adam at K lr_g, BN averages."""
     source, student = build("fast", **FAST)
     start = weights(fill(source.meta))
     for draws.call in range(3):
@@ -320,7 +320,7 @@ def test_dafl_of_huawei(draws: Draws) -> None:
 
 
 def test_dafl_clips_what_huawei_leaves(draws: Draws) -> None:
-    """In CIFAR-10's normalisation pixels lie in [-2.43, 2.51] or so: what is beyond stays there, and is cut off here."""
+    """In CIFAR-10's normalisation pixels lie in [-2.4, 2.5] or so: what is beyond stays there, and is cut off here."""
     source, student = build("dafl", **HUAWEI)
     fill(source.net)
     x = source.acquire(student, 0).images
@@ -369,8 +369,8 @@ def test_deepinv_of_the_toolbox(steps: int, draws: Draws, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("steps", [1, 3])
 def test_deepinv_of_nvidia(steps: int, draws: Draws) -> None:
     source, student = build(
-        "deepinv", [0.5], [0.05], (3, 32, 32), batch=16, iterations=steps, lr=0.05, betas=(0.9, 0.999), adv=10.0, bn=10.0,
-        tv=0.01, tv_norm="l2", l2=1e-3, js="published", jitter=2, flip=False, clip=False, best=False,
+        "deepinv", [0.5], [0.05], (3, 32, 32), batch=16, iterations=steps, lr=0.05, betas=(0.9, 0.999), adv=10.0,
+        bn=10.0, tv=0.01, tv_norm="l2", l2=1e-3, js="published", jitter=2, flip=False, clip=False, best=False,
     )  # fmt: skip
     found, x = inverted(source, student)
     mine = {"ce, bn, js, tv, l2": found, "loss": sum(found), "pixels": digest((x - 0.5) / 0.05)}

@@ -159,7 +159,7 @@ class Config(SourceConfig):
     origin: ClassVar[dict[str, str]] = {
         "cmi": "release script scratch_cmi, WRN-40-2 -> WRN-16-1 on CIFAR-10; other pairs have none",
         "cmi500": "the same with the 500 iterations that the tables of Fast and KDCI name",
-        "toolbox": "the script of CMI in Fast's repository, same pair: tau 0.2, the student's batch 256, its floor 2e-4",
+        "toolbox": "the script for CMI in Fast's repository, same pair: tau 0.2, student's batch 256, floor 2e-4",
         "toolbox500": "toolbox with 500 iterations",
         "resnet34": "cmi500 with the features that the release takes for a ResNet-34 teacher; weights not published",
         "desk": "ours: the same losses on a schedule for two CPU cores",

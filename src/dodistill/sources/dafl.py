@@ -18,8 +18,8 @@ Deviations, and why
     digits that the teacher took for ten classes became five. Without a known normalisation, mean 0.5, deviation 0.25.
  2. Huawei's entropy has log10, its weights belong to that: `log = "log10"`. The toolbox's has the natural logarithm.
  3. Huawei's hidden BatchNorms have eps 0.8, a slip of an old code that its authors kept on purpose: `eps`.
- 4. The toolbox's script says T = 20, its code matches at T = 1 for this method; the presets say 1. `toolbox` is the copy
-    in Fast's repository; CMI's has a larger generator, and makes the student's batches with it in eval mode.
+ 4. The toolbox's script says T = 20, its code matches at T = 1 for this method; the presets say 1. `toolbox` is the
+    copy in Fast's repository; CMI's has a larger generator, and makes the student's batches with it in eval mode.
  5. Huawei's MNIST student has Adam; here SGD, rate ours. Its CIFAR-100 teacher had CIFAR-10's constants; ours its own.
  6. 3 % of each acquisition is held back, to judge the student by; the student meets as many of the others twice.
  7. `coverage` (ours): a class that no image of the batch is of has p_c near 0, and the gradient that L_ie gives it

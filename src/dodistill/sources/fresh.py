@@ -24,8 +24,10 @@ from .generators import ConvGenerator, normalised_space
 
 
 def pooled(images: int) -> int:
-    """How many of an acquisition of `images` join the pool, where the default share is held back: the capacity of a pool
-    that has nothing but the newest acquisition."""
+    """How many of an acquisition of `images` join the pool, the default share being held back.
+
+    A pool of that capacity has the newest acquisition and nothing else.
+    """
     return images - max(1, round(images * Pool().holdout))
 
 
