@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dodistill import losses, registry
 from dodistill.augment import View, to_uint8
+from dodistill.compare import cells, read_recipe
 from dodistill.config import resolve
 from dodistill.models import Normalized
 from dodistill.models.normalized import NORMALISATION
@@ -187,6 +188,14 @@ def test_fast_presets(preset: str, tags: list[str], K: int) -> None:
     for tag in tags:
         assert [*mine, c.criterion.temperature] == released("fast")["script"][f"{tag}-{K}"]
     assert s.batch == c.loop.batch  # --batch_size stands for both
+
+
+@pytest.mark.parametrize("table", ["table1", "table2", "table4", "table5", "figure4"])
+def test_kdcis_tables_have_fast_10(table: str, tmp_path: Path) -> None:
+    """KDCI's Fast row is Fast-10 to the digit, for every pair."""
+    recipe = read_recipe(Path(__file__).parents[1] / "recipes" / f"{table}.yaml")
+    found = {(s.K, s.lr_g, s.lr_z) for c in cells(recipe, tmp_path) if (s := c.config.source).name == "fast"}
+    assert found == {(10, 2e-3, 0.01)}
 
 
 # ------------------------------------------------------------------------------------------------------- cmi
