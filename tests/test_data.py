@@ -197,6 +197,10 @@ def test_named_data_may_be_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         load_images("cifar10", "test", image_shape=(3, 8, 8))
     np.savez(tmp_path / "imagenet.npz", x_test=GREY[:1])
     assert len(load_images("imagenet", "test")) == 1
+    with pytest.raises(DodistillError, match=r"no .*imagenet32\.npz, nor a folder imagenet32/ there"):
+        load_images("imagenet32", image_shape=(3, 8, 8))
+    np.savez(tmp_path / "imagenet32.npz", x_train=GREY[:2])
+    assert len(load_images("imagenet32")) == 2
 
 
 def test_bad_folders_and_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

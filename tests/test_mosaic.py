@@ -113,7 +113,8 @@ def slow_steps(source: Mosaic, pupil: nn.Module) -> tuple[dict[str, Tensor], lis
     loss_d.backward()
     of_d = [p.grad.clone() for p in D.parameters() if p.grad is not None]
     opt.step()
-    t, s = ctx.teacher(x), pupil(x)
+    own = copy.deepcopy(pupil).train(c.student_bn == "batch")
+    t, s = ctx.teacher(x), own(x)
     p = t.softmax(1)
     terms = {
         "local": c.local * bce(D((x - mean) / std), 1.0) / n,
@@ -125,11 +126,11 @@ def slow_steps(source: Mosaic, pupil: nn.Module) -> tuple[dict[str, Tensor], lis
     return {"d": loss_d} | terms, of_d, list(of_g)
 
 
-@pytest.mark.parametrize("rounds", [0, 2])
+@pytest.mark.parametrize(("rounds", "student_bn"), [(0, "batch"), (2, "batch"), (0, "running")])
 def test_both_steps_are_those_of_the_release(
-    rounds: int, teacher: nn.Module, pupil: nn.Module, strokes: Tensor
+    rounds: int, student_bn: str, teacher: nn.Module, pupil: nn.Module, strokes: Tensor
 ) -> None:
-    source = build(teacher, strokes, local=0.7, align=0.5, adv=1.5, balance=3.0)
+    source = build(teacher, strokes, local=0.7, align=0.5, adv=1.5, balance=3.0, student_bn=student_bn)
     source._look()
     for r in range(rounds):
         source.acquire(pupil, r)
@@ -352,7 +353,7 @@ def test_the_images_become_of_one_class_each_and_of_all(teacher: nn.Module, pupi
 
 @pytest.mark.slow
 def test_a_student_learns(teacher: nn.Module, strokes: Tensor, digits_test: Images) -> None:
-    """About 58 % when it works; 39 % with a generator that stands still."""
+    """About 62 % when it works (other seeds: 48, 60); 39 % with a generator that stands still (35, 42)."""
     source = {"name": "mosaic", "every": 2, "batch": 48, "width": 24, "base": 48, "patches": 24, "pad": 1, "lr_g": 5e-3}
     cfg = resolve({
         "source": source, "criterion": {"name": "kl", "temperature": 1.0}, "augment": {"pad": 0, "flip": False},

@@ -20,7 +20,7 @@ from .folder import load_folder
 from .planted import contexts, palette, plant
 
 Shape = tuple[int, int, int]
-_NAMED = ("mnist", "cifar10", "cifar100", "tiny_imagenet", "imagenet64", "imagenet", "flickr")
+_NAMED = ("mnist", "cifar10", "cifar100", "tiny_imagenet", "imagenet32", "imagenet64", "imagenet", "flickr")
 _SAMPLES = ("digits", "photos", "strokes")
 
 
@@ -74,8 +74,8 @@ def load_images(
     * a folder, searched through: decoded, resized to `image_shape` (see `crop`), labelled by its class subfolders if it
       has them and `labels`; a `train` or `test` (or `val`) subfolder is followed when it is there; Tiny-ImageNet as it
       is published is read by its own lists (see `layouts`);
-    * `mnist`, `cifar10`, `cifar100`, `tiny_imagenet`, `imagenet64`, `imagenet`, `flickr`: `$DODISTILL_DATA/NAME.npz`;
-      the last four may be a folder `$DODISTILL_DATA/NAME` instead;
+    * `mnist`, `cifar10`, `cifar100`, `tiny_imagenet`, `imagenet32`, `imagenet64`, `imagenet`, `flickr`:
+      `$DODISTILL_DATA/NAME.npz`; the last five may be a folder `$DODISTILL_DATA/NAME` instead;
     * `digits`: scikit-learn's 1797 scans (8x8, or resized to `image_shape`), 1297 for train and 500 for test;
     * `photos` or `photos:20000`: `n` (or so many) random patches of scikit-learn's two photographs at `image_shape`
       and several scales, by `seed`;

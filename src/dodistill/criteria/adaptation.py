@@ -37,7 +37,7 @@ class Adaptation(Criterion):
 class Config(CriterionConfig):
     """The released code sets `teacher_accuracy` to the teacher's measured test accuracy (0.9523 on CIFAR-10, 0.7774 on
     CIFAR-100). Without data it cannot be measured, and the teacher's mean confidence over-states it: the default is a
-    round guess, to be replaced by what is known of the teacher."""
+    round guess, to be replaced by what is known of the teacher (as the recipes of KDCI's tables do)."""
 
     name: ClassVar[str] = "adaptation"
     temperature: float = 4.0

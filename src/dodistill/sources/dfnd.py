@@ -7,12 +7,15 @@ From a large unlabelled set it keeps the n images on which the teacher is surest
 once, before the first step. The student then matches the teacher on them with the noisy-adaptation criterion
 (`criterion: adaptation`, matrix Q), which belongs to the method but is an axis of its own here.
 
-Deviations, and why
+Deviations, and why (tests/test_parity_wild.py has the released numbers)
  1. `select = "balanced"` (ours) takes the surest of each predicted class in equal numbers, as far as there are any: the
     published rule lets the teacher's preference decide the class shares. `random` is the paper's own baseline.
  2. Unlabelled images go through the teacher's normalisation. The release feeds them with ImageNet's constants to a
     CIFAR teacher.
- 3. Training length is `loop.steps`; the paper's 40 000 / n * 512 epochs of n images in batches of 256 are 80 000 steps.
+ 3. Training length is `loop.steps`; 40 000 / n * 512 epochs of n images in batches of 256 are 80 000 steps. The release
+    rounds down to epochs and stops one short, at 77 352.
+ 4. Larger images in a folder are cropped to their centre square on reading, as everywhere here; the release squashes
+    them to 32x32. Images of the size that is wanted, such as the downsampled ImageNet's, go through unchanged.
 """
 
 from __future__ import annotations
@@ -58,7 +61,7 @@ class Config(SourceConfig):
         },
     }
     origin: ClassVar[dict[str, str]] = {
-        "paper": "released code, ResNet-34 -> ResNet-18, ImageNet at 32x32 as the unlabelled set",
+        "paper": "released code, ResNet-34 -> ResNet-18, imagenet32 as the unlabelled set; give the teacher's accuracy",
         "desk": "ours: the same losses on a schedule for two CPU cores",
     }
 

@@ -10,18 +10,23 @@ Sums go over an image's patches; all is a mean over images. H is the entropy of 
 the images should be of one class each, of all classes together, and such that the student S is wrong about them. An
 acquisition is one step of D and one of G; then S makes `every` steps on fresh x and on u, on as many of each.
 
-Deviations, and why
- 1. S is in eval mode in G's step. In the release it is in train mode: its BatchNorm averages take in that batch too.
+Deviations, and why (tests/test_parity_wild.py has the released numbers)
+ 1. S normalises with the batch's own statistics in G's step, as in the release, where it is in train mode. There its
+    BatchNorm averages also take in that batch of made images; here it is left as it is, like everything that a source
+    is given. `student_bn = "running"` is eval mode, for which `adversarial` has a warning.
  2. The `every` batches of an acquisition are mixed: each of S's batches is about half x, half u. There, exactly.
  3. u is drawn with replacement, there by epochs. Images reach S in 256 levels.
  4. A source does not know the length of the run: the rates fall by a cosine over `anneal` acquisitions (steps / every).
- 5. u goes through the teacher's normalisation. In the release T and S see it in the constants of its own data set (for
-    ImageNet and Places at 32x32 mean 0.5, deviation 0.5) and D in the teacher's: `ood_normalise = "half"`.
+    S's rate falls with every step; there it is constant over the `every` steps of an acquisition.
+ 5. u goes through the teacher's normalisation everywhere. In the release D sees it so, but T and S in the constants of
+    its own data set: mean 0.5, deviation 0.5 for ImageNet and Places at 32x32 (`ood_normalise = "half"`), CIFAR-10's
+    for CIFAR-10 under a CIFAR-100 teacher (no switch: the pixels would leave [0, 1]).
 """
 
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -34,6 +39,7 @@ from ..augment import crop_flip, to_float, to_uint8
 from ..errors import DodistillError
 from ..models.normalized import Normalized
 from ..runtime import Context
+from .adversarial import batch_statistics
 from .base import Acquired, Kind, Source, SourceConfig, ask, at_least
 from .generators import ConvGenerator, normalised_space, seeded
 
@@ -107,6 +113,8 @@ class Config(SourceConfig):
     n: int = 0  #: out-of-domain images kept, those the teacher is least sure of (0: all)
     pad: int = 4  #: random crop of the student's out-of-domain images after padding by this many pixels (0: none)
     flip: bool = True  #: random horizontal flip of those
+    padding: Literal["zeros", "reflect"] = "zeros"  #: what that crop brings in from outside the image
+    student_bn: Literal["batch", "running"] = "batch"  #: statistics that the student's BatchNorm has in G's step
     ood_normalise: Literal["teacher", "half"] = "teacher"  #: half: as if normalised with mean 0.5 and deviation 0.5
 
     name: ClassVar[str] = "mosaic"
@@ -241,7 +249,9 @@ class Mosaic(Source):
         """One step of G, whose images x are; its weighted terms."""
         c, ctx = self.config, self.context
         with ctx.autocast():
-            t, s = ctx.teacher(x), student(x)
+            t = ctx.teacher(x)
+            with batch_statistics(student) if c.student_bn == "batch" else nullcontext():
+                s = student(x)
         terms = {
             "local": c.local * called(self._patches(x), True),
             "align": c.align * entropy(t).mean(),
@@ -262,7 +272,7 @@ class Mosaic(Source):
         for _ in range(c.every):
             with ctx.autocast():
                 x = to_uint8(self.G(self._z()))
-            u = self._as_normalised(crop_flip(self._some(c.batch), c.pad, self.generator, c.flip))
+            u = self._as_normalised(crop_flip(self._some(c.batch), c.pad, self.generator, c.flip, c.padding))
             images.append(torch.cat([x, u]))
             with ctx.autocast():
                 logits.append(ctx.teacher(to_float(images[-1])))
