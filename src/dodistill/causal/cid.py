@@ -53,7 +53,7 @@ class CID(Intervention):
 
     def __init__(self, config: Config, classes: int, dim: int, generator: torch.Generator):
         super().__init__()
-        self.config, self.name = config, config.name
+        self.config, self.name, self.decays = config, config.name, config.decay
         self.head = seeded(nn.Linear, generator, 2 * dim, classes)
         for name, shape in (("C", (classes, dim)), ("total", (classes, dim))):
             self.register_buffer(name, torch.zeros(shape))
@@ -145,6 +145,7 @@ class Config(InterventionConfig):
     init: float = 20 / 240  #: share of the run before z' is trained; the criterion has one too
     refresh: float = 1 / 240  #: share of the run after which the prototypes are replaced; about one pass over the data
     u: float = 0.0  #: how much of the old prototypes stays, in [0, 1)
+    decay: bool = False  #: the student's weight decay on W' and b' too (released: yes, and the presets cid-* have it)
 
     def build(self, context: Context) -> CID:
         if self.weights not in heads.WEIGHTS:

@@ -65,6 +65,7 @@ def _released(batch: int, steps: int, update: dict[str, Any], replay: dict[str, 
 
 _PLAIN: dict[str, Any] = {"name": "replay", "weight": 0.125}
 _LRA: dict[str, Any] = {"name": "retain", "alpha": 0.9, "order": "exact", "weight": 1.0}
+_VAE: dict[str, Any] = {"name": "generative", "shapes_decoder": True}
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,9 @@ class Config(dafl.Config):
     name: ClassVar[str] = "pre"
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "mb": _released(1024, 144_000, _PLAIN, {"name": "bank", "size": 128, "every": 180, "first": 36}),
-        "pre": _released(1024, 144_000, _PLAIN, {"name": "generative", "size": 128, "new": 512}),
+        "pre": _released(1024, 144_000, _PLAIN, {**_VAE, "size": 128, "new": 512}),
         "lra-bank": _released(512, 288_000, _LRA, {"name": "bank", "size": 64, "every": 360, "first": 72}),
-        "lra-generative": _released(512, 288_000, _LRA, {"name": "generative", "size": 64, "new": 256}),
+        "lra-generative": _released(512, 288_000, _LRA, {**_VAE, "size": 64, "new": 256}),
         "desk": {
             "source": {
                 "warmup": 30, "every": 5, "fresh": 5, "g_steps": 2, "batch": 128, "latent": 128, "width": 32,

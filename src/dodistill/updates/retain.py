@@ -67,9 +67,18 @@ class Retain(Update):
         super().__init__()
         self.config = config
 
+    @property
+    def fp32(self) -> bool:
+        """The Hessian product loses in bf16 what an exact gradient is for; see the file."""
+        return self._exact
+
+    @property
+    def _exact(self) -> bool:
+        return self.config.order == "exact" and self.config.alpha > 0
+
     def backward(self, student: nn.Module, acquire: Objective, retain: Objective | None = None) -> dict[str, Tensor]:
         c, named = self.config, {n: p for n, p in student.named_parameters() if p.requires_grad}
-        parameters, exact = list(named.values()), c.order == "exact" and c.alpha > 0
+        parameters, exact = list(named.values()), self._exact
         self.terms = {}
         if retain is None:
             terms = acquire(student)
