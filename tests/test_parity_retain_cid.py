@@ -188,7 +188,7 @@ def test_its_later_steps_are_on_its_own_images_too(released: bool) -> None:
     before = weights(it.encoder, it.decoder)
     seen: list[Tensor] = []
     hook = it.decoder.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
-    it._train(*new_images(it), own=True)
+    it._train(*it._with_own(*new_images(it)))
     hook.remove()
     assert close(terms_of(it, "ie", "oh", "moments"), PRE["memory, later: ie, oh, moments"])
     assert close(digest(seen[1]), PRE["memory, later: z"])

@@ -181,17 +181,19 @@ class Generative(Replay):
         for k in range(c.train):
             part = order.roll(-k * c.new)[: c.new]
             x, t = to_float(images[part].to(device)), logits[part.to(logits.device)].to(device)
-            self._train(x, t, own=self.ready or k > 0)
+            self.opt.zero_grad()
+            self._train(*(self._with_own(x, t) if self.ready or k else (x, t)))
         self.rounds += 1
 
-    def _train(self, x: Tensor, t: Tensor, own: bool = False) -> None:
-        """One step of Adam towards inputs x [n, C, H, W] and the teacher's logits t [n, K] of them, and with `own`
-        towards images that the decoder makes now."""
-        self.opt.zero_grad()
-        if own:
-            mine = self._decode_balanced(self.config.shapes_decoder)
-            with torch.no_grad(), self.context.autocast():
-                x, t = torch.cat([x, mine]), torch.cat([t, self.context.teacher(mine).float()])
+    def _with_own(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and the teacher's logits of them, with images behind them that the decoder makes now."""
+        mine = self._decode_balanced(self.config.shapes_decoder)
+        with torch.no_grad(), self.context.autocast():
+            return torch.cat([x, mine]), torch.cat([t, self.context.teacher(mine).float()])
+
+    def _train(self, x: Tensor, t: Tensor) -> None:
+        """One step of Adam towards inputs x [n, C, H, W] and the teacher's logits t [n, K] of them, with the gradients
+        that are there already."""
         with self.context.autocast():
             mu, log_var = self.encoder((x - self.mean) / self.std)
             eps = torch.randn(mu.shape, generator=self.generator, device=mu.device)
