@@ -16,10 +16,12 @@ Deviations, and why
  1. The back-door formula sums over contexts under their prior P(c). The code weighs them by q_i, the input's own
     prediction: an attention over prototypes. `weights` softened is the code's, prior the formula's, uniform a control.
  2. A pass is a share of the run (`refresh`), for inputs are drawn, not walked through. With 240 epochs it is the same.
- 3. A class that no input of a pass belongs to keeps its prototype.
+ 3. A class that no input of a pass belongs to keeps its prototype; there it is 0, or u times the old one.
  4. z' is added as z' + (s - z), s the prediction so far: the same alone; beside an intervention that adds to the
     logits, both act, in either order.
  5. The student's moving average ships with the head and the contexts of the student itself.
+ 6. W' has no weight decay unless `decay`; there it has the student's. The presets `cid-*` have it.
+ 7. u > 0 acts from the second pass on; there the first contexts are those of the last pass of `init` alone.
 """
 
 from __future__ import annotations

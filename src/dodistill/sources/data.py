@@ -8,8 +8,7 @@ Labels are what a criterion with a cross-entropy reads (`hinton`, `cid`, the bas
 teacher's answers stand in. `real` is the source that never reads labels, and that can skew the classes.
 
 The presets hold the student's schedule of CID and RepDistiller: 240 passes over CIFAR's 50 000 images in batches of 64.
-Deviations: batches are drawn with replacement, crops reflect at the border where theirs pad with zeros, and 3 % of the
-images (1024 at most) are held back to judge by.
+Deviations: batches are drawn with replacement, and 3 % of the images (1024 at most) are held back to judge by.
 """
 
 from __future__ import annotations

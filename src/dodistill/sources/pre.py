@@ -13,11 +13,14 @@ Deviations, and why
     and clamps probabilities to [0.01, 0.99]: with 100 classes it is all but gone, and G is nearly DAFL's. It is what
     the presets of the papers have; `js` is the Jensen-Shannon divergence, as in `desk`.
  2. In `js_repo` the teacher's side is a constant, as released; in the others the gradient goes through both.
- 3. The student is in eval mode while G steps; there it is in train mode, and G's batch moves its running statistics.
+ 3. The student is in eval mode while G steps; there it is in train mode, D is measured with the statistics of G's
+    batch, and that batch moves the running ones.
  4. The student's rate falls each step; there, each epoch (360 of its steps at batch 1024, 720 at 512).
  5. Images are in the teacher's normalised coordinates and are clipped to [0, 1] by the generator, as in `dafl`.
  6. The released LRA halves the batch and so makes twice the steps of the other two. Its presets do so too; compare
     them at equal `loop.steps` only.
+ 7. Spectral norm estimates the singular vectors by 15 power iterations at the start; there, by one per pass from
+    random vectors. Both go on with one per pass.
 """
 
 from __future__ import annotations
