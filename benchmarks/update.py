@@ -6,12 +6,13 @@ First the student's own work alone: forward and backward passes and the fused SG
 lie there. Then with what every run adds to it for all four alike, the teacher's pass over the new inputs. `share` is
 the number of replayed images per new one: an eighth in the papers. Aims, against a replay step: exact at most 2.5 in
 time and 2.2 in memory, first-order at most 1.7. Memory is a step's peak beyond what was there before, see
-`measure.peak`.
+`measure.peak`. The exact step is in fp32 whatever --precision says, as in a run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -44,20 +45,22 @@ def main() -> None:
         with torch.no_grad(), low():
             teacher(new)
 
-    def objective(n: int) -> Callable[[Any], dict[str, Tensor]]:
+    def objective(n: int, precision: Callable[[], Any]) -> Callable[[Any], dict[str, Tensor]]:
         x = torch.rand(n, 3, args.image, args.image, device=device).contiguous(memory_format=torch.channels_last)
         t = torch.randn(n, args.classes, device=device)
 
         def of(model: Any) -> dict[str, Tensor]:
-            with low():
+            with precision():
                 s = model(x)
             return {"kd": losses.l1(s.float(), t)}
 
         return of
 
-    def stepper(name: str, acquire: Any, retain: Any) -> measure.Step:
+    def stepper(name: str, share: float) -> measure.Step:
         choice, settings = UPDATES[name]
         update = registry.config("update", choice)(**settings).build()  # type: ignore[attr-defined]
+        precision = nullcontext if update.fp32 else low  # as the engine has it
+        acquire, retain = objective(args.batch, precision), objective(max(2, round(share * args.batch)), precision)
         sgd = torch.optim.SGD(student.parameters(), lr=1e-4, momentum=0.9, fused=True)
 
         def step() -> None:
@@ -67,10 +70,8 @@ def main() -> None:
 
         return step
 
-    acquire = objective(args.batch)
     for share in args.share:
-        retain = objective(max(2, round(share * args.batch)))
-        steps = [stepper(name, acquire, retain) for name in UPDATES]
+        steps = [stepper(name, share) for name in UPDATES]
         peaks = [measure.peak(step, device) for step in steps]
         rows = measure.alternate([*steps, ask], device, args.rounds, args.repeat)
         base = list(UPDATES).index("replay")

@@ -209,11 +209,13 @@ def test_latents_are_tuned_and_nothing_else_is(teacher: nn.Module, digits: Image
 
 
 def test_the_training_step_is_that_of_the_reconstruction_alone(teacher: nn.Module, digits: Images) -> None:
-    """Where the release lets the tuning of z write into the decoder's gradient, ours is the gradient of L."""
+    """Where the release lets the tuning of z write into the decoder's gradient, ours is the gradient of L (unless
+    `shapes_decoder`)."""
     memory: Generative = build("generative", teacher, lr=1e-3)
     memory.observe(*seen(teacher, digits), 0)
     state = copy.deepcopy(memory.state_dict())
     x, t = to_float(seen(teacher, digits)[0]), seen(teacher, digits)[1]
+    memory.opt.zero_grad()
     memory._decode_balanced()  # what would pollute
     own = build("generative", teacher, seed=9, lr=1e-3)
     own.load_state_dict(state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from dodistill.causal import kdci
 from dodistill.config import resolve
 from dodistill.criteria.l1 import L1
 from dodistill.data import Images
+from dodistill.engine import Distiller
 from dodistill.errors import DodistillError
 from dodistill.updates.base import Objective, Update
 from dodistill.updates.replay import alignment, stand_in
@@ -291,6 +293,37 @@ def test_kdci_gets_the_exact_gradient_too(
     for name, right in zip([*w, "also0", "also1", "also2"], d):
         assert torch.allclose(found[name], right, rtol=1e-7, atol=1e-11), name
         assert right.abs().sum() > 0, name
+
+
+# ----------------------------------------------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize(("order", "alpha"), [("exact", 0.9), ("exact", 0.1), ("first_order", 0.9), ("exact", 0.0)])
+def test_the_exact_step_is_fp32_whatever_the_precision(order: str, alpha: float, teacher: nn.Module) -> None:
+    """Under bf16 the exact step leaves the gradients of fp32; without a Hessian product the run's precision stays."""
+    cfg = resolve(
+        config("fast", steps=4, augment={"pad": 0, "flip": False}, loop={"precision": "bf16"}).to_tree(),
+        {"replay": {"name": "bank", "size": 8, "capacity": 2, "every": 1, "first": 2},
+         "update": {"name": "retain", "alpha": alpha, "order": order}},
+    )  # fmt: skip
+
+    def left(it: Distiller) -> Tensor:
+        """The gradients of the student after one step."""
+        it._match()
+        return torch.cat([p.grad.flatten() for p in it.student.parameters() if p.grad is not None])
+
+    low, full = job(teacher, cfg), job(teacher, cfg)
+    plain = job(teacher, resolve(cfg.to_tree(), {"replay": "none", "update": "plain"}))
+    low._acquire()
+    plain._acquire()
+    same(left(plain), left(low))  # nothing to replay yet: the plain update, in bf16
+    low._acquire()
+    assert low.replay.ready
+    full.load_state_dict(low.state_dict(), low.pool.state_dict())
+    full.autocast = contextlib.nullcontext
+    mine, right = left(low), left(full)
+    gap = float((mine - right).norm() / right.norm())
+    assert (gap < 1e-6) if order == "exact" and alpha > 0 else (gap > 1e-3)
 
 
 # ------------------------------------------------------------------------------------------------------- the log

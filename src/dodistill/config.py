@@ -100,7 +100,7 @@ class Loop:
     batch: int = 128
     seed: int = 0
     ema: float = 0.998  #: decay of the student's moving average
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  #: of forward passes; retain's exact step is always in fp32
     device: str = "auto"
     threads: int = 0  #: CPU threads (0: PyTorch's choice); the same bits need the same number
     log_every: int = 50

@@ -7,6 +7,7 @@ import hashlib
 import math
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from . import registry
 from .augment import crop_flip, to_float, to_uint8
 from .batch import Batch
-from .causal.base import Interventions
+from .causal.base import Intervention, Interventions
 from .causal.dictionary import FOREIGN, ConfounderDictionary
 from .collapse import symptoms, vital_signs
 from .config import Distill
@@ -151,14 +152,16 @@ class Distiller:
             )
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
-        """SGD for the student; parts without a rate of their own join it without weight decay; others get Adam."""
+        """SGD for the student; parts without a rate of their own join it, without weight decay unless they want it;
+        others get Adam."""
         c = self.config.optim
         groups: list[dict[str, Any]] = [{"params": list(self.student.parameters())}]
         others: list[torch.optim.Optimizer] = []
         for part in (*self.interventions.parts, self.criterion):
             parameters = [p for p in part.parameters() if p.requires_grad]
             if parameters and part.own_lr is None:
-                groups.append({"params": parameters, "weight_decay": 0.0})
+                decays = isinstance(part, Intervention) and part.decays
+                groups.append({"params": parameters, "weight_decay": c.weight_decay if decays else 0.0})
             elif parameters:
                 others.append(torch.optim.Adam(parameters, lr=part.own_lr, fused=True))
         sgd = torch.optim.SGD(
@@ -258,11 +261,12 @@ class Distiller:
         x = to_float(crop_flip(self.pool.x[index], aug.pad, g["augment"], aug.flip, aug.padding))
         # Without augmentation the inputs are those that the teacher has answered already.
         known = None if aug.pad or aug.flip else self.pool.logits[index]
-        acquire = self._objective(x, known, index, self.pool.labels[index])
+        exactly = self.update.fp32 and self.replay.ready
+        acquire = self._objective(x, known, index, self.pool.labels[index], exactly)
         remember = None
         if self.replay.ready:
             old, answer = self.replay.draw(self.student, self.step)
-            remember = self._objective(old, answer)
+            remember = self._objective(old, answer, exactly=exactly)
         self.student.train()
 
         for group in self.optimizers[0].param_groups:
@@ -283,9 +287,13 @@ class Distiller:
             self._window[name] = self._window[name] + value if name in self._window else value
 
     def _objective(
-        self, x: Tensor, t: Tensor | None, index: Tensor | None = None, labels: Tensor | None = None
-    ) -> Objective:
-        """The matching loss on inputs x, as a function of the student; t are the teacher's logits, where known."""
+        self, x: Tensor, t: Tensor | None, index: Tensor | None = None, labels: Tensor | None = None,
+        exactly: bool = False,
+    ) -> Objective:  # fmt: skip
+        """The matching loss on inputs x, as a function of the student; t are the teacher's logits, where known.
+
+        `exactly`: the student's passes in fp32. The teacher's keep the run's precision.
+        """
         x = x.contiguous(memory_format=torch.channels_last)
         theirs = Features()
         if t is None or self.needs:
@@ -297,9 +305,10 @@ class Distiller:
         where = torch.full((len(x),), -1, device=x.device) if index is None else index
         y = t.argmax(1) if labels is None else labels
         target, done = t, self.step / self.config.loop.steps
+        precision = nullcontext if exactly else self.autocast
 
         def objective(student: Any) -> dict[str, Tensor]:
-            with self.autocast(), tapped(self.student, self.needs) as own:
+            with precision(), tapped(self.student, self.needs) as own:
                 s = student(x)
             s = s.float()
             batch = Batch(where, y, s, done, own, theirs)

@@ -31,7 +31,8 @@ class Intervention(nn.Module):
     """The defaults do nothing. Its parameters, if any, are trained by the distillation loss."""
 
     name: str = ""  #: in the log
-    own_lr: float | None = None  #: an Adam of its own with this rate; None: the student's optimiser, no weight decay
+    own_lr: float | None = None  #: an Adam of its own with this rate; None: the student's optimiser
+    decays: bool = False  #: whether the student's weight decay acts on its parameters too, in that optimiser
     at_test: bool = False  #: whether `compensate` is part of the delivered student
     needs: frozenset[str] = frozenset()  #: of both networks, for `batch`: `features` (the penultimate ones)
 

@@ -16,10 +16,12 @@ Deviations, and why
  1. The back-door formula sums over contexts under their prior P(c). The code weighs them by q_i, the input's own
     prediction: an attention over prototypes. `weights` softened is the code's, prior the formula's, uniform a control.
  2. A pass is a share of the run (`refresh`), for inputs are drawn, not walked through. With 240 epochs it is the same.
- 3. A class that no input of a pass belongs to keeps its prototype.
+ 3. A class that no input of a pass belongs to keeps its prototype; there it is 0, or u times the old one.
  4. z' is added as z' + (s - z), s the prediction so far: the same alone; beside an intervention that adds to the
     logits, both act, in either order.
  5. The student's moving average ships with the head and the contexts of the student itself.
+ 6. W' has no weight decay unless `decay`; there it has the student's. The presets `cid-*` have it.
+ 7. u > 0 acts from the second pass on; there the first contexts are those of the last pass of `init` alone.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ class CID(Intervention):
 
     def __init__(self, config: Config, classes: int, dim: int, generator: torch.Generator):
         super().__init__()
-        self.config, self.name = config, config.name
+        self.config, self.name, self.decays = config, config.name, config.decay
         self.head = seeded(nn.Linear, generator, 2 * dim, classes)
         for name, shape in (("C", (classes, dim)), ("total", (classes, dim))):
             self.register_buffer(name, torch.zeros(shape))
@@ -145,6 +147,7 @@ class Config(InterventionConfig):
     init: float = 20 / 240  #: share of the run before z' is trained; the criterion has one too
     refresh: float = 1 / 240  #: share of the run after which the prototypes are replaced; about one pass over the data
     u: float = 0.0  #: how much of the old prototypes stays, in [0, 1)
+    decay: bool = False  #: the student's weight decay on W' and b' too (released: yes, and the presets cid-* have it)
 
     def build(self, context: Context) -> CID:
         if self.weights not in heads.WEIGHTS:

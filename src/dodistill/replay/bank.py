@@ -16,7 +16,8 @@ Deviations, and why
     72 at batch 512. Here that is `first` = 36, `every` = 180 (72 and 360), in acquisitions.
  2. It keeps floats in normalised coordinates on the host and asks the teacher again; here they are pixels, rounded as
     all that the student sees, and the teacher's answers are its answers to those.
- 3. A batch joins when it is acquired, before the student's steps on it; there, after them.
+ 3. A batch joins when it is acquired, before the student's steps on it; there, after them. It is a random part of the
+    acquisition; there, the first eighth of its last batch.
 """
 
 from __future__ import annotations

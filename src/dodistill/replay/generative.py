@@ -16,13 +16,15 @@ something else are not remembered. What D is asked for is balanced over classes:
 with moments over the batch of z, per latent. A step of the student replays `size` such images.
 
 Deviations, and why
- 1. The tuning of z moves z alone. The release also adds the gradient of that loss to the decoder's, uncleared, and the
-    decoder then steps on it.
- 2. `train` steps per acquisition, at the acquisition, each on its own part of the new images; there, in the first 4
-    of the 10 student steps between two acquisitions, on the images of that step. The student waits for the first of
-    them; there it replays images of an untrained decoder first.
- 3. Images that leave [0, 1] are clipped before teacher or student reads them; in the release nothing is clipped.
- 4. A teacher without a known normalisation gets mean 0.5 and deviation 0.25; the released decoders know theirs only by
+ 1. With `shapes_decoder` off the tuning of z moves z alone. In the release the gradient of that loss stays in the
+    decoder, uncleared, and D steps on the sum of both: it also learns to make confident images of evenly many classes.
+    Whether that is meant we cannot tell; the presets `pre` and `lra-generative` have it on.
+ 2. `train` steps per acquisition, at the acquisition, each on its own part of the new images; there, after each of the
+    first 4 of the 10 student steps between two acquisitions, on the images of that step. The student waits for the
+    first of them; there it replays images of an untrained decoder first.
+ 3. The first step has new images alone, those after it D's own too; there, the first 4 have new ones alone.
+ 4. Images that leave [0, 1] are clipped before teacher or student reads them; in the release nothing is clipped.
+ 5. A teacher without a known normalisation gets mean 0.5 and deviation 0.25; the released decoders know theirs only by
     the standardisation of their last layer. Images need a height and width divisible by 4; there, by 8.
 """
 
@@ -131,6 +133,7 @@ class Config(ReplayConfig):
     ie: float = 5.0  #: weight of the information entropy in the tuning of z
     oh: float = 1.0  #: weight of the one-hot loss in the tuning of z
     kld: float = 1e-5  #: weight of the KL divergence to the prior
+    shapes_decoder: bool = False  #: the loss that tunes z trains the decoder too, in its training steps (released: yes)
 
     name: ClassVar[str] = "generative"
 
@@ -178,15 +181,19 @@ class Generative(Replay):
         for k in range(c.train):
             part = order.roll(-k * c.new)[: c.new]
             x, t = to_float(images[part].to(device)), logits[part.to(logits.device)].to(device)
-            if self.ready or k:
-                mine = self._decode_balanced()
-                with torch.no_grad(), self.context.autocast():
-                    x, t = torch.cat([x, mine]), torch.cat([t, self.context.teacher(mine).float()])
-            self._train(x, t)
+            self.opt.zero_grad()
+            self._train(*(self._with_own(x, t) if self.ready or k else (x, t)))
         self.rounds += 1
 
+    def _with_own(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and the teacher's logits of them, with images behind them that the decoder makes now."""
+        mine = self._decode_balanced(self.config.shapes_decoder)
+        with torch.no_grad(), self.context.autocast():
+            return torch.cat([x, mine]), torch.cat([t, self.context.teacher(mine).float()])
+
     def _train(self, x: Tensor, t: Tensor) -> None:
-        """One step of Adam towards inputs x [n, C, H, W] and the teacher's logits t [n, K] of them."""
+        """One step of Adam towards inputs x [n, C, H, W] and the teacher's logits t [n, K] of them, with the gradients
+        that are there already."""
         with self.context.autocast():
             mu, log_var = self.encoder((x - self.mean) / self.std)
             eps = torch.randn(mu.shape, generator=self.generator, device=mu.device)
@@ -197,7 +204,6 @@ class Generative(Replay):
             "logits": (answer - t).abs().mean(),
             "kld": self.config.kld * kl_to_normal(mu, log_var),
         }
-        self.opt.zero_grad()
         torch.stack(list(terms.values())).sum().backward(inputs=self.parameters)
         self.opt.step()
         self.terms |= {name: value.detach() for name, value in terms.items()}
@@ -207,14 +213,18 @@ class Generative(Replay):
         out: Tensor = self.mean + self.std * self.decoder(z)
         return out
 
-    def _decode_balanced(self) -> Tensor:
-        """`size` images in [0, 1] of latents that were tuned once; constants."""
+    def _decode_balanced(self, shapes_decoder: bool = False) -> Tensor:
+        """`size` images in [0, 1] of latents that were tuned once; constants. `shapes_decoder`: the gradient of the
+        tuning is added to the decoder's."""
         c = self.config
         z = torch.randn(c.size, c.latent, generator=self.generator, device=self.context.device).requires_grad_()
         with self.context.autocast():
             t = self.context.teacher(self._decode(z).clamp(0, 1)).float()
         terms = balance(t, z, c.ie, c.oh)
-        (g,) = torch.autograd.grad(torch.stack(list(terms.values())).sum(), [z])
+        total = torch.stack(list(terms.values())).sum()
+        total.backward(inputs=[z, *self.decoder.parameters()] if shapes_decoder else [z])
+        g = z.grad
+        assert g is not None
         self.terms |= {name: value.detach() for name, value in terms.items()}
         with torch.no_grad(), self.context.autocast():
             return self._decode(z - c.lr_z * g / (g.abs() + 1e-8)).clamp(0, 1)  # Adam's first step

@@ -36,7 +36,8 @@ _SCHEDULE: dict[str, Any] = {
 def _cid(b: float, c: float, lr: float = 0.05) -> dict[str, Any]:
     """CID's setting for one pair."""
     return _SCHEDULE | {
-        "source": {}, "intervention": "cid", "criterion": {"name": "cid", "a": 1.0, "b": b, "c": c},
+        "source": {}, "intervention": "cid", "cid": {"decay": True},
+        "criterion": {"name": "cid", "a": 1.0, "b": b, "c": c},
         "optim": _SCHEDULE["optim"] | {"lr": lr},
     }  # fmt: skip
 

@@ -13,11 +13,14 @@ Deviations, and why
     and clamps probabilities to [0.01, 0.99]: with 100 classes it is all but gone, and G is nearly DAFL's. It is what
     the presets of the papers have; `js` is the Jensen-Shannon divergence, as in `desk`.
  2. In `js_repo` the teacher's side is a constant, as released; in the others the gradient goes through both.
- 3. The student is in eval mode while G steps; there it is in train mode, and G's batch moves its running statistics.
+ 3. The student is in eval mode while G steps; there it is in train mode, D is measured with the statistics of G's
+    batch, and that batch moves the running ones.
  4. The student's rate falls each step; there, each epoch (360 of its steps at batch 1024, 720 at 512).
  5. Images are in the teacher's normalised coordinates and are clipped to [0, 1] by the generator, as in `dafl`.
  6. The released LRA halves the batch and so makes twice the steps of the other two. Its presets do so too; compare
     them at equal `loop.steps` only.
+ 7. Spectral norm estimates the singular vectors by 15 power iterations at the start; there, by one per pass from
+    random vectors. Both go on with one per pass.
 """
 
 from __future__ import annotations
@@ -65,6 +68,7 @@ def _released(batch: int, steps: int, update: dict[str, Any], replay: dict[str, 
 
 _PLAIN: dict[str, Any] = {"name": "replay", "weight": 0.125}
 _LRA: dict[str, Any] = {"name": "retain", "alpha": 0.9, "order": "exact", "weight": 1.0}
+_VAE: dict[str, Any] = {"name": "generative", "shapes_decoder": True}
 
 
 @dataclass(frozen=True)
@@ -89,9 +93,9 @@ class Config(dafl.Config):
     name: ClassVar[str] = "pre"
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "mb": _released(1024, 144_000, _PLAIN, {"name": "bank", "size": 128, "every": 180, "first": 36}),
-        "pre": _released(1024, 144_000, _PLAIN, {"name": "generative", "size": 128, "new": 512}),
+        "pre": _released(1024, 144_000, _PLAIN, {**_VAE, "size": 128, "new": 512}),
         "lra-bank": _released(512, 288_000, _LRA, {"name": "bank", "size": 64, "every": 360, "first": 72}),
-        "lra-generative": _released(512, 288_000, _LRA, {"name": "generative", "size": 64, "new": 256}),
+        "lra-generative": _released(512, 288_000, _LRA, {**_VAE, "size": 64, "new": 256}),
         "desk": {
             "source": {
                 "warmup": 30, "every": 5, "fresh": 5, "g_steps": 2, "batch": 128, "latent": 128, "width": 32,

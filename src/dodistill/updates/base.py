@@ -29,6 +29,11 @@ class Update(ABC):
         #: what it says of its last step beside the loss (tensors, unsynced), for the log
         self.terms: dict[str, Tensor] = {}
 
+    @property
+    def fp32(self) -> bool:
+        """Must the student's passes run in fp32 when there is something to replay, whatever `loop.precision` says?"""
+        return False
+
     @abstractmethod
     def backward(self, student: nn.Module, acquire: Objective, retain: Objective | None = None) -> dict[str, Tensor]:
         """Named terms, detached. Gradients are added to `.grad` of everything that the objectives touch.
