@@ -4,8 +4,8 @@
     python benchmarks/imagenet_size.py per-class --batch 100 --classes 2
     python benchmarks/imagenet_size.py deepinv --batch 84
 
-Each call is a process of its own, since its peak of resident memory is what it states. Times are CPU time of one thread,
-on a GPU wall time.
+Each call is a process of its own, since its peak of resident memory is what it states. Times are CPU time of one
+thread, on a GPU wall time.
 """
 
 from __future__ import annotations
