@@ -145,6 +145,19 @@ def test_the_last_images_are_handed_over(teacher: nn.Module, pupil: nn.Module) -
     assert not torch.equal(x, made[0])
 
 
+@pytest.mark.parametrize("per_class", [0, 4])
+def test_it_learns_to_please_the_teacher(per_class: int, teacher: nn.Module, pupil: nn.Module) -> None:
+    source = build(
+        teacher, K=5, batch=64, width=8, latent=16, bn=10.0, oh=0.4, adv=0.0, lr_g=2e-3, lr_g_meta=0.01,
+        per_class=per_class, reinit=0,
+    )  # fmt: skip
+    values = []
+    for r in range(12):
+        source.acquire(pupil, r)
+        values.append(source.terms["bn"].item() + source.terms["ce"].item())
+    assert sum(values[-3:]) < 0.8 * sum(values[:3])
+
+
 # --------------------------------------------------------------------------------------------------- one per class
 
 
