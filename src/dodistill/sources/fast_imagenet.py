@@ -83,8 +83,8 @@ class Config(GuidedConfig):
     name: ClassVar[str] = "fast_imagenet"
     kind: ClassVar[Kind] = "generator"
     needs: ClassVar[frozenset[str]] = frozenset({"batchnorm"})
-    trains: ClassVar[str] = "a meta-generator and latents, a copy per acquisition; or a generator per class"
-    keeps: ClassVar[str] = "2 generators, latents, Adam; per class 1 generator on the host"
+    trains: ClassVar[str] = "a meta-generator and latents, or one generator per class"
+    keeps: ClassVar[str] = "2 generators, latents, Adam; or a bank on the host"
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "resnet18": _preset(1.0),
         "mobilenetv2": _preset(0.1),
