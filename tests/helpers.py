@@ -25,6 +25,10 @@ SHAPE = (1, 8, 8)
 SOURCES: dict[str, Tree] = {
     "real": {"name": "real", "n": 200},
     "fast": {"name": "fast", "K": 2, "batch": 32, "warmup": 1, "every": 4, "latent": 16, "width": 4, "reset_at": 2},
+    "fast_imagenet": {
+        "name": "fast_imagenet", "K": 2, "batch": 32, "warmup": 1, "every": 4, "latent": 8, "width": 4, "doublings": 2,
+        "reinit": 2, "lr_g": 1e-3,
+    },
     "deepinv": {"name": "deepinv", "iterations": 3, "batch": 32, "every": 4},
     "dfnd": {"name": "dfnd", "n": 200},
     "adversarial": {"name": "adversarial", "batch": 16, "width": 4, "latent": 8, "every": 2, "fresh": 2},

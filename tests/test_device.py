@@ -78,6 +78,9 @@ CASES += [
     ("mosaic", "none", {"source": {"n": 50}}),
     ("adversarial", "none", {"source": {"ema": 0.9}}),
     ("cmi", "none", {"source": {"bank_dtype": "bfloat16"}}),
+    ("fast_imagenet", "none", {"source": {"z_meta": "reptile"}}),
+    ("fast_imagenet", "none", {"source": {"per_class": 4, "bank_dtype": "bfloat16"}}),
+    ("deepinv", "none", {"source": {"low": 2, "lr_warmup": 1, "schedule": "cosine", "adv": 0.2, "js": "published"}}),
 ]  # fmt: skip
 
 

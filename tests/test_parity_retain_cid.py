@@ -165,6 +165,11 @@ def new_images(it: Generative, n: int = 16) -> tuple[Tensor, Tensor]:
         return x, it.context.teacher(x)
 
 
+def near(mine: list[float], theirs: list[float], rel: float = 1e-4) -> bool:
+    """Are terms equal, relative to the largest? A term of a tiny weight is known no better than the loss is."""
+    return len(mine) == len(theirs) and all(abs(x - y) <= rel * max(theirs) for x, y in zip(mine, theirs))
+
+
 def terms_of(it: Generative, *names: str) -> list[float]:
     return [float(it.terms[name]) for name in names]
 
@@ -174,7 +179,7 @@ def test_the_memorys_first_step_is_on_new_images() -> None:
     it = memory()
     before = weights(it.encoder, it.decoder)
     it._train(*new_images(it))
-    assert close(terms_of(it, "image", "logits", "kld"), PRE["memory, first: image, logits, kld"])
+    assert near(terms_of(it, "image", "logits", "kld"), PRE["memory, first: image, logits, kld"])
     assert it.terms["kld"].item() == pytest.approx(PRE["memory, first: image, logits, kld"][2], rel=1e-3)
     assert alike(digest(grads(it.encoder, it.decoder)), PRE["memory, first: gradient"])
     assert close(change(before, weights(it.encoder, it.decoder)), PRE["memory, first: step"])
@@ -192,7 +197,7 @@ def test_its_later_steps_are_on_its_own_images_too(released: bool) -> None:
     hook.remove()
     assert close(terms_of(it, "ie", "oh", "moments"), PRE["memory, later: ie, oh, moments"])
     assert alike(digest(seen[1]), PRE["memory, later: z"])
-    assert close(terms_of(it, "image", "logits", "kld"), PRE["memory, later: image, logits, kld"])
+    assert near(terms_of(it, "image", "logits", "kld"), PRE["memory, later: image, logits, kld"])
     tag = "memory, later, as released" if released else "memory, later"
     assert alike(digest(grads(it.encoder)), PRE[f"{tag}: gradient of the encoder"])
     assert alike(digest(grads(it.decoder)), PRE[f"{tag}: gradient of the decoder"])

@@ -59,6 +59,14 @@ def at_least(config: SourceConfig, least: int, *fields: str) -> None:
             raise DodistillError(f"source.{name} is {getattr(config, name)}; it must be at least {least}.")
 
 
+def balanced_labels(n: int, classes: int, generator: torch.Generator) -> Tensor:
+    """[n] long: every class equally often, in order; of more classes than n a random choice, each once."""
+    device = generator.device
+    if n < classes:
+        return torch.randperm(classes, generator=generator, device=device)[:n]
+    return torch.arange(n, device=device) % classes
+
+
 @dataclass
 class Acquired:
     """A batch of substitution inputs: float in [0, 1] or uint8, [n, C, H, W], and what is already known of them."""

@@ -7,14 +7,17 @@ Per acquisition the pixels x themselves descend, from noise, towards labels y an
     r_l  = || mu_l - E_l ||_2 + || var_l - V_l ||_2      statistics of each BatchNorm's input
     R_tv = sum over the four difference images (right, down, two diagonals) of their mean absolute value
 
-The last term is Adaptive DeepInversion: it looks for images on which teacher and student disagree.
+The last term is Adaptive DeepInversion: it looks for images on which teacher and student disagree. With `low` the
+first iterations see every 2x2 block of x as one pixel, their mean, as NVIDIA's code does on ImageNet.
 
 Deviations, and why
  1. `js = "true"` is the Jensen-Shannon divergence at temperature 3. The released code's "JS" is KL(M || P) with
     probabilities clamped to [0.01, 0.99], which has almost no gradient with 100 classes; it stands as
-    `js = "published"`.
+    `js = "published"`, clamped to [0, 1] as there.
  2. `best` returns the iterate of lowest loss, as the release means to; the release's copy aliases the tensor that is
     updated in place, so it always returns the last one. `best = false` is that.
+    Its ImageNet code keeps a copy, made after the step whose loss was lowest, over both resolutions; ours is of the
+    full resolution only, as the losses of the two do not compare.
  3. Pixels descend in the teacher's normalised coordinates, as in the release, and are clipped to valid pixels after
     each step. A teacher without a known normalisation gets mean 0.5 and deviation 0.25.
  4. `tv_norm = "l2"` is NVIDIA's R_tv: the sum of the four L2 norms over the batch. The weights of the two differ by
@@ -22,6 +25,7 @@ Deviations, and why
     L1 is of the image as it lies there, L2 of the rolled one, as in the two codes.
  5. The toolbox has two copies. `toolbox` is the one in CMI's repository: tv 1e-3, and the student's cosine ends at 0.
     Fast's has tv 0, ends at 2e-4, and subtracts 0.001 of the student's BatchNorm loss, which no paper has, nor have we.
+ 6. NVIDIA's ImageNet code inverts 42 hand-picked classes, or random ones (`--random_label`); ours are random.
 """
 
 from __future__ import annotations
@@ -34,9 +38,10 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from .. import losses
+from ..errors import DodistillError
 from ..runtime import Context
 from ..taps import batchnorm_inputs
-from .base import Acquired, Kind, Source, SourceConfig, at_least
+from .base import Acquired, Kind, Source, SourceConfig, at_least, balanced_labels
 
 _TOOLBOX: dict[str, Any] = {
     "source": {"batch": 256, "iterations": 1000, "lr": 0.1, "betas": (0.5, 0.99), "every": 400},
@@ -44,6 +49,22 @@ _TOOLBOX: dict[str, Any] = {
     "optim": {"lr": 0.1, "weight_decay": 1e-4, "floor": 0.0},
     "loop": {"steps": 80_000, "batch": 256},
 }
+
+
+def _imagenet(**source: Any) -> dict[str, Any]:
+    """NVIDIA's setting 0 for ImageNet. What belongs to the student is ours: nobody released it."""
+    return {
+        "source": {
+            "batch": 84, "low": 2000, "iterations": 1000, "lr": 0.25, "betas": (0.5, 0.9), "schedule": "cosine",
+            "lr_warmup": 100, "bn": 0.01, "first_bn": 10.0, "adv": 0.0, "js": "published", "tv": 1e-4, "tv_norm": "l2",
+            "l2": 1e-5, "l2_per_image": True, "jitter": 30, "every": 240, **source,
+        },
+        "criterion": {"name": "kl", "temperature": 3.0},
+        "optim": {"lr": 0.1, "weight_decay": 1e-4, "floor": 0.0},
+        "pool": {"capacity": 140_000},
+        "augment": {"pad": 28},
+        "loop": {"steps": 400_000, "batch": 100},
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,9 +75,11 @@ class Config(SourceConfig):
     every: int = 400
     batch: int = 256  #: images inverted together
     iterations: int = 1000  #: descent steps per acquisition
+    low: int = 0  #: steps before them at half the resolution
     lr: float = 0.1  #: Adam's rate, in the teacher's normalised coordinates
     betas: tuple[float, float] = (0.5, 0.99)
-    schedule: Literal["constant", "cosine"] = "constant"  #: of that rate, over the iterations
+    schedule: Literal["constant", "cosine"] = "constant"  #: of that rate, over the iterations of a resolution
+    lr_warmup: int = 0  #: iterations in which the rate rises to it, at each resolution
     oh: float = 1.0  #: weight of the cross-entropy to the drawn labels
     bn: float = 10.0  #: weight of the BatchNorm statistics
     first_bn: float = 1.0  #: extra factor on the first BatchNorm (10 in NVIDIA's ImageNet setting)
@@ -64,6 +87,7 @@ class Config(SourceConfig):
     tv: float = 1e-3  #: weight of the total variation
     tv_norm: Literal["l1", "l2"] = "l1"  #: mean absolute differences (toolbox); L2 norm of the batch (NVIDIA)
     l2: float = 0.0  #: weight of the pixels' L2 norm
+    l2_per_image: bool = False  #: the mean of the images' norms instead of the batch's (NVIDIA's ImageNet code)
     js: Literal["true", "published"] = "true"
     temperature: float = 3.0  #: of the Jensen-Shannon term
     jitter: int = 0  #: largest roll in pixels; 0 means an eighth of the height
@@ -88,6 +112,10 @@ class Config(SourceConfig):
             "criterion": {"name": "kl", "temperature": 3.0},
             "pool": {"capacity": 409_600},
         },
+        "imagenet": _imagenet(),
+        "imagenet-adaptive": _imagenet(adv=0.2, lr=0.2),
+        "imagenet-single": _imagenet(low=0, iterations=2000, lr=0.2),
+        "imagenet-long": _imagenet(batch=152, low=0, iterations=20_000, lr=0.2, betas=(0.9, 0.999), clip=False),
         "desk": {
             **_TOOLBOX,
             "source": {
@@ -101,11 +129,15 @@ class Config(SourceConfig):
     origin: ClassVar[dict[str, str]] = {
         "toolbox": "the DFKD toolbox's script (CMI's copy), WRN-40-2 -> WRN-16-1 on CIFAR-10; other pairs have none",
         "nvidia": "NVIDIA's CIFAR-10 flags and its authors' answers (50 steps per batch, T 3); l2 and adv from memory",
+        "imagenet": "NVIDIA's ImageNet command, ResNet-50: 2000 at 112x112, then 1000 at 224x224; the student's ours",
+        "imagenet-adaptive": "the same with the command of its log for adi_scale 0.2; the student's ours",
+        "imagenet-single": "NVIDIA's setting 1 with the command of its log: 2000 at 224x224; the student's ours",
+        "imagenet-long": "NVIDIA's setting 2, 20 000 at 224x224, with the paper's batch; the student's ours",
         "desk": "ours: the same losses on a schedule for two CPU cores",
     }
 
     def teacher_passes(self) -> tuple[float, float]:
-        return self.iterations + 1.0, float(self.iterations)
+        return self.low + self.iterations + 1.0, float(self.low + self.iterations)
 
     def build(self, context: Context) -> Source:
         return DeepInv(self, context)
@@ -118,7 +150,10 @@ class DeepInv(Source):
         super().__init__(context)
         self.config = config
         at_least(config, 1, "iterations")
+        at_least(config, 0, "low", "lr_warmup")
         at_least(config, 2, "batch")
+        if config.low:
+            self._check_half()
         self.host = torch.Generator().manual_seed(context.seed)  # rolls and flips are host decisions: no sync
         model = context.teacher.model
         self.mean = torch.as_tensor(getattr(model, "mean", 0.5), device=context.device).float().view(1, -1, 1, 1)
@@ -130,35 +165,56 @@ class DeepInv(Source):
         u = torch.randn(shape, generator=self.generator, device=ctx.device)
         u = u.contiguous(memory_format=torch.channels_last).requires_grad_()  # normalised: x = mean + std * u
         if c.balanced:
-            y = torch.arange(c.batch, device=ctx.device) % ctx.num_classes
+            y = balanced_labels(c.batch, ctx.num_classes, self.generator)
         else:
             y = torch.randint(ctx.num_classes, (c.batch,), generator=self.generator, device=ctx.device)
         low, high = (0 - self.mean) / self.std, (1 - self.mean) / self.std
-        opt = torch.optim.Adam([u], lr=c.lr, betas=c.betas, fused=True)
         jitter = c.jitter or max(1, ctx.image_shape[1] // 8)
         best, lowest = u.detach().clone(), torch.full((), float("inf"), device=ctx.device)
 
         with batchnorm_inputs(ctx.teacher) as taps:
-            for i in range(c.iterations):
-                terms = self._terms(u, y, student, jitter, taps)
-                loss = torch.stack(list(terms.values())).sum()
-                if c.best:
-                    with torch.no_grad():
-                        best = torch.where(loss < lowest, u, best)
-                        lowest = torch.minimum(loss, lowest)
-                if c.schedule == "cosine":
-                    cosine = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * i / c.iterations))).item()
-                    opt.param_groups[0]["lr"] = c.lr * cosine
-                opt.zero_grad()
-                loss.backward(inputs=[u])  # the student gets no gradients, nor pays for them
-                opt.step()
-                if c.clip:
-                    with torch.no_grad():
-                        u.copy_(torch.minimum(torch.maximum(u, low), high))
-                ctx.progress("inverting", i + 1, c.iterations)
+            for shrink, steps in ((2, c.low), (1, c.iterations)):
+                opt = torch.optim.Adam([u], lr=c.lr, betas=c.betas, fused=True)
+                for i in range(steps):
+                    terms = self._terms(nnf.avg_pool2d(u, 2) if shrink > 1 else u, y, student, jitter // shrink, taps)
+                    loss = torch.stack(list(terms.values())).sum()
+                    if c.best and shrink == 1:
+                        with torch.no_grad():
+                            best = torch.where(loss < lowest, u, best)
+                            lowest = torch.minimum(loss, lowest)
+                    opt.param_groups[0]["lr"] = self._rate(i, steps)
+                    opt.zero_grad()
+                    loss.backward(inputs=[u])  # the student gets no gradients, nor pays for them
+                    opt.step()
+                    if c.clip:
+                        with torch.no_grad():
+                            u.copy_(torch.minimum(torch.maximum(u, low), high))
+                    ctx.progress("inverting", (shrink == 1) * c.low + i + 1, c.low + c.iterations)
         self.terms = {name: value.detach() for name, value in terms.items()}
         chosen = best if c.best else u.detach()
         return Acquired((self.mean + self.std * chosen).clamp_(0, 1))
+
+    def _rate(self, i: int, steps: int) -> float:
+        """Adam's rate at iteration i of the `steps` at one resolution."""
+        c = self.config
+        if i < c.lr_warmup:
+            return c.lr * (i + 1) / c.lr_warmup
+        if c.schedule == "constant":
+            return c.lr
+        angle = torch.pi * (i - c.lr_warmup) / (steps - c.lr_warmup)
+        return c.lr * (0.5 * (1 + torch.cos(torch.tensor(angle)))).item()
+
+    def _check_half(self) -> None:
+        channels, height, width = self.context.image_shape
+        half = torch.full((2, channels, height // 2, width // 2), 0.5, device=self.context.device)
+        try:
+            with torch.no_grad():
+                self.context.teacher(half)
+        except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+            raise DodistillError(
+                f"source.low is {self.config.low}, and the teacher cannot read images of {height // 2}x{width // 2}, "
+                f"half of its {height}x{width}: give --source.low 0. It said: {str(error).partition('.')[0]}."
+            ) from error
 
     def _terms(self, u: Tensor, y: Tensor, student: nn.Module, jitter: int, taps: Any) -> dict[str, Tensor]:
         c, ctx = self.config, self.context
@@ -176,12 +232,15 @@ class DeepInv(Source):
         if c.tv:
             terms["tv"] = c.tv * (losses.total_variation(u, 1) if c.tv_norm == "l1" else losses.total_variation(ua, 2))
         if c.l2:
-            terms["l2"] = c.l2 * losses.l2_norm(ua)
+            terms["l2"] = c.l2 * losses.l2_norm(ua, c.l2_per_image)
         if c.adv:
             with ctx.autocast():
                 s = student(x)
-            js = losses.js if c.js == "true" else losses.js_published
-            terms["js"] = c.adv * (1 - js(s.float(), t, c.temperature))
+            if c.js == "true":
+                js = losses.js(s.float(), t, c.temperature)
+            else:
+                js = losses.js_published(s.float(), t, c.temperature).clamp(0, 1)
+            terms["js"] = c.adv * (1 - js)
         return terms
 
     def state_dict(self) -> dict[str, Any]:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime import Context
-from .base import Acquired, Kind, Source, at_least
+from .base import Acquired, Kind, Source, at_least, balanced_labels
 from .generators import ConvGenerator, seeded
 from .guided import Guided, GuidedConfig
 
@@ -128,7 +128,7 @@ class Fast(Guided):
     def _labels(self) -> Tensor:
         n, classes, g = self.config.batch, self.context.num_classes, self.generator
         if self.config.balanced:
-            return torch.arange(n, device=g.device) % classes
+            return balanced_labels(n, classes, g)
         return torch.randint(classes, (n,), generator=g, device=g.device)
 
     def acquire(self, student: nn.Module, round: int) -> Acquired:

@@ -1,4 +1,4 @@
-"""What `fast` and `nayer` share: a generator descends on one batch, guided by the teacher, and the best images stay.
+"""What `fast`, `fast_imagenet` and `nayer` share: a generator descends on one batch, guided by the teacher.
 
     L = bn * sum_l (|| mu_l - E_l ||_2 + || var_l - V_l ||_2)  +  oh * CE(T(x), y)  +  adv * L_adv
 
@@ -51,11 +51,12 @@ class Guided(Source):
         leaves: Sequence[Tensor],
         steps: int,
         each: Callable[[], None] = lambda: None,
+        last: bool = False,
     ) -> Tensor:
         """The images of lowest loss among `steps` of `opt` on what `make` makes, [n, C, H, W] in [0, 1].
 
         Gradients reach `leaves` and nothing else. `student`: whom the adversarial term is about, None for none.
-        `each` is called between a backward pass and the step.
+        `each` is called between a backward pass and the step. `last`: the images of the last step instead.
         """
         c, ctx = self.guided, self.context
         best = torch.empty(0)
@@ -77,7 +78,7 @@ class Guided(Source):
                 loss = torch.stack(list(terms.values())).sum()
                 with torch.no_grad():
                     better = loss < lowest
-                    best = torch.where(better, x, best) if k else x.detach().clone()
+                    best = torch.where(better, x, best) if k and not last else x.detach().clone()
                     lowest = torch.minimum(loss, lowest)
                 opt.zero_grad()
                 loss.backward(inputs=list(leaves))  # the student gets no gradients, nor pays for them
