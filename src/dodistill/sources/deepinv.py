@@ -32,7 +32,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from .. import losses
-from ..runtime import Context
+from ..runtime import Context, laid_out
 from ..taps import batchnorm_inputs
 from .base import Acquired, Kind, Source, SourceConfig, at_least
 
@@ -126,7 +126,7 @@ class DeepInv(Source):
         c, ctx = self.config, self.context
         shape = (c.batch, *ctx.image_shape)
         u = torch.randn(shape, generator=self.generator, device=ctx.device)
-        u = u.contiguous(memory_format=torch.channels_last).requires_grad_()  # normalised: x = mean + std * u
+        u = laid_out(u).requires_grad_()  # normalised: x = mean + std * u
         if c.balanced:
             y = torch.arange(c.batch, device=ctx.device) % ctx.num_classes
         else:
