@@ -77,8 +77,8 @@ def test_resized_crop_takes_parts_of_the_stated_size() -> None:
     assert 0.75 - 1e-3 < ratio.min() < 0.8
     assert 1.25 < ratio.max() < 4 / 3 + 1e-3
     assert 0.4 < (across < 0).float().mean() < 0.6
-    assert out.min() >= 0
-    assert out.max() <= ramp.max()
+    assert out.min() >= -1e-6
+    assert out.max() <= ramp.max() + 1e-6  # bilinear weights add up to 1 but for rounding
     first, last = out[:, 0].amin((1, 2)), out[:, 0].amax((1, 2))
     assert first.min() < 0.01  # parts touch both sides of the image
     assert last.max() > ramp.max() - 0.01

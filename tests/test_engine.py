@@ -21,7 +21,8 @@ from dodistill.data import Images
 from dodistill.engine import Distiller
 from dodistill.errors import DodistillError
 from dodistill.evaluate import agreement, predict
-from dodistill.models import Normalized
+from dodistill.models import Normalized, load_model
+from dodistill.probe import features
 from helpers import SHAPE, config, job, same, student
 
 INTERVENTIONS = ("none", "kdci", "stratified", "kdci+stratified")
@@ -279,6 +280,28 @@ def test_the_loop_knows_no_method_by_name() -> None:
             previous = token.type
     assert "acquire" in words
     assert not names & words - set(keyword.kwlist)
+
+
+@pytest.mark.parametrize("net", ["tiny4", "mobilenetv2"])
+def test_a_loaded_student_answers_as_the_one_in_memory(
+    net: str, teacher: nn.Module, digits: Images, tmp_path: Path
+) -> None:
+    """To the bit, for both are of one memory format: kernels of two formats round differently, on some CPUs only."""
+    made = load_model(net, num_classes=10, in_channels=1, image_size=8, seed=1)
+    result = distill(
+        teacher, made, {"name": "data"}, image_shape=SHAPE, unlabeled=digits.x[:64], out=tmp_path / "run",
+        verbose=False, augment={"pad": 0, "flip": False}, loop={"steps": 2, "batch": 16, "device": "cpu"},
+    )  # fmt: skip
+    loaded = load_model(str(tmp_path / "run" / "student.safetensors"))
+    for (name, mine), its in zip(result.student.state_dict().items(), loaded.state_dict().values()):
+        assert mine.stride() == its.stride(), name
+    filters = [p for p in loaded.parameters() if p.dim() == 4]
+    assert filters
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in filters)
+    strips = digits.x[:50].contiguous(memory_format=torch.channels_last)
+    for x in (digits.x[:50], strips):
+        assert torch.equal(predict(loaded, x), predict(result.student, x))
+        assert torch.equal(features(loaded, x), features(result.student, x))
 
 
 def test_the_delivered_student_is_chosen_without_the_test_set(

@@ -28,7 +28,7 @@ from .evaluate import agreement, predict, top1
 from .pool import Draw, Pool
 from .replay.base import Replay
 from .run import RunFolder, fingerprint
-from .runtime import Context, autocast, pick_device
+from .runtime import Context, autocast, laid_out, pick_device, place
 from .sources.base import Acquired
 from .taps import Features, tapped
 from .teacher import Teacher
@@ -82,7 +82,7 @@ class Distiller:
         self.device = device = pick_device(loop.device)
         self.autocast = autocast(device, loop.precision)
         self.teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher, image_shape)
-        self.teacher.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        place(self.teacher, device)
         require(config.source, self.teacher, unlabeled is not None)
         for part, pad in (("augment", config.augment.pad), ("view", config.view.pad)):
             if not 0 <= pad < min(self.teacher.image_shape[1:]):
@@ -90,12 +90,12 @@ class Distiller:
                     f"{part}.pad is {pad} pixels; for images of {self.teacher.image_shape} it must lie between 0 and "
                     f"{min(self.teacher.image_shape[1:]) - 1}."
                 )
-        self.student = student.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.student = place(student, device)
         self._check_student()
         self.test = test if test is None else Test(test.x.to(device), test.y.to(device))
         self.ema = copy.deepcopy(self.student).requires_grad_(False).eval()
 
-        extra = {FOREIGN: Teacher(foreign, image_shape).to(device)} if foreign is not None else {}
+        extra = {FOREIGN: place(Teacher(foreign, image_shape), device)} if foreign is not None else {}
         self.context = Context(
             teacher=self.teacher, device=device, seed=loop.seed, autocast=self.autocast, augment=config.augment,
             view=choose_view(config.view, self.teacher), unlabeled=unlabeled,
@@ -294,7 +294,7 @@ class Distiller:
 
         `exactly`: the student's passes in fp32. The teacher's keep the run's precision.
         """
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = laid_out(x)
         theirs = Features()
         if t is None or self.needs:
             with torch.no_grad(), self.autocast(), tapped(self.teacher, self.needs) as theirs:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .augment import to_float
 from .data import Images
 from .errors import DodistillError
-from .runtime import at_once
+from .runtime import at_once, laid_out
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 
@@ -44,7 +44,7 @@ def predict(
         parts = []
         for part in x_uint8.split(at_once(device, batch)):
             with autocast():
-                parts.append(model(to_float(part.to(device, non_blocking=True))).float())
+                parts.append(model(laid_out(to_float(part.to(device, non_blocking=True)))).float())
     return torch.cat(parts)
 
 

@@ -16,7 +16,7 @@ from .data import Images
 from .errors import DodistillError
 from .evaluate import Autocast, accuracy, evaluating, top1
 from .models import heads
-from .runtime import at_once, generator
+from .runtime import at_once, generator, laid_out
 from .taps import classifier
 
 
@@ -39,7 +39,7 @@ def features(model: nn.Module, x: Tensor, batch: int = 1000, autocast: Autocast 
         with evaluating(model):
             for part in x.split(at_once(device, batch)):
                 with autocast():
-                    model(to_float(part.to(device)))
+                    model(laid_out(to_float(part.to(device))))
     finally:
         handle.remove()
     return torch.cat(seen)

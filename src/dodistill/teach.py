@@ -16,7 +16,7 @@ from .augment import View, to_float
 from .data import Images, minival, refuse_one_class
 from .errors import DodistillError
 from .evaluate import accuracy
-from .runtime import autocast, generator
+from .runtime import autocast, generator, laid_out, place
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def teach(
     val = images.select(held).to(device) if len(held) else None
     train = images.select(kept).to(device)
     assert train.y is not None
-    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    place(model, device)
     cast = autocast(device, config.precision)
     _check_classes(model, train, images.num_classes)
 
@@ -185,7 +185,7 @@ def teach(
 def _augmented(x: Tensor, config: Teach, rng: torch.Generator) -> Tensor:
     view = View(config.crop, config.padding, config.pad, config.flip, config.scale)
     x = view(to_float(x), rng) if config.crop == "resized" else to_float(view(x, rng))
-    return x.contiguous(memory_format=torch.channels_last)
+    return laid_out(x)
 
 
 def _check_classes(model: nn.Module, train: Images, classes: int) -> None:

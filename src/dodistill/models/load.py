@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DodistillError, nearest
+from ..runtime import place
 from . import zoo
 from .heads import attach
 from .normalized import NORMALISATION, Normalized, constants
@@ -42,7 +43,8 @@ def load_model(
     `save_model`, which knows the rest. Nothing is downloaded: weights come from `weights` (`.safetensors`, or a torch
     file of tensors). What is not given is read off the weights. `mean` and `std` are values per channel or a name
     (`cifar10`); else those of the saved file, of timm, or of torchvision (ImageNet); else none. `seed` fixes the fresh
-    weights without touching torch's global random state; without it they come from there.
+    weights without touching torch's global random state; without it they come from there. The memory format is that of
+    `runtime.place`.
 
     Raises DodistillError, with the fix, for whatever does not fit.
     """
@@ -91,7 +93,7 @@ def load_model(
         "in_channels": in_channels,
         "image_size": image_size,
     }
-    return Normalized(net, *(wanted or own or NORMALISATION["none"]), spec=known)
+    return place(Normalized(net, *(wanted or own or NORMALISATION["none"]), spec=known))
 
 
 _Own = tuple[Values, Values] | None  # a normalisation that belongs to the network's origin

@@ -42,7 +42,7 @@ from ..augment import to_float
 from ..errors import DodistillError
 from ..models.normalized import Normalized
 from ..models.upsample import UpsampleConv
-from ..runtime import Context
+from ..runtime import Context, laid_out, place
 from .base import Replay, ReplayConfig
 
 
@@ -99,7 +99,7 @@ class Decoder(nn.Module):
         )  # fmt: skip
 
     def forward(self, z: Tensor) -> Tensor:
-        h = self.linear(z).view(len(z), *self.first).contiguous(memory_format=torch.channels_last)
+        h = laid_out(self.linear(z).view(len(z), *self.first))
         out: Tensor = self.layers(h)
         return out.float()
 
@@ -116,7 +116,7 @@ def _start(net: nn.Module, generator: torch.Generator, bound: float = 0.08) -> n
                 m.weight.uniform_(-bound, bound, generator=generator)
                 assert m.bias is not None
                 m.bias.zero_()
-    return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+    return place(net)
 
 
 @dataclass(frozen=True)

@@ -195,7 +195,7 @@ class Adversarial(Fresh):
         made = super()._step(student)
         if self.average is not None:
             with torch.no_grad():
-                now, mean = list(self.net.parameters()), list(self.average.parameters())
+                now, mean = (list[Tensor](net.parameters()) for net in (self.net, self.average))
                 torch._foreach_lerp_(mean, now, 1 - self.config.ema)
         return made
 

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from .. import losses
 from ..augment import resized_crop
 from ..errors import DodistillError
-from ..runtime import Context
+from ..runtime import Context, place
 from ..taps import pooled_inputs
 from .base import Acquired, Kind, Source, SourceConfig, at_least
 from .generators import ConvGenerator, seeded
@@ -187,8 +187,8 @@ class Cmi(Source):
             raise DodistillError(f"source.bank is {c.bank}; it must hold one batch, {c.batch} images, at least.")
         self.layers = [_find(context.teacher.model, name) for name in c.layers]
         features = self._width()
-        to: dict[str, Any] = {"device": context.device, "memory_format": torch.channels_last}
-        self.G = seeded(ConvGenerator, self.generator, c.latent, context.image_shape, c.width).to(**to)
+        args = (c.latent, context.image_shape, c.width)
+        self.G = place(seeded(ConvGenerator, self.generator, *args), context.device)
         self.head = seeded(Head, self.generator, features, c.head).to(context.device)
         self.opt_head = torch.optim.Adam(self.head.parameters(), lr=c.lr_g, fused=True)
         dtype = torch.float32 if c.bank_dtype == "float32" else torch.bfloat16

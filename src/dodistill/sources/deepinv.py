@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from .. import losses
 from ..errors import DodistillError
-from ..runtime import Context
+from ..runtime import Context, laid_out
 from ..taps import batchnorm_inputs
 from .base import Acquired, Kind, Source, SourceConfig, at_least, balanced_labels
 
@@ -163,7 +163,7 @@ class DeepInv(Source):
         c, ctx = self.config, self.context
         shape = (c.batch, *ctx.image_shape)
         u = torch.randn(shape, generator=self.generator, device=ctx.device)
-        u = u.contiguous(memory_format=torch.channels_last).requires_grad_()  # normalised: x = mean + std * u
+        u = laid_out(u).requires_grad_()  # normalised: x = mean + std * u
         if c.balanced:
             y = balanced_labels(c.batch, ctx.num_classes, self.generator)
         else:

@@ -29,7 +29,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..runtime import Context
+from ..runtime import Context, place
 from .base import Acquired, Kind, Source, at_least, balanced_labels
 from .generators import ConvGenerator, seeded
 from .guided import Guided, GuidedConfig
@@ -118,9 +118,8 @@ class Fast(Guided):
         at_least(config, 1, "K", "latent", "width")
         at_least(config, 2, "batch")
         args = (config.latent, context.image_shape, config.width)
-        to: dict[str, Any] = {"device": context.device, "memory_format": torch.channels_last}
-        self.meta = seeded(ConvGenerator, self.generator, *args).to(**to)
-        self.fast = seeded(ConvGenerator, self.generator, *args).to(**to)  # overwritten at every acquisition
+        self.meta = place(seeded(ConvGenerator, self.generator, *args), context.device)
+        self.fast = place(seeded(ConvGenerator, self.generator, *args), context.device)  # overwritten each time
         self.opt_meta = torch.optim.Adam(
             self.meta.parameters(), lr=config.lr_g * config.K, betas=(0.5, 0.999), fused=True
         )

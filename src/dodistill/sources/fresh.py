@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..augment import to_uint8
 from ..config import Pool
 from ..errors import DodistillError
-from ..runtime import Context, seeded
+from ..runtime import Context, place, seeded
 from .base import Acquired, Source, SourceConfig, at_least
 from .generators import ConvGenerator, normalised_space
 
@@ -75,8 +75,7 @@ class Fresh(Source):
             raise DodistillError(f"source.lr_g is {config.lr_g} and source.eps {config.eps}; both must be above 0.")
         space = normalised_space(context.teacher.model) if config.output == "standardised" else None
         args = (config.latent, context.image_shape, config.width, config.base, config.eps, space)
-        net = seeded(ConvGenerator, self.generator, *args)
-        self.net = net.to(device=context.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.net = place(seeded(ConvGenerator, self.generator, *args), context.device)
         self.opt = torch.optim.Adam(self.net.parameters(), lr=config.lr_g, betas=config.betas, fused=True)
 
     @abstractmethod

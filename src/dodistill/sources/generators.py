@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..errors import DodistillError
 from ..models.normalized import Normalized
 from ..models.upsample import UpsampleConv
+from ..runtime import laid_out
 from ..runtime import seeded as seeded
 
 Space = tuple[Tensor, Tensor]  #: (mean, std) of a normalisation, [1, C or 1, 1, 1]
@@ -86,7 +87,7 @@ class ConvGenerator(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """[B, latent] -> [B, C, H, W] in [0, 1]."""
-        h = self.l1(z).view(len(z), *self.base).contiguous(memory_format=torch.channels_last)
+        h = laid_out(self.l1(z).view(len(z), *self.base))
         out: Tensor = self.conv_blocks(h)
         return out.float()
 

@@ -38,7 +38,7 @@ from .. import losses
 from ..augment import crop_flip, to_float, to_uint8
 from ..errors import DodistillError
 from ..models.normalized import Normalized
-from ..runtime import Context
+from ..runtime import Context, place
 from .adversarial import batch_statistics
 from .base import Acquired, Kind, Source, SourceConfig, ask, at_least
 from .generators import ConvGenerator, normalised_space, seeded
@@ -180,10 +180,9 @@ class Mosaic(Source):
         if c.ood_normalise == "half" and not isinstance(model, Normalized):
             raise DodistillError("source.ood_normalise is half, and this teacher has no normalisation to undo.")
         self.mean, self.std = (v.to(context.device) for v in normalised_space(model))
-        to: dict[str, Any] = {"device": context.device, "memory_format": torch.channels_last}
         args = (c.latent, context.image_shape, c.width, c.base)
-        self.G = seeded(ConvGenerator, self.generator, *args).to(**to)
-        self.D = seeded(PatchDiscriminator, self.generator, channels, c.patches).to(**to)
+        self.G = place(seeded(ConvGenerator, self.generator, *args), context.device)
+        self.D = place(seeded(PatchDiscriminator, self.generator, channels, c.patches), context.device)
         self.opt_G, self.opt_D = (
             torch.optim.Adam(net.parameters(), lr=c.lr_g, betas=(0.5, 0.999), fused=True) for net in (self.G, self.D)
         )

@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from ..runtime import Context, seeded
+from ..runtime import Context, place, seeded
 from .base import Acquired, Kind, Source, at_least
 from .embeddings import classifier_rows, orthogonal_rows, read_embedding
 from .generators import ConvGenerator
@@ -165,9 +165,8 @@ class Nayer(Guided):
             )
         group = min(config.group or classes, config.batch)
         groups = math.ceil(config.batch / group)
-        self.net = seeded(
-            NoisyGenerator, self.generator, E.to(device), groups, group, config.noise, context.image_shape, config.width
-        ).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        args = (E.to(device), groups, group, config.noise, context.image_shape, config.width)
+        self.net = place(seeded(NoisyGenerator, self.generator, *args), device)
 
     def _labels(self) -> Tensor:
         """[batch]: runs of all classes in order, so that each noisy layer sees each once; then a few at random."""
