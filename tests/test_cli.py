@@ -153,7 +153,8 @@ def test_methods_and_doctor(capsys: pytest.CaptureFixture[str]) -> None:
 def test_evaluate_reads_bare_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A file of tensors that does not say what it reads: the command line says it instead."""
     file = tmp_path / "bare.safetensors"
-    save_file(dict(load_model("tiny4", num_classes=10, seed=0).model.state_dict()), file)
+    state = load_model("tiny4", num_classes=10, seed=0).model.state_dict()
+    save_file({k: v.contiguous() for k, v in state.items()}, file)
     told = ["evaluate", "tiny4", "--weights", str(file), "--test", "digits"]
     assert main(told) == 2
     assert "--image-shape" in capsys.readouterr().err
