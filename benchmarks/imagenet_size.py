@@ -21,7 +21,7 @@ from torch import nn
 import dodistill
 from dodistill.augment import View
 from dodistill.config import resolve
-from dodistill.runtime import Context, autocast, pick_device
+from dodistill.runtime import Context, autocast, pick_device, place
 from dodistill.teacher import Teacher
 
 
@@ -50,9 +50,7 @@ def main() -> None:
     device, shape = pick_device(args.device), (3, args.side, args.side)
 
     def model(spec: str, seed: int) -> nn.Module:
-        out: nn.Module = dodistill.load_model(spec, num_classes=1000, seed=seed)
-        out.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return out
+        return place(dodistill.load_model(spec, num_classes=1000, seed=seed), device)
 
     preset = {"fast": "resnet18", "per-class": "per-class", "deepinv": "imagenet"}[args.what]
     published = resolve({"source": "deepinv" if args.what == "deepinv" else "fast_imagenet", "preset": preset})

@@ -15,14 +15,12 @@ Deviations, and why
     probabilities clamped to [0.01, 0.99], which has almost no gradient with 100 classes; it stands as
     `js = "published"`, clamped to [0, 1] as there.
  2. `best` returns the iterate of lowest loss, as the release means to; the release's copy aliases the tensor that is
-    updated in place, so it always returns the last one. `best = false` is that.
-    Its ImageNet code keeps a copy, made after the step whose loss was lowest, over both resolutions; ours is of the
-    full resolution only, as the losses of the two do not compare.
+    updated in place, so it always returns the last one. `best = false` is that. NVIDIA's ImageNet code has a copy, one
+    step late and of either resolution; ours is of the full one, as the losses of the two do not compare.
  3. Pixels descend in the teacher's normalised coordinates, as in the release, and are clipped to valid pixels after
     each step. A teacher without a known normalisation gets mean 0.5 and deviation 0.25.
- 4. `tv_norm = "l2"` is NVIDIA's R_tv: the sum of the four L2 norms over the batch. The weights of the two differ by
-    orders of magnitude: on noise of 256 images the L2 sum is a thousand times as large.
-    L1 is of the image as it lies there, L2 of the rolled one, as in the two codes.
+ 4. `tv_norm = "l2"` is NVIDIA's R_tv: the sum of the four L2 norms over the batch, a thousand times as large on noise
+    of 256 images. L1 is of the image as it lies there, L2 of the rolled one, as in the two codes.
  5. The toolbox has two copies. `toolbox` is the one in CMI's repository: tv 1e-3, and the student's cosine ends at 0.
     Fast's has tv 0, ends at 2e-4, and subtracts 0.001 of the student's BatchNorm loss, which no paper has, nor have we.
  6. NVIDIA's ImageNet code inverts 42 hand-picked classes, or random ones (`--random_label`); ours are random.

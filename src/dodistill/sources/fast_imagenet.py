@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DodistillError
-from ..runtime import Context
+from ..runtime import Context, place
 from .base import Acquired, Kind, Source, at_least
 from .generators import DeepGenerator, seeded
 from .guided import Guided, GuidedConfig
@@ -159,7 +159,7 @@ class FastImagenet(Guided):
                 f"each, and the teacher has {context.num_classes} classes."
             )
         #: the copies that descend
-        self.nets = [self._fresh().to(**self._where) for _ in range(m or 1)]
+        self.nets = [place(self._fresh(), context.device) for _ in range(m or 1)]
         if m:
             self.bank = Bank(torch.float32 if config.bank_dtype == "float32" else torch.bfloat16)
             numbers, width = sum(p.numel() for p in self.nets[0].parameters()), self.bank.dtype.itemsize
@@ -168,13 +168,9 @@ class FastImagenet(Guided):
                 f"{context.num_classes * numbers * width / 2**20:,.0f} MiB on the host and in each checkpoint."
             )
         else:
-            self.meta = self._fresh().to(**self._where)
+            self.meta = place(self._fresh(), context.device)
             self.z = self._latents()
             self.opt_meta = self._meta_optimizer()
-
-    @property
-    def _where(self) -> dict[str, Any]:
-        return {"device": self.context.device, "memory_format": torch.channels_last}
 
     def _fresh(self) -> DeepGenerator:
         c = self.config

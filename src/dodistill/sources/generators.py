@@ -138,5 +138,5 @@ class DeepGenerator(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """[B, *latent_shape] -> [B, C, H, W] in [0, 1]."""
-        out: Tensor = self.conv_blocks(z.contiguous(memory_format=torch.channels_last))
+        out: Tensor = self.conv_blocks(laid_out(z))
         return out.float()
