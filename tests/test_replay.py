@@ -229,13 +229,17 @@ def test_the_training_step_is_that_of_the_reconstruction_alone(teacher: nn.Modul
         assert torch.allclose(p.grad, q.grad, rtol=1e-4, atol=1e-6 * float(q.grad.abs().max()) + 1e-9)
 
 
-def test_new_and_self_decoded_inputs(teacher: nn.Module, digits: Images) -> None:
-    """The first training step of all sees new images alone, later ones `new` + `size`, with the teacher's answers."""
-    memory: Generative = build("generative", teacher, train=3)
+@pytest.mark.parametrize("shapes", [False, True])
+def test_new_and_self_decoded_inputs(shapes: bool, teacher: nn.Module, digits: Images) -> None:
+    """The first training step of all sees new images alone, later ones `new` + `size`, with the teacher's answers. A
+    step begins without gradients, but for what the tuning leaves in the decoder with `shapes_decoder`."""
+    memory: Generative = build("generative", teacher, train=3, shapes_decoder=shapes)
     inputs: list[tuple[Tensor, Tensor]] = []
     train = memory._train
 
     def keep(x: Tensor, t: Tensor) -> None:
+        assert all(p.grad is None for p in memory.encoder.parameters())
+        assert all((p.grad is not None) == (shapes and bool(inputs)) for p in memory.decoder.parameters())
         inputs.append((x, t))
         train(x, t)
 
