@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dodistill import engine
 from dodistill.augment import View
 from dodistill.config import Distill, Tree, merge, resolve
-from dodistill.engine import Distiller
+from dodistill.engine import Distiller, Job
 from dodistill.models import load_model
 from dodistill.runtime import Context
 from dodistill.teacher import Teacher
@@ -78,7 +78,7 @@ def context(teacher: nn.Module, seed: int = 0, unlabeled: Tensor | None = None, 
 def job(
     teacher: nn.Module, cfg: Distill, unlabeled: Tensor | None = None, test: engine.Test | None = None, seed: int = 1
 ) -> Distiller:
-    return Distiller(cfg, teacher, student(seed), SHAPE, unlabeled, test)
+    return Distiller(Job(cfg, teacher, student(seed), SHAPE, unlabeled, test=test))
 
 
 def same(a: Any, b: Any, where: str = "") -> None:

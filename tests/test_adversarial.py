@@ -16,6 +16,7 @@ from dodistill.config import resolve
 from dodistill.data import Images
 from dodistill.errors import DodistillError
 from dodistill.sources.adversarial import DISCREPANCY, batch_statistics
+from dodistill.watch import Watcher
 from helpers import SHAPE, config, context, job, same, student
 
 SMALL: dict[str, Any] = {"batch": 16, "latent": 8, "width": 4, "every": 2, "fresh": 2}
@@ -192,12 +193,12 @@ def test_resumed_with_an_averaged_generator(teacher: nn.Module) -> None:
     whole.run()
     first = job(teacher, cfg)
     while first.step < 3:
-        first._acquire() if first._due() else first._match()
+        first.acquire(Watcher()) if first.acquirer.due(first.step) else first.match()
     second = job(teacher, cfg, seed=9)
-    second.load_state_dict(copy.deepcopy(first.state_dict()), copy.deepcopy(first.pool.state_dict()))
+    second.load_state_dict(copy.deepcopy(first.state_dict()), copy.deepcopy(first.acquirer.pool.state_dict()))
     second.run()
-    same(whole.student.state_dict(), second.student.state_dict())
-    same(whole.source.state_dict(), second.source.state_dict())
+    same(whole.matcher.student.state_dict(), second.matcher.student.state_dict())
+    same(whole.acquirer.source.state_dict(), second.acquirer.source.state_dict())
 
 
 # -------------------------------------------------------------------------------------------------- the average
@@ -314,5 +315,5 @@ def test_the_student_learns_from_it(preset: str, teacher: nn.Module, digits_test
     assert digits_test.y is not None
     run = job(teacher, cfg, test=engine.Test(digits_test.x, digits_test.y), seed=1)
     run.run()
-    assert run.pool.class_shares().max() < 0.3
-    assert run.last_eval["test_ema"] > 30, run.last_eval
+    assert run.acquirer.pool.class_shares().max() < 0.3
+    assert run.scorer.last["test_ema"] > 30, run.scorer.last

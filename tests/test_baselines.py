@@ -17,13 +17,14 @@ from dodistill.batch import Batch
 from dodistill.criteria import at, crd, dkd, fitnet, rkd, sp
 from dodistill.criteria.base import Labelled, paired, probes
 from dodistill.data import Images
-from dodistill.engine import Distiller
+from dodistill.engine import Distiller, Job
 from dodistill.errors import DodistillError
 from dodistill.losses import kl
 from dodistill.models.zoo import build
 from dodistill.runtime import Context
 from dodistill.taps import Features, probe, stages, tapped
 from dodistill.teacher import Teacher
+from dodistill.watch import Watcher
 from helpers import SHAPE, config, same, student
 
 B, K = 6, 4
@@ -314,24 +315,24 @@ def test_networks_without_a_resolution_in_common_are_refused() -> None:
 def job(name: str, teacher: nn.Module, digits: Images, test: engine.Test | None = None, **more: Any) -> Distiller:
     settings: dict[str, Any] = {"name": name, **({"negatives": 64} if name == "crd" else {})}
     tree = {"criterion": settings, "pool": {"capacity": 1300}, "steps": 6, **more, "source": {"name": "data"}}
-    return Distiller(config("real", **tree), teacher, student(), SHAPE, digits.x, test, labels=digits.y)
+    return Distiller(Job(config("real", **tree), teacher, student(), SHAPE, digits.x, test=test, labels=digits.y))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_gradient_arrives_where_it_should(name: str, teacher: nn.Module, digits: Images) -> None:
     it = job(name, teacher, digits)
-    frozen = copy.deepcopy(it.teacher.state_dict())
-    start = {k: v.clone() for k, v in it.student.named_parameters()}
+    frozen = copy.deepcopy(it.context.teacher.state_dict())
+    start = {k: v.clone() for k, v in it.matcher.student.named_parameters()}
     assert it.run()
-    same(frozen, it.teacher.state_dict())
-    assert all(p.grad is None for p in it.teacher.parameters())
-    for k, p in it.student.named_parameters():
+    same(frozen, it.context.teacher.state_dict())
+    assert all(p.grad is None for p in it.context.teacher.parameters())
+    for k, p in it.matcher.student.named_parameters():
         assert not torch.equal(p, start[k]), k
-    for k, p in it.criterion.named_parameters():
+    for k, p in it.matcher.criterion.named_parameters():
         assert p.grad is not None, k
         if not k.startswith("r.0.bias"):  # BatchNorm takes a bias before it away
             assert p.grad.abs().sum() > 0, k
-    assert isinstance(it.criterion, Labelled)
+    assert isinstance(it.matcher.criterion, Labelled)
 
 
 @pytest.mark.parametrize("name", ["fitnet", "crd", "dkd"])
@@ -339,10 +340,10 @@ def test_resumed_to_the_same_bits(name: str, teacher: nn.Module, digits: Images)
     whole, first, second = (job(name, teacher, digits) for _ in range(3))
     assert whole.run()
     for _ in range(3):
-        while first._due():
-            first._acquire()
-        first._match()
-    second.load_state_dict(copy.deepcopy(first.state_dict()), copy.deepcopy(first.pool.state_dict()))
+        while first.acquirer.due(first.step):
+            first.acquire(Watcher())
+        first.match()
+    second.load_state_dict(copy.deepcopy(first.state_dict()), copy.deepcopy(first.acquirer.pool.state_dict()))
     assert second.run()
     for part in ("student", "criterion"):
         same(getattr(whole, part).state_dict(), getattr(second, part).state_dict(), part)
@@ -365,18 +366,19 @@ def test_the_student_learns(name: str, teacher: nn.Module, digits: Images, digit
         optim={"lr": 0.05}, loop={"batch": 64, "log_every": 60, "eval_every": 120},
     )  # fmt: skip
     first: dict[str, float] = {}
-    inner = it._log
-    it._log = lambda: (out := inner(), first.update({k: v for k, v in out.items() if k not in first}))[0]  # type: ignore[method-assign]
+    inner = it.read
+    it.read = lambda: (out := inner(), first.update({k: v for k, v in out.items() if k not in first}))[0]  # type: ignore[method-assign]
     assert it.run()
-    assert it.last_eval["test"] > 60
-    mine = [k for k in it.last_log if k.startswith("match/") and k not in ("match/ce", "match/kd", "match/contrast")]
+    assert it.scorer.last["test"] > 60
+    mine = [k for k in it.meter.last if k.startswith("match/") and k not in ("match/ce", "match/kd", "match/contrast")]
     for term in mine if name != "dkd" else []:
-        assert it.last_log[term] < first[term], term
+        assert it.meter.last[term] < first[term], term
 
 
 def test_fitnet_and_the_rest_work_on_labels_of_the_teacher(teacher: nn.Module) -> None:
     """Without data too, though nobody asks for it."""
-    it = Distiller(config("fast", criterion={"name": "sp"}), teacher, student(), SHAPE)
+    it = Distiller(Job(config("fast", criterion={"name": "sp"}), teacher, student(), SHAPE))
     assert it.run()
-    assert it._last_batch is not None
-    assert torch.equal(it._last_batch[2].labels, it.pool.labels[it._last_batch[2].index])
+    assert it.matcher.last is not None
+    seen = it.matcher.last.batch
+    assert torch.equal(seen.labels, it.acquirer.pool.labels[seen.index])

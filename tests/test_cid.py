@@ -24,7 +24,7 @@ from dodistill.causal.kdci import Config as KDCI
 from dodistill.cli import main
 from dodistill.criteria import cid as criterion
 from dodistill.data import Images
-from dodistill.engine import Distiller
+from dodistill.engine import Distiller, Job
 from dodistill.errors import DodistillError
 from dodistill.evaluate import predict
 from dodistill.models import heads, load_model, read_metadata, save_model
@@ -33,6 +33,7 @@ from dodistill.probe import features
 from dodistill.runtime import Context
 from dodistill.taps import Features
 from dodistill.teacher import Teacher
+from dodistill.watch import Watcher
 from helpers import SHAPE, config, same, student
 
 B, K, D, E = 12, 4, 5, 7
@@ -301,22 +302,22 @@ QUICK = {"cid": {"refresh": 0.125, "init": 0.25}, "criterion": {"name": "cid", "
 def job(teacher: nn.Module, digits: Images, intervention: str = "cid", labels: bool = True, **more: Any) -> Distiller:
     cfg = config("real", intervention, **{"steps": 8, **QUICK, **more, "source": {"name": "data"}})
     assert digits.y is not None
-    return Distiller(cfg, teacher, student(), SHAPE, digits.x[:200], labels=digits.y[:200] if labels else None)
+    return Distiller(Job(cfg, teacher, student(), SHAPE, digits.x[:200], labels=digits.y[:200] if labels else None))
 
 
 def test_the_loop_trains_what_it_should(teacher: nn.Module, digits: Images) -> None:
     it = job(teacher, digits)
-    frozen = copy.deepcopy(it.teacher.state_dict())
+    frozen = copy.deepcopy(it.context.teacher.state_dict())
     assert it.run()
-    same(frozen, it.teacher.state_dict())
-    part = next(iter(it.interventions))
+    same(frozen, it.context.teacher.state_dict())
+    part = next(iter(it.matcher.interventions))
     assert isinstance(part, CID)
-    learnt = [*it.student.parameters(), *it.criterion.parameters(), *part.parameters()]
-    assert len(list(part.parameters())) == len(list(it.criterion.parameters())) == 2
+    learnt = [*it.matcher.student.parameters(), *it.matcher.criterion.parameters(), *part.parameters()]
+    assert len(list(part.parameters())) == len(list(it.matcher.criterion.parameters())) == 2
     for p in learnt:
         assert p.grad is not None
         assert p.grad.abs().sum() > 0
-    assert [g["weight_decay"] for g in it.optimizers[0].param_groups] == [5e-4, 0.0, 0.0]
+    assert [g["weight_decay"] for g in it.matcher.optimizers[0].param_groups] == [5e-4, 0.0, 0.0]
     assert part.count.sum() == 16  # the step since the last turn, once each
     assert part.active
 
@@ -325,20 +326,20 @@ def test_labels_are_the_data_s_where_there_are_some(teacher: nn.Module, digits: 
     assert digits.y is not None
     wrong = (predict(teacher, digits.x[:200]).argmax(1) + 1) % 10
     cfg = config("real", "cid", **{"steps": 2, **QUICK, "source": {"name": "data"}})
-    it = Distiller(cfg, teacher, student(), SHAPE, digits.x[:200], labels=wrong)
+    it = Distiller(Job(cfg, teacher, student(), SHAPE, digits.x[:200], labels=wrong))
     assert it.run()
-    assert torch.equal(it.pool.labels, (it.pool.logits.argmax(1) + 1) % 10)
-    assert torch.equal(it.holdout.labels, (it.holdout.logits.argmax(1) + 1) % 10)
-    found = it.evaluate()
-    held = predict(it.complete("last"), it.holdout.x)
-    assert found["minival"] == pytest.approx(100 * (held.argmax(1) == it.holdout.labels).float().mean().item())
-    assert it._last_batch is not None
-    at = it._last_batch[2]
-    assert torch.equal(at.labels, it.pool.labels[at.index])
+    assert torch.equal(it.acquirer.pool.labels, (it.acquirer.pool.logits.argmax(1) + 1) % 10)
+    assert torch.equal(it.acquirer.holdout.labels, (it.acquirer.holdout.logits.argmax(1) + 1) % 10)
+    found = it.scorer.evaluate()
+    held = predict(it.scorer.complete("last"), it.acquirer.holdout.x)
+    assert found["minival"] == pytest.approx(100 * (held.argmax(1) == it.acquirer.holdout.labels).float().mean().item())
+    assert it.matcher.last is not None
+    at = it.matcher.last.batch
+    assert torch.equal(at.labels, it.acquirer.pool.labels[at.index])
     bare = job(teacher, digits, labels=False)
     assert bare.run()
-    assert torch.equal(bare.pool.labels, bare.pool.logits.argmax(1))
-    assert "minival" not in bare.evaluate()
+    assert torch.equal(bare.acquirer.pool.labels, bare.acquirer.pool.logits.argmax(1))
+    assert "minival" not in bare.scorer.evaluate()
 
 
 @pytest.mark.parametrize("intervention", ["cid", "cid+kdci"])
@@ -350,23 +351,23 @@ def test_without_data(intervention: str, update: str, teacher: nn.Module) -> Non
         **({"replay": {"name": "bank", "size": 8, "first": 1, "every": 1}} if update == "retain" else {}),
     }
     cfg = config("fast", intervention, **{"steps": 16, **QUICK, **more})
-    it = Distiller(cfg, teacher, student(), SHAPE)
+    it = Distiller(Job(cfg, teacher, student(), SHAPE))
     terms: list[dict[str, Tensor]] = []
-    inner = it.update.backward
-    it.update.backward = lambda *a: (terms.append(inner(*a)), terms[-1])[1]  # type: ignore[method-assign]
+    inner = it.matcher.update.backward
+    it.matcher.update.backward = lambda *a: (terms.append(inner(*a)), terms[-1])[1]  # type: ignore[method-assign]
     assert it.run()
     assert all("supervised" not in t for t in terms[:4])
     assert all("supervised" in t for t in terms[4:])
-    assert isinstance(it.criterion, criterion.CID)
-    assert not it.criterion.labelled
-    for name, p in it.interventions.named_parameters():
+    assert isinstance(it.matcher.criterion, criterion.CID)
+    assert not it.matcher.criterion.labelled
+    for name, p in it.matcher.interventions.named_parameters():
         assert p.grad is not None, name
         assert p.grad.abs().sum() > 0, name
-    part = next(iter(it.interventions))
+    part = next(iter(it.matcher.interventions))
     assert isinstance(part, CID)
     assert part.count.sum() == 2 * 16  # new inputs once each, replayed ones not
-    assert it.replay.ready == (update == "retain")
-    assert isinstance(heads.find(it.complete("last")), heads.ContextHead)
+    assert it.acquirer.replay.ready == (update == "retain")
+    assert isinstance(heads.find(it.scorer.complete("last")), heads.ContextHead)
 
 
 @pytest.mark.parametrize(
@@ -378,19 +379,19 @@ def test_killed_and_resumed_to_the_same_bits(
     def fresh() -> Distiller:
         if source == "data":
             return job(teacher, digits, criterion=loss, cid={"init": 0.5})
-        return Distiller(config("fast", "cid+kdci", **{"steps": 8, **QUICK}), teacher, student(), SHAPE)
+        return Distiller(Job(config("fast", "cid+kdci", **{"steps": 8, **QUICK}), teacher, student(), SHAPE))
 
     whole, first, second = fresh(), fresh(), fresh()
     assert whole.run()
     for _ in range(at):
-        while first._due():
-            first._acquire()
-        first._match()
-    second.load_state_dict(copy.deepcopy(first.state_dict()), copy.deepcopy(first.pool.state_dict()))
+        while first.acquirer.due(first.step):
+            first.acquire(Watcher())
+        first.match()
+    second.load_state_dict(copy.deepcopy(first.state_dict()), copy.deepcopy(first.acquirer.pool.state_dict()))
     assert second.run()
     for part in ("student", "ema", "interventions", "criterion"):
         same(getattr(whole, part).state_dict(), getattr(second, part).state_dict(), part)
-    same(whole.last_eval, second.last_eval)
+    same(whole.scorer.last, second.scorer.last)
 
 
 def shipped(teacher: nn.Module, digits: Images, out: Path | None) -> Any:
@@ -465,12 +466,14 @@ def test_the_student_learns_and_its_prototypes_are_its_classes(
         "real", "cid", steps=250, source={"name": "data"}, criterion={"name": "cid"}, cid={"refresh": 0.05},
         optim={"lr": 0.05}, loop={"batch": 64, "log_every": 125, "eval_every": 250},
     )  # fmt: skip
-    it = Distiller(cfg, teacher, student(), SHAPE, digits.x, engine.Test(digits_test.x, digits_test.y), labels=digits.y)
+    it = Distiller(
+        Job(cfg, teacher, student(), SHAPE, digits.x, test=engine.Test(digits_test.x, digits_test.y), labels=digits.y)
+    )
     assert it.run()
-    assert it.last_eval["test"] > 80
-    assert it.last_eval["minival"] > 75
-    head = heads.find(it.complete("last"))
+    assert it.scorer.last["test"] > 80
+    assert it.scorer.last["minival"] > 75
+    head = heads.find(it.scorer.complete("last"))
     assert head is not None
-    f = features(it.student, digits_test.x)
+    f = features(it.matcher.student, digits_test.x)
     nearest = torch.cdist(f, head.C).argmin(1)  # a prototype is where its class is
     assert (nearest == digits_test.y).float().mean() > 0.6

@@ -22,6 +22,7 @@ from dodistill.models.zoo import build as build_model
 from dodistill.sources.cmi import Bank, Cmi, Config, Head, _find, contrast, redraw
 from dodistill.sources.generators import ConvGenerator
 from dodistill.taps import batchnorm_inputs, batchnorms, pooled_inputs
+from dodistill.watch import Watcher
 from helpers import SHAPE, context, job, same, student, tree, untimed
 
 SMALL: dict[str, Any] = {
@@ -394,17 +395,17 @@ def test_a_run_stopped_in_between_ends_in_the_same_bits(teacher: nn.Module) -> N
 
     def run(it: Distiller, steps: int) -> Distiller:
         while it.step < steps:
-            it._acquire() if it._due() else it._match()
+            it.acquire(Watcher()) if it.acquirer.due(it.step) else it.match()
         return it
 
     cfg = resolve(settings, {"loop.steps": 8})
     whole = run(job(teacher, cfg), 8)
     first = run(job(teacher, cfg), 3)
     second = job(teacher, cfg, seed=9)
-    second.load_state_dict(copy.deepcopy(first.state_dict()), copy.deepcopy(first.pool.state_dict()))
+    second.load_state_dict(copy.deepcopy(first.state_dict()), copy.deepcopy(first.acquirer.pool.state_dict()))
     run(second, 8)
     same(untimed(whole.state_dict()), untimed(second.state_dict()))
-    same(whole.pool.state_dict(), second.pool.state_dict())
+    same(whole.acquirer.pool.state_dict(), second.acquirer.pool.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -487,4 +488,4 @@ def test_a_student_learns(teacher: nn.Module, digits_test: Images) -> None:
     assert digits_test.y is not None
     it = job(teacher, cfg, test=engine.Test(digits_test.x, digits_test.y))
     it.run()
-    assert it.last_eval["test"] > 45
+    assert it.scorer.last["test"] > 45

@@ -63,19 +63,19 @@ def test_a_run_on_one_class_says_so_once_and_for_good(teacher: nn.Module, digits
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     told = [line for line in lines if line["kind"] == "warning" and line["symptom"] == "few classes"]
     assert len(told) == 1
-    assert it.warnings["few classes"] == told[0]["text"]
+    assert it.meter.warnings["few classes"] == told[0]["text"]
     assert all("inputs/effective_classes" in line for line in lines if line["kind"] == "log")
     again = job(teacher, cfg, ones)
     saved = RunFolder(tmp_path / "run", cfg).load()
     assert saved is not None
     again.load_state_dict(*saved)
-    assert again.warnings == it.warnings
+    assert again.meter.warnings == it.meter.warnings
 
 
 def test_a_healthy_run_is_left_in_peace(teacher: nn.Module, digits: Images) -> None:
     it = job(teacher, config("real", steps=120, loop={"batch": 64}), digits.x)
     it.run()
-    assert it.warnings == {}
+    assert it.meter.warnings == {}
 
 
 def test_classes_that_never_come_are_named_where_there_is_enough_to_tell() -> None:

@@ -336,7 +336,7 @@ def test_the_student_learns_from_it(teacher: nn.Module, digits_test: Images) -> 
         )  # fmt: skip
         run = job(teacher, config, test=engine.Test(digits_test.x, digits_test.y), seed=1)
         run.run()
-        shares = run.pool.class_shares()
+        shares = run.acquirer.pool.class_shares()
         assert shares.max() < 0.4, shares  # information entropy: no class has it all
-        reached.append(run.last_eval["test_ema"])
+        reached.append(run.scorer.last["test_ema"])
     assert sum(reached) / 2 > 28, reached

@@ -14,11 +14,12 @@ from dodistill import distill, registry
 from dodistill.cli import main
 from dodistill.config import resolve
 from dodistill.data import Images, load_images
-from dodistill.engine import Distiller
+from dodistill.engine import Distiller, Job
 from dodistill.errors import DodistillError
 from dodistill.evaluate import predict
 from dodistill.images import export_images
 from dodistill.sources.data import Config
+from dodistill.watch import Watcher
 from helpers import SHAPE, config, student
 
 CID = ("wrn40_4-wrn16_2", "wrn40_2-wrn16_2", "resnet56-resnet20", "resnet50-mobilenetv2", "resnet50-vgg8")
@@ -26,17 +27,17 @@ CID = ("wrn40_4-wrn16_2", "wrn40_2-wrn16_2", "resnet56-resnet20", "resnet50-mobi
 
 def job(teacher: nn.Module, digits: Images, **more: object) -> Distiller:
     tree = {"source": {"name": "data", **more}, "pool": {"capacity": 1300, "holdout": 0.1}}
-    return Distiller(config("real", **tree), teacher, student(), SHAPE, digits.x, labels=digits.y)
+    return Distiller(Job(config("real", **tree), teacher, student(), SHAPE, digits.x, labels=digits.y))
 
 
 def test_everything_is_there_once_with_its_label(teacher: nn.Module, digits: Images) -> None:
     assert digits.y is not None
     it = job(teacher, digits)
-    it._acquire()
-    assert not it._due()
-    assert len(it.pool) + len(it.holdout) == len(digits)
+    it.acquire(Watcher())
+    assert not it.acquirer.due(it.step)
+    assert len(it.acquirer.pool) + len(it.acquirer.holdout) == len(digits)
     known = {bytes(x.numpy()): int(y) for x, y in zip(digits.x, digits.y)}
-    for part in (it.pool, it.holdout):
+    for part in (it.acquirer.pool, it.acquirer.holdout):
         assert [known[bytes(x.numpy())] for x in part.x] == part.labels.tolist()
         torch.testing.assert_close(part.logits, predict(teacher, part.x), rtol=1e-4, atol=1e-4)
 
@@ -45,9 +46,9 @@ def test_a_share_is_the_same_images_whatever_the_seed(teacher: nn.Module, digits
     found = []
     for seed in (0, 5):
         cfg = config("real", source={"name": "data", "share": 0.2}, loop={"seed": seed})
-        it = Distiller(cfg, teacher, student(), SHAPE, digits.x, labels=digits.y)
-        it._acquire()
-        found.append({bytes(x.numpy()) for part in (it.pool, it.holdout) for x in part.x})
+        it = Distiller(Job(cfg, teacher, student(), SHAPE, digits.x, labels=digits.y))
+        it.acquire(Watcher())
+        found.append({bytes(x.numpy()) for part in (it.acquirer.pool, it.acquirer.holdout) for x in part.x})
     assert found[0] == found[1]
     assert abs(len(found[0]) - 0.2 * len(digits)) < 8  # a few digits are alike to the bit
 
@@ -74,8 +75,8 @@ def test_a_pool_that_is_too_small_is_said(teacher: nn.Module, digits: Images) ->
         distill(teacher, student(), {"name": "data"}, unlabeled=digits.x, verbose=False, image_shape=SHAPE,
                 augment={"pad": 1}, pool={"capacity": 1000})  # fmt: skip
     it = job(teacher, digits, share=0.5)
-    it._acquire()
-    assert len(it.pool) + len(it.holdout) == round(0.5 * len(digits))
+    it.acquire(Watcher())
+    assert len(it.acquirer.pool) + len(it.acquirer.holdout) == round(0.5 * len(digits))
 
 
 def test_labels_for_a_source_that_never_reads_them_are_refused(teacher: nn.Module, digits: Images) -> None:
@@ -150,5 +151,5 @@ def test_the_rate_falls_where_it_is_told(teacher: nn.Module) -> None:
     it = plain(teacher, config(steps=10, optim=optim))
     rates = []
     for it.step in range(10):
-        rates.append(it._rate())
+        rates.append(it.matcher.rate(it.step / 10))
     assert rates == pytest.approx([1.0] * 5 + [0.1] * 2 + [0.01] * 2 + [0.001])

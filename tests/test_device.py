@@ -15,9 +15,10 @@ from torch import nn
 from dodistill import api, engine, registry
 from dodistill.cli import main
 from dodistill.data import Images
-from dodistill.engine import Distiller
+from dodistill.engine import Distiller, Job
 from dodistill.probe import linear_probe
 from dodistill.teach import Teach, teach
+from dodistill.watch import Watcher
 from helpers import SHAPE, SOURCES, config, same, student
 from pretend import THERE, Stream, There, bare, pretended
 
@@ -51,17 +52,17 @@ def run(
         cfg = config(source, intervention, steps=4, **more)
         assert test.y is not None
         shown = engine.Test(test.x[:40], test.y[:40])
-        return Distiller(cfg, teacher, student(), SHAPE, digits.x[:200], shown, labels=labels)
+        return Distiller(Job(cfg, teacher, student(), SHAPE, digits.x[:200], test=shown, labels=labels))
 
     first = made()
     while first.step < 2:
-        first._acquire() if first._due() else first._match()
-    state, pool = bare(first.state_dict()), bare(first.pool.state_dict())
+        first.acquire(Watcher()) if first.acquirer.due(first.step) else first.match()
+    state, pool = bare(first.state_dict()), bare(first.acquirer.pool.state_dict())
     second = made()
     second.load_state_dict(state, pool)
     assert second.run()
-    second.delivered()
-    return bare(second.state_dict()), second.last_eval
+    second.scorer.delivered()
+    return bare(second.state_dict()), second.scorer.last
 
 
 CASES: list[tuple[str, str, dict[str, Any]]] = [(s, "cid+kdci+stratified", {}) for s in sorted(SOURCES)]
@@ -116,7 +117,7 @@ def test_a_run_folder_from_elsewhere(
         with where:
             for deadline in (0.0, math.inf):
                 result = api.run(
-                    cfg, teacher, student(), SHAPE, digits.x[:200], test, out=tmp_path / name, verbose=False,
+                    Job(cfg, teacher, student(), SHAPE, digits.x[:200], test=test), out=tmp_path / name, verbose=False,
                     deadline=deadline,
                 )  # fmt: skip
                 assert result.summary["finished"] == (deadline > 0)

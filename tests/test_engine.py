@@ -18,11 +18,12 @@ from dodistill.api import distill
 from dodistill.causal.kdci import KDCI
 from dodistill.criteria.adaptation import Adaptation
 from dodistill.data import Images
-from dodistill.engine import Distiller
+from dodistill.engine import Distiller, Job
 from dodistill.errors import DodistillError
 from dodistill.evaluate import agreement, predict
 from dodistill.models import Normalized, load_model
 from dodistill.probe import features
+from dodistill.watch import Watcher
 from helpers import SHAPE, config, job, same, student
 
 INTERVENTIONS = ("none", "kdci", "stratified", "kdci+stratified")
@@ -32,13 +33,13 @@ CRITERIA = ("kl", "l1", "adaptation")
 def run(job: Distiller) -> list[dict[str, Tensor]]:
     """To the end, and the loss terms of each step."""
     terms: list[dict[str, Tensor]] = []
-    inner = job.update.backward
+    inner = job.matcher.update.backward
 
     def backward(*args: object) -> dict[str, Tensor]:
         terms.append(inner(*args))  # type: ignore[arg-type]
         return terms[-1]
 
-    job.update.backward = backward  # type: ignore[method-assign,assignment]
+    job.matcher.update.backward = backward  # type: ignore[method-assign,assignment]
     assert job.run()
     return terms
 
@@ -50,52 +51,52 @@ def run(job: Distiller) -> list[dict[str, Tensor]]:
 def test_every_combination(source: str, intervention: str, criterion: str, teacher: nn.Module, digits: Images) -> None:
     cfg = config(source, intervention, criterion=criterion, optim={"lr": 0.05, "weight_decay": 0.0})
     it = job(teacher, cfg, digits.x[:300])
-    frozen = copy.deepcopy(it.teacher.state_dict())
-    start = {k: v.clone() for k, v in it.student.state_dict().items()}
+    frozen = copy.deepcopy(it.context.teacher.state_dict())
+    start = {k: v.clone() for k, v in it.matcher.student.state_dict().items()}
     terms = run(it)
     assert len(terms) == it.step == 6
     assert all(torch.isfinite(v) for t in terms for v in t.values())
-    assert all(torch.isfinite(p).all() for p in it.student.parameters())
+    assert all(torch.isfinite(p).all() for p in it.matcher.student.parameters())
 
     # The gradient arrives exactly where it should.
-    for name, p in it.student.named_parameters():
+    for name, p in it.matcher.student.named_parameters():
         assert p.grad is not None, name
         assert not torch.equal(p, start[name]), name
-    same(frozen, it.teacher.state_dict())
-    assert all(p.grad is None and not p.requires_grad for p in it.teacher.parameters())
-    assert all(p.grad is None and not p.requires_grad for p in it.ema.parameters())
-    parts = [type(p) for p in it.interventions]
+    same(frozen, it.context.teacher.state_dict())
+    assert all(p.grad is None and not p.requires_grad for p in it.context.teacher.parameters())
+    assert all(p.grad is None and not p.requires_grad for p in it.matcher.ema.parameters())
+    parts = [type(p) for p in it.matcher.interventions]
     assert len(parts) == (0 if intervention == "none" else 1 + intervention.count("+"))
-    learnt = dict(it.interventions.named_parameters())
+    learnt = dict(it.matcher.interventions.named_parameters())
     assert bool(learnt) == ("kdci" in intervention)
     assert KDCI in parts or not learnt
     for name, p in learnt.items():
         assert p.grad is not None
         assert p.grad.abs().sum() > 0, name
-    a = dict(it.criterion.named_parameters())
+    a = dict(it.matcher.criterion.named_parameters())
     assert bool(a) == (criterion == "adaptation")
     for p in a.values():
-        assert isinstance(it.criterion, Adaptation)
+        assert isinstance(it.matcher.criterion, Adaptation)
         assert p.grad is not None
         assert p.grad.abs().sum() > 0
         assert p.detach().abs().max() > 0
-    stepped = {id(p) for o in it.optimizers for g in o.param_groups for p in g["params"]}
-    assert stepped == {id(p) for p in (*it.student.parameters(), *learnt.values(), *a.values())}
-    assert (it.dictionary is not None) == ("kdci" in intervention)
+    stepped = {id(p) for o in it.matcher.optimizers for g in o.param_groups for p in g["params"]}
+    assert stepped == {id(p) for p in (*it.matcher.student.parameters(), *learnt.values(), *a.values())}
+    assert (it.acquirer.dictionary is not None) == ("kdci" in intervention)
 
 
 def test_interventions_have_no_weight_decay_and_the_criterion_its_own_rate(teacher: nn.Module, digits: Images) -> None:
     it = job(teacher, config("dfnd", "kdci", criterion="adaptation"), digits.x[:300])
-    sgd, adam = it.optimizers
+    sgd, adam = it.matcher.optimizers
     assert isinstance(sgd, torch.optim.SGD)
     assert isinstance(adam, torch.optim.Adam)
     assert [g["weight_decay"] for g in sgd.param_groups] == [5e-4, 0.0]
     assert adam.param_groups[0]["lr"] == 1e-3
     own = job(teacher, config("dfnd", "kdci", kdci={"own_lr": 0.02}), digits.x[:300])
-    assert [len(o.param_groups) for o in own.optimizers] == [1, 1]
-    assert own.optimizers[1].param_groups[0]["lr"] == 0.02
+    assert [len(o.param_groups) for o in own.matcher.optimizers] == [1, 1]
+    assert own.matcher.optimizers[1].param_groups[0]["lr"] == 0.02
     run(own)
-    assert own.optimizers[1].param_groups[0]["lr"] == 0.02  # the student's schedule is the student's
+    assert own.matcher.optimizers[1].param_groups[0]["lr"] == 0.02  # the student's schedule is the student's
 
 
 @pytest.mark.parametrize(
@@ -116,7 +117,7 @@ def test_the_schedule_of_acquisitions(
     cfg = config("deepinv", steps=steps, source={"iterations": 1, "batch": 8, "warmup": warmup, "every": every})
     it = job(teacher, cfg)
     at: list[int] = []
-    inner = it.source.acquire
+    inner = it.acquirer.source.acquire
 
     def acquire(student: nn.Module, round: int):
         assert not student.training
@@ -124,10 +125,10 @@ def test_the_schedule_of_acquisitions(
         at.append(it.step)
         return inner(student, round)
 
-    it.source.acquire = acquire  # type: ignore[method-assign]
+    it.acquirer.source.acquire = acquire  # type: ignore[method-assign]
     assert len(run(it)) == steps
     assert at == expected
-    assert it.round == len(expected)
+    assert it.acquirer.round == len(expected)
 
 
 def rows(x: Tensor) -> set[bytes]:
@@ -139,15 +140,15 @@ def test_held_back_inputs_are_never_in_the_pool(source: str, teacher: nn.Module,
     cfg = config(source, "stratified", steps=12, pool={"holdout": 0.2, "capacity": 80, "holdout_capacity": 15})
     it = job(teacher, cfg, digits.x[:300])
     drawn: set[bytes] = set()
-    inner = it._match
+    inner = it.match
 
     def match() -> None:
-        drawn.update(rows(it.pool.x))
+        drawn.update(rows(it.acquirer.pool.x))
         inner()
 
-    it._match = match  # type: ignore[method-assign]
+    it.match = match  # type: ignore[method-assign]
     acquired = 0
-    real = it.source.acquire
+    real = it.acquirer.source.acquire
 
     def acquire(student: nn.Module, round: int):
         nonlocal acquired
@@ -155,34 +156,36 @@ def test_held_back_inputs_are_never_in_the_pool(source: str, teacher: nn.Module,
         acquired += len(got.images)
         return got
 
-    it.source.acquire = acquire  # type: ignore[method-assign]
+    it.acquirer.source.acquire = acquire  # type: ignore[method-assign]
     run(it)
-    assert len(it.holdout) > 1
-    assert not rows(it.holdout.x) & drawn
-    assert it.holdout.seen + it.pool.seen == acquired
-    assert len(it.pool) <= 80
-    assert len(it.holdout) <= 15
-    for part in (it.pool, it.holdout):
-        assert torch.allclose(part.logits, predict(it.teacher, part.x), atol=1e-4)
+    assert len(it.acquirer.holdout) > 1
+    assert not rows(it.acquirer.holdout.x) & drawn
+    assert it.acquirer.holdout.seen + it.acquirer.pool.seen == acquired
+    assert len(it.acquirer.pool) <= 80
+    assert len(it.acquirer.holdout) <= 15
+    for part in (it.acquirer.pool, it.acquirer.holdout):
+        assert torch.allclose(part.logits, predict(it.context.teacher, part.x), atol=1e-4)
 
 
 def test_the_average_against_a_slow_reference(teacher: nn.Module) -> None:
     it = job(teacher, config(steps=12, loop={"ema": 0.5}))
-    slow = {k: v.clone().double() for k, v in it.student.state_dict().items()}
+    slow = {k: v.clone().double() for k, v in it.matcher.student.state_dict().items()}
     step = 0
     while it.step < 12:
-        if it._due():
-            it._acquire()
+        if it.acquirer.due(it.step):
+            it.acquire(Watcher())
             continue
-        it._match()
+        it.match()
         decay = min(0.5, (1 + step) / (10 + step))
         step += 1
-        for k, v in it.student.state_dict().items():
+        for k, v in it.matcher.student.state_dict().items():
             slow[k] = decay * slow[k] + (1 - decay) * v.double() if v.is_floating_point() else v.double()
     assert decay == 0.5
-    for k, v in it.ema.state_dict().items():
+    for k, v in it.matcher.ema.state_dict().items():
         assert torch.allclose(v.double(), slow[k], atol=1e-5), k
-    assert not torch.equal(it.ema.state_dict()["model.fc.weight"], it.student.state_dict()["model.fc.weight"])
+    assert not torch.equal(
+        it.matcher.ema.state_dict()["model.fc.weight"], it.matcher.student.state_dict()["model.fc.weight"]
+    )
 
 
 def test_rates() -> None:
@@ -191,7 +194,7 @@ def test_rates() -> None:
         it = job(net, config(steps=10, optim={"lr": 1.0, **optim}))
         out = []
         for it.step in range(11):
-            out.append(it._rate())
+            out.append(it.matcher.rate(it.step / 10))
         return out
 
     cosine = rates(floor=0.1)
@@ -215,15 +218,15 @@ def skewed(digits: Images) -> Tensor:
 def test_stratified_draws_come_evenly_by_class(intervention: str, teacher: nn.Module, digits: Images) -> None:
     it = job(teacher, config("dfnd", intervention, steps=2), skewed(digits))
     run(it)
-    y = it.pool.logits.argmax(1)
-    index = it.draw(20_000, torch.Generator().manual_seed(0))
+    y = it.acquirer.pool.logits.argmax(1)
+    index = it.acquirer.sampler(20_000, torch.Generator().manual_seed(0))
     shares = torch.bincount(y[index], minlength=10) / 20_000
-    assert torch.allclose(shares, it.draw.shares(it.pool), atol=0.015)
+    assert torch.allclose(shares, it.acquirer.sampler.shares(it.acquirer.pool), atol=0.015)
     if "stratified" in intervention:
         assert torch.allclose(shares, torch.full((10,), 0.1), atol=0.015)
     else:
         assert shares.max() > 0.35
-        assert torch.allclose(shares, it.pool.class_shares(), atol=0.015)
+        assert torch.allclose(shares, it.acquirer.pool.class_shares(), atol=0.015)
 
 
 def test_kdci_acts_in_the_loss_and_only_there(teacher: nn.Module, digits: Images) -> None:
@@ -234,28 +237,28 @@ def test_kdci_acts_in_the_loss_and_only_there(teacher: nn.Module, digits: Images
     )
     for it in (plain, none, strong):
         run(it)
-    same(plain.student.state_dict(), none.student.state_dict())
+    same(plain.matcher.student.state_dict(), none.matcher.student.state_dict())
     assert not torch.equal(
-        plain.student.state_dict()["model.fc.weight"], strong.student.state_dict()["model.fc.weight"]
+        plain.matcher.student.state_dict()["model.fc.weight"], strong.matcher.student.state_dict()["model.fc.weight"]
     )
-    assert list(strong.student.state_dict()) == list(student().state_dict())
+    assert list(strong.matcher.student.state_dict()) == list(student().state_dict())
 
 
 def test_another_model_may_make_the_dictionary(teacher: nn.Module, digits: Images) -> None:
     cfg = config("dfnd", "kdci")
-    it = Distiller(cfg, teacher, student(), SHAPE, digits.x[:300], foreign=student(9, classes=7))
+    it = Distiller(Job(cfg, teacher, student(), SHAPE, digits.x[:300], foreign=student(9, classes=7)))
     run(it)
-    assert it.dictionary is not None
-    assert it.dictionary.Z.shape == (4, 7)
+    assert it.acquirer.dictionary is not None
+    assert it.acquirer.dictionary.Z.shape == (4, 7)
 
 
 @pytest.mark.parametrize("of", ["latest", "pool", "batch"])
 def test_what_the_dictionary_is_made_of(of: str, teacher: nn.Module) -> None:
     it = job(teacher, config("deepinv", "kdci", steps=9, dictionary={"of": of}))
-    assert it.dictionary is not None
+    assert it.acquirer.dictionary is not None
     built: list[int] = []
-    inner = it.dictionary.build
-    it.dictionary.build = lambda M: (built.append(len(M)), inner(M))[1]  # type: ignore[method-assign,assignment]
+    inner = it.acquirer.dictionary.build
+    it.acquirer.dictionary.build = lambda M: (built.append(len(M)), inner(M))[1]  # type: ignore[method-assign,assignment]
     run(it)
     held = 3 * 1  # acquisitions of 32, of which one image each is held back
     if of == "batch":
@@ -269,7 +272,7 @@ def test_the_loop_knows_no_method_by_name() -> None:
     names = {n for axis in registry.AXES for n in registry.names(axis)} - set(registry.AXES)
     assert {"fast", "deepinv", "dfnd", "kdci", "stratified", "kl", "adaptation"} <= names
     words: set[str] = set()
-    source = Path(engine.__file__).read_text()
+    source = "\n".join(p.read_text() for p in sorted(Path(engine.__file__).parent.glob("*.py")))
     previous = tokenize.NEWLINE
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.NAME:
@@ -330,10 +333,10 @@ def test_the_delivered_student_is_chosen_without_the_test_set(
 @pytest.mark.parametrize(("last", "ema", "chosen"), [(50.0, 60.0, "ema"), (60.0, 50.0, "last"), (50.0, 50.0, "last")])
 def test_the_choice_is_by_agreement(last: float, ema: float, chosen: str, teacher: nn.Module) -> None:
     it = job(teacher, config())
-    it.last_eval = {"agreement": last, "agreement_ema": ema, "test": 99.0, "test_ema": 1.0}
-    name, net = it.delivered()
+    it.scorer.last = {"agreement": last, "agreement_ema": ema, "test": 99.0, "test_ema": 1.0}
+    name, net = it.scorer.delivered()
     assert name == chosen
-    assert net is (it.ema if chosen == "ema" else it.student)
+    assert net is (it.matcher.ema if chosen == "ema" else it.matcher.student)
 
 
 def test_it_looks_when_it_was_told_to(teacher: nn.Module, digits: Images) -> None:
@@ -352,27 +355,27 @@ def test_it_looks_when_it_was_told_to(teacher: nn.Module, digits: Images) -> Non
 def test_the_log_is_the_mean_since_the_last_look(teacher: nn.Module, digits: Images) -> None:
     it = job(teacher, config("dfnd", steps=5, loop={"log_every": 2}), digits.x[:300])
     logged: list[float] = []
-    inner = it._log
+    inner = it.read
 
     def log() -> dict[str, float]:
         out = inner()
         logged.append(out["match/kd"])
         return out
 
-    it._log = log  # type: ignore[method-assign]
+    it.read = log  # type: ignore[method-assign]
     kd = [t["kd"].item() for t in run(it)]
     assert logged == pytest.approx([(kd[0] + kd[1]) / 2, (kd[2] + kd[3]) / 2, kd[4]], rel=1e-4)
 
 
 def test_evaluation_is_agreement_and_accuracy(teacher: nn.Module, digits: Images, digits_test: Images) -> None:
     assert digits_test.y is not None
-    it = job(teacher, config("dfnd"), digits.x[:300], engine.Test(digits_test.x, digits_test.y))
+    it = job(teacher, config("dfnd"), digits.x[:300], test=engine.Test(digits_test.x, digits_test.y))
     run(it)
-    held = it.holdout
-    got = it.evaluate()
-    assert got["agreement"] == agreement(predict(it.student, held.x), held.logits)
-    assert got["agreement_ema"] == agreement(predict(it.ema, held.x), held.logits)
-    right = predict(it.student, digits_test.x).argmax(1) == digits_test.y
+    held = it.acquirer.holdout
+    got = it.scorer.evaluate()
+    assert got["agreement"] == agreement(predict(it.matcher.student, held.x), held.logits)
+    assert got["agreement_ema"] == agreement(predict(it.matcher.ema, held.x), held.logits)
+    right = predict(it.matcher.student, digits_test.x).argmax(1) == digits_test.y
     assert got["test"] == pytest.approx(100 * right.float().mean().item())
 
 
@@ -384,12 +387,12 @@ def test_the_student_learns_from_unlabelled_digits(
     )
     it = job(teacher, cfg, digits.x)
     target = predict(taught, digits_test.x)
-    before = agreement(predict(it.student, digits_test.x), target)
+    before = agreement(predict(it.matcher.student, digits_test.x), target)
     run(it)
-    after = agreement(predict(it.delivered()[1], digits_test.x), target)
+    after = agreement(predict(it.scorer.delivered()[1], digits_test.x), target)
     assert before < 40
     assert after > 80
-    assert it.last_eval["agreement"] > 80
+    assert it.scorer.last["agreement"] > 80
 
 
 @pytest.mark.parametrize("source", ["fast", "deepinv"])
@@ -404,15 +407,17 @@ def test_the_student_learns_from_what_is_made(source: str, teacher: nn.Module) -
     )  # fmt: skip
     it = job(teacher, cfg)
     run(it)
-    assert len(it.holdout) > 200
-    assert max(it.last_eval["agreement"], it.last_eval["agreement_ema"]) > 40
+    assert len(it.acquirer.holdout) > 200
+    assert max(it.scorer.last["agreement"], it.scorer.last["agreement_ema"]) > 40
 
 
 def test_the_global_random_state_is_left_alone(teacher: nn.Module, digits: Images) -> None:
     for source in ("fast", "deepinv", "dfnd"):
         net = student()
         before = torch.get_rng_state()
-        it = Distiller(config(source, "kdci+stratified", criterion="adaptation"), teacher, net, SHAPE, digits.x[:300])
+        it = Distiller(
+            Job(config(source, "kdci+stratified", criterion="adaptation"), teacher, net, SHAPE, digits.x[:300])
+        )
         assert it.run()
         assert torch.equal(before, torch.get_rng_state()), source
 
@@ -422,7 +427,7 @@ def test_same_seed_same_bits_and_another_seed_not(teacher: nn.Module) -> None:
     for seed in (0, 0, 3):
         it = job(teacher, config(intervention="kdci+stratified", loop={"seed": seed}))
         run(it)
-        states.append(it.student.state_dict())
+        states.append(it.matcher.student.state_dict())
         torch.rand(5)
     same(states[0], states[1])
     assert not torch.equal(states[0]["model.fc.weight"], states[2]["model.fc.weight"])

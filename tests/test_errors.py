@@ -354,11 +354,11 @@ def test_a_teacher_that_sours_is_named_and_the_last_checkpoint_is_good(
     assert saved is not None
     state = saved[0]
     assert 8 <= state["step"] <= 13
-    assert all(torch.isfinite(v).all() for v in state["student"].values())
+    assert all(torch.isfinite(v).all() for v in state["matcher"]["student"].values())
     again, whole = job(teacher, cfg, digits.x[:300]), job(teacher, cfg, digits.x[:300])
     assert ended(again, tmp_path)
     assert whole.run()
-    same(whole.student.state_dict(), again.student.state_dict())
+    same(whole.matcher.student.state_dict(), again.matcher.student.state_dict())
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from dodistill.errors import DodistillError
 from dodistill.models import Normalized
 from dodistill.sources.generators import ConvGenerator
 from dodistill.sources.mosaic import Config, Mosaic, PatchDiscriminator, balance, called, entropy
+from dodistill.watch import Watcher
 from helpers import SHAPE, context, job, same, student, tree, untimed
 
 SMALL: dict[str, Any] = {"batch": 8, "every": 3, "latent": 8, "width": 4, "base": 8, "patches": 4, "pad": 1}
@@ -287,17 +288,17 @@ def test_a_run_stopped_in_between_ends_in_the_same_bits(teacher: nn.Module, stro
 
     def run(it: Distiller, steps: int) -> Distiller:
         while it.step < steps:
-            it._acquire() if it._due() else it._match()
+            it.acquire(Watcher()) if it.acquirer.due(it.step) else it.match()
         return it
 
     whole = run(job(teacher, cfg, strokes), 8)
     first = run(job(teacher, cfg, strokes), 4)
     second = job(teacher, cfg, strokes, seed=9)
-    second.load_state_dict(copy.deepcopy(first.state_dict()), copy.deepcopy(first.pool.state_dict()))
+    second.load_state_dict(copy.deepcopy(first.state_dict()), copy.deepcopy(first.acquirer.pool.state_dict()))
     run(second, 8)
     same(untimed(whole.state_dict()), untimed(second.state_dict()))
-    same(whole.pool.state_dict(), second.pool.state_dict())
-    assert whole.round == 3
+    same(whole.acquirer.pool.state_dict(), second.acquirer.pool.state_dict())
+    assert whole.acquirer.round == 3
 
 
 @pytest.mark.parametrize(
@@ -363,4 +364,4 @@ def test_a_student_learns(teacher: nn.Module, strokes: Tensor, digits_test: Imag
     assert digits_test.y is not None
     it = job(teacher, cfg, strokes, test=engine.Test(digits_test.x, digits_test.y))
     it.run()
-    assert it.last_eval["test"] > 48
+    assert it.scorer.last["test"] > 48

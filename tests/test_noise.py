@@ -16,6 +16,7 @@ from dodistill.errors import DodistillError
 from dodistill.evaluate import predict, top1
 from dodistill.sources.noise import Config, Noise, calibrate, current_statistics
 from dodistill.sources.procedural import evenness
+from dodistill.watch import Watcher
 from helpers import SHAPE, config, context, job, same, student
 
 
@@ -175,14 +176,14 @@ def test_bad_settings_are_named(settings: dict[str, Any], said: str, teacher: nn
 def test_the_student_is_matched_with_the_labels_of_the_pool(pad: int, teacher: nn.Module) -> None:
     source = {"name": "noise", "n": 64, "candidates": 64, "batch": 32, "every": 3}
     run = job(teacher, config("real", source=source, pool={"capacity": 64}, augment={"pad": pad, "flip": False}))
-    run._acquire()
+    run.acquire(Watcher())
     seen: list[Tensor] = []
-    loss = run.criterion.forward
-    run.criterion.forward = lambda s, t, *more: (seen.append(t), loss(s, t, *more))[1]  # type: ignore[method-assign]
-    run._match()
-    among = (seen[0][:, None] == run.pool.logits[None]).all(2).any(1)
+    loss = run.matcher.criterion.forward
+    run.matcher.criterion.forward = lambda s, t, *more: (seen.append(t), loss(s, t, *more))[1]  # type: ignore[method-assign]
+    run.match()
+    among = (seen[0][:, None] == run.acquirer.pool.logits[None]).all(2).any(1)
     assert bool(among.all()) is (pad == 0)
-    assert any("Augmentation" in note for note in run.source.notes) is (pad > 0)
+    assert any("Augmentation" in note for note in run.acquirer.source.notes) is (pad > 0)
 
 
 def test_a_student_of_noise_must_be_calibrated(teacher: nn.Module, digits: Images, digits_test: Images) -> None:

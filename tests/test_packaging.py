@@ -83,8 +83,8 @@ LAYERS = [
     "report progress tables page card figures svg format images monitor", "engine",
     "run view", "sources causal criteria updates replay", "batch pool evaluate collapse teach probe",
     "teacher taps models data folder layouts",
-    "runtime", "losses augment planted curvature recompute", "methods", "card_tables", "flags",
-    "config", "registry", "files", "errors __init__",
+    "runtime", "losses augment schedules planted curvature recompute", "methods", "card_tables", "flags",
+    "config", "registry", "files", "watch errors __init__",
 ]  # fmt: skip
 RANK = {name: i for i, line in enumerate(LAYERS) for name in line.split()}
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dodistill import engine, registry
 from dodistill.config import resolve
 from dodistill.data import Images
-from dodistill.engine import Distiller
+from dodistill.engine import Distiller, Job
 from dodistill.errors import DodistillError
 from dodistill.models import load_model
 from dodistill.sources.pre import DISTANCE, Config, Pre, js_repo
@@ -186,9 +186,9 @@ def test_a_student_learns(update: dict[str, Any], replay: str, teacher: nn.Modul
     )  # fmt: skip
     pupil = load_model("tiny8", num_classes=10, in_channels=1, image_size=8, mean=[0.3], std=[0.4], seed=1)
     assert digits_test.y is not None
-    it = Distiller(cfg, teacher, pupil, SHAPE, None, engine.Test(digits_test.x, digits_test.y))
+    it = Distiller(Job(cfg, teacher, pupil, SHAPE, None, test=engine.Test(digits_test.x, digits_test.y)))
     assert it.run()
-    assert it.last_eval["test"] > 40
-    assert it.pool.class_shares().max() < 0.3  # untrained, it has 40 % of one class
+    assert it.scorer.last["test"] > 40
+    assert it.acquirer.pool.class_shares().max() < 0.3  # untrained, it has 40 % of one class
     assert registry.config("source", "pre") is Config
-    assert isinstance(it.source.terms["adv"], Tensor)
+    assert isinstance(it.acquirer.source.terms["adv"], Tensor)

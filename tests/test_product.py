@@ -13,6 +13,7 @@ from torch import nn
 from dodistill import registry
 from dodistill.data import Images
 from dodistill.engine import Distiller
+from dodistill.watch import Watcher
 from helpers import SOURCES, config, job, same
 
 LEARNED = ("kdci", "cid")  #: interventions with parameters
@@ -40,33 +41,35 @@ def test_every_source_has_its_tiny_settings() -> None:
 @pytest.mark.parametrize("source", sorted(SOURCES))
 def test_the_product(source: str, intervention: str, teacher: nn.Module, digits: Images) -> None:
     it = made(teacher, digits, source, intervention)
-    frozen, student, parts = copied(it.teacher), copied(it.student), copied(it.interventions)
-    before = copy.deepcopy(it.source.state_dict())
+    frozen, student, parts = copied(it.context.teacher), copied(it.matcher.student), copied(it.matcher.interventions)
+    before = copy.deepcopy(it.acquirer.source.state_dict())
 
     # An acquisition leaves student and teacher alone, gradients and running statistics included.
     for _ in range(it.config.source.warmup + 1):
-        it._acquire()
-    assert all(p.grad is None for p in (*it.student.parameters(), *it.teacher.parameters()))
-    same(student, copied(it.student))
+        it.acquire(Watcher())
+    assert all(p.grad is None for p in (*it.matcher.student.parameters(), *it.context.teacher.parameters()))
+    same(student, copied(it.matcher.student))
 
     # Matching moves all of the student, and not the source.
-    acquired = copy.deepcopy(it.source.state_dict())
-    it._match()
-    assert moved(it.student, student) == {k for k, _ in it.student.named_parameters()}
-    assert all(p.grad is not None for p in it.student.parameters())
-    same(acquired, it.source.state_dict())
+    acquired = copy.deepcopy(it.acquirer.source.state_dict())
+    it.match()
+    assert moved(it.matcher.student, student) == {k for k, _ in it.matcher.student.named_parameters()}
+    assert all(p.grad is not None for p in it.matcher.student.parameters())
+    same(acquired, it.acquirer.source.state_dict())
     # The last step reaches all parameters of the interventions (CID has none to train in its first stage).
     assert it.run()
     if any(name in intervention for name in LEARNED):
-        wanted = {k for k, p in it.interventions.named_parameters() if p.requires_grad}
+        wanted = {k for k, p in it.matcher.interventions.named_parameters() if p.requires_grad}
         assert wanted
-        touched = {k for k, p in it.interventions.named_parameters() if p.grad is not None and bool(p.grad.any())}
+        touched = {
+            k for k, p in it.matcher.interventions.named_parameters() if p.grad is not None and bool(p.grad.any())
+        }
         assert touched == wanted
-        assert moved(it.interventions, parts) == wanted
-    same(frozen, copied(it.teacher))
-    assert all(p.grad is None for p in it.teacher.parameters())
+        assert moved(it.matcher.interventions, parts) == wanted
+    same(frozen, copied(it.context.teacher))
+    assert all(p.grad is None for p in it.context.teacher.parameters())
     if registry.config("source", source).trains not in CALM:  # type: ignore[attr-defined]
-        after = it.source.state_dict()
+        after = it.acquirer.source.state_dict()
         assert any(k != "generator" and repr(after[k]) != repr(before[k]) for k in after)
 
 
@@ -76,13 +79,13 @@ def test_saved_and_resumed_ends_in_the_same_bits(source: str, teacher: nn.Module
     assert whole.run()
     first = made(teacher, digits, source, "kdci+stratified")
     while first.step < 2:
-        first._acquire() if first._due() else first._match()
+        first.acquire(Watcher()) if first.acquirer.due(first.step) else first.match()
     file = io.BytesIO()
-    torch.save((first.state_dict(), first.pool.state_dict()), file)
+    torch.save((first.state_dict(), first.acquirer.pool.state_dict()), file)
     second = made(teacher, digits, source, "kdci+stratified")
     second.load_state_dict(*torch.load(io.BytesIO(file.getvalue()), weights_only=True))
     assert second.run()
-    same(whole.student.state_dict(), second.student.state_dict())
-    same(whole.source.state_dict(), second.source.state_dict())
-    same(whole.pool.state_dict(), second.pool.state_dict())
-    same(whole.holdout.state_dict(), second.holdout.state_dict())
+    same(whole.matcher.student.state_dict(), second.matcher.student.state_dict())
+    same(whole.acquirer.source.state_dict(), second.acquirer.source.state_dict())
+    same(whole.acquirer.pool.state_dict(), second.acquirer.pool.state_dict())
+    same(whole.acquirer.holdout.state_dict(), second.acquirer.holdout.state_dict())

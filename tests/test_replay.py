@@ -420,9 +420,9 @@ def test_a_run_stopped_anywhere_ends_in_the_same_bits(replay: str, teacher: nn.M
     for life in range(40):
         it, folder = job(teacher, cfg, seed=60 + life), RunFolder(tmp_path / "parts", cfg)
         if life == 0:
-            it.student.load_state_dict(job(teacher, cfg, seed=50).student.state_dict())
-            it.ema.load_state_dict(it.student.state_dict())
-        done = it.run(folder, None, 0.0)  # the deadline has always come: one acquisition or step per life
+            it.matcher.student.load_state_dict(job(teacher, cfg, seed=50).matcher.student.state_dict())
+            it.matcher.ema.load_state_dict(it.matcher.student.state_dict())
+        done = it.run(folder, (), 0.0)  # the deadline has always come: one acquisition or step per life
         folder.close()
         torch.rand(3)
         if done:
@@ -438,26 +438,29 @@ def test_a_run_stopped_anywhere_ends_in_the_same_bits(replay: str, teacher: nn.M
 def test_gradients_reach_what_learns_and_nothing_else(replay: str, order: str, teacher: nn.Module) -> None:
     """Student and KDCI's matrices move at every step; teacher, average and memory get nothing of it."""
     it = job(teacher, learner(replay, order=order))
-    frozen = copy.deepcopy(it.teacher.state_dict())
-    start = {n: p.detach().clone() for n, p in (*it.student.named_parameters(), *it.interventions.named_parameters())}
-    backward, retained = it.update.backward, []
+    frozen = copy.deepcopy(it.context.teacher.state_dict())
+    start = {
+        n: p.detach().clone()
+        for n, p in (*it.matcher.student.named_parameters(), *it.matcher.interventions.named_parameters())
+    }
+    backward, retained = it.matcher.update.backward, []
 
     def spy(student: nn.Module, acquire: Any, retain: Any) -> dict[str, Tensor]:
-        memory = copy.deepcopy({k: v for k, v in it.replay.state_dict().items() if k != "generator"})
+        memory = copy.deepcopy({k: v for k, v in it.acquirer.replay.state_dict().items() if k != "generator"})
         out = backward(student, acquire, retain)
         retained.append("retain/kd" in out)
-        same(memory, {k: v for k, v in it.replay.state_dict().items() if k != "generator"})
+        same(memory, {k: v for k, v in it.acquirer.replay.state_dict().items() if k != "generator"})
         return out
 
-    it.update.backward = spy  # type: ignore[method-assign,assignment]
+    it.matcher.update.backward = spy  # type: ignore[method-assign,assignment]
     assert it.run()
     assert retained[-1]
-    for name, p in (*it.student.named_parameters(), *it.interventions.named_parameters()):
+    for name, p in (*it.matcher.student.named_parameters(), *it.matcher.interventions.named_parameters()):
         assert p.grad is not None, name
         assert p.grad.abs().sum() > 0, name
         assert not torch.equal(p, start[name]), name
-    same(frozen, it.teacher.state_dict())
-    assert all(p.grad is None for p in (*it.teacher.parameters(), *it.ema.parameters()))
+    same(frozen, it.context.teacher.state_dict())
+    assert all(p.grad is None for p in (*it.context.teacher.parameters(), *it.matcher.ema.parameters()))
 
 
 def test_memory_is_what_it_holds(teacher: nn.Module, digits: Images) -> None:

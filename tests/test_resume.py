@@ -27,7 +27,7 @@ from dodistill import run as run_module
 from dodistill.api import distill, distill_config
 from dodistill.config import Distill, Tree, resolve
 from dodistill.data import Images
-from dodistill.engine import Distiller, Result
+from dodistill.engine import Distiller, Job, Result
 from dodistill.errors import DodistillError
 from dodistill.run import RunFolder, fingerprint
 from helpers import SHAPE, config, job, metrics, same, student, tree, untimed
@@ -46,7 +46,7 @@ class Stop:
 
 
 def stopped_at(it: Distiller, folder: RunFolder, when: Callable[[Distiller], bool]) -> bool:
-    finished = it.run(folder, None, Stop(lambda: when(it)))  # type: ignore[arg-type]
+    finished = it.run(folder, (), Stop(lambda: when(it)))  # type: ignore[arg-type]
     folder.close()
     return finished
 
@@ -79,10 +79,10 @@ def test_stopped_after_every_acquisition_and_step(
             break
         assert lives < 40
         torch.rand(lives)
-    assert lives == whole.round + whole.step
+    assert lives == whole.acquirer.round + whole.step
     assert it.step == 9
     same(untimed(whole.state_dict()), untimed(it.state_dict()))
-    same(whole.pool.state_dict(), it.pool.state_dict())
+    same(whole.acquirer.pool.state_dict(), it.acquirer.pool.state_dict())
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
     assert len(metrics(tmp_path / "parts")) >= 9
 
@@ -114,7 +114,7 @@ def test_a_run_does_not_go_on_with_other_models_or_images(teacher: nn.Module, di
     for finished in (True, False):
         if not finished:  # the same of a run that was stopped halfway
             shutil.rmtree(tmp_path / "run")
-            it = Distiller(cfg, copy.deepcopy(teacher), student(), SHAPE, x)
+            it = Distiller(Job(cfg, copy.deepcopy(teacher), student(), SHAPE, x))
             assert not stopped_at(it, RunFolder(tmp_path / "run", cfg), lambda it: it.step == 2)
         before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
         with pytest.raises(DodistillError, match="began with other teacher; give"):
@@ -299,22 +299,22 @@ def test_what_a_killed_life_wrote_after_its_checkpoint_is_forgotten(halfway: Any
     (path / "pool-3.pt").write_bytes((path / "pool-1.pt").read_bytes())
     it, _ = finish(path, cfg, again)
     assert metrics(tmp_path / "whole") == metrics(path)
-    pool = torch.load(path / f"pool-{it.pool.version}.pt", weights_only=True)
-    same(dict(pool), whole.pool.state_dict())
+    pool = torch.load(path / f"pool-{it.acquirer.pool.version}.pt", weights_only=True)
+    same(dict(pool), whole.acquirer.pool.state_dict())
 
 
 def test_killed_before_the_first_checkpoint(teacher: nn.Module, tmp_path: Path) -> None:
     cfg = config(steps=8)
     whole, _ = finish(tmp_path / "whole", cfg, lambda: job(teacher, cfg))
     it, folder = job(teacher, cfg), RunFolder(tmp_path / "run", cfg)
-    inner = it._match
+    inner = it.match
 
     def killed() -> None:
         if it.step == 5:
             raise KeyboardInterrupt
         inner()
 
-    it._match = killed  # type: ignore[method-assign]
+    it.match = killed  # type: ignore[method-assign]
     with contextlib.suppress(KeyboardInterrupt):
         it.run(folder)
     folder.close()
@@ -357,8 +357,8 @@ def test_a_finished_run_is_not_run_again(
     def never(*_: Any) -> None:
         raise AssertionError("ran again")
 
-    monkeypatch.setattr(Distiller, "_match", never)
-    monkeypatch.setattr(Distiller, "_acquire", never)
+    monkeypatch.setattr(Distiller, "match", never)
+    monkeypatch.setattr(Distiller, "acquire", never)
     second = distill_config(cfg, out, verbose=False)
     assert second.summary == json.loads((out / "summary.json").read_text())
     same(first.student.state_dict(), second.student.state_dict())

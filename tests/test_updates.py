@@ -265,11 +265,11 @@ def test_kdci_gets_the_exact_gradient_too(
     monkeypatch.setattr(kdci, "ROOM", room)
     it = job(teacher, config("fast", "kdci", steps=1))
     g = torch.Generator().manual_seed(0)
-    dictionary, part, criterion = it.dictionary, next(iter(it.interventions)), L1()
+    dictionary, part, criterion = it.acquirer.dictionary, next(iter(it.matcher.interventions)), L1()
     assert dictionary is not None
     dictionary.build(torch.randn(40, 10, generator=g))
     net.last = nn.Linear(4, 10)
-    it.interventions.double()
+    it.matcher.interventions.double()
     dictionary.double()
     net.double()
 
@@ -351,13 +351,13 @@ def test_the_loss_in_the_log_holds_both_losses_and_no_cosine(teacher: nn.Module)
     )  # fmt: skip
     it = job(teacher, cfg)
     seen: list[dict[str, float]] = []
-    log = it._log
+    log = it.read
 
     def keep() -> dict[str, float]:
         seen.append(log())
         return seen[-1]
 
-    it._log = keep  # type: ignore[method-assign]
+    it.read = keep  # type: ignore[method-assign]
     assert it.run()
     for line in seen:
         assert line["loss"] == pytest.approx(line["match/kd"] + line["match/retain/kd"])
@@ -398,7 +398,7 @@ def test_every_criterion_has_the_second_derivatives_that_exact_asks_for(criterio
     )  # fmt: skip
     it = job(teacher, cfg)
     assert it.run()
-    for name, p in (*it.student.named_parameters(), *it.interventions.named_parameters()):
+    for name, p in (*it.matcher.student.named_parameters(), *it.matcher.interventions.named_parameters()):
         assert p.grad is not None, name
         assert torch.isfinite(p.grad).all(), name
         assert p.grad.abs().sum() > 0, name

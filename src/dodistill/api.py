@@ -7,6 +7,7 @@ import platform
 import resource
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from .card import model_card
 from .causal.base import Compensated
 from .config import Distill, Model, Tree, expand, resolve
 from .data import Images, contexts_of, load_images, refuse_one_class
-from .engine import Distiller, Result, Test
+from .engine import Distiller, Job, Result, Test
+from .engine.job import require_same
+from .engine.loop import FORMAT
 from .errors import DodistillError
 from .images import save_grid
 from .models import Normalized, load_model, save_model
@@ -27,9 +30,10 @@ from .monitor import courses, flat, read_metrics
 from .probe import context_gap
 from .progress import Progress
 from .report import write_report
-from .run import RunFolder, write_atomically
+from .run import NoFolder, RunFolder, write_atomically
 from .runtime import emulated
 from .teacher import Teacher
+from .watch import Watcher
 
 Shape = tuple[int, int, int]
 
@@ -118,6 +122,7 @@ def distill(
     foreign: nn.Module | None = None,
     out: str | Path | None = None,
     verbose: bool = True,
+    watchers: Sequence[Watcher] = (),
     **settings: Any,
 ) -> Result:
     """Distil `teacher` into `student` without the teacher's training data.
@@ -135,6 +140,7 @@ def distill(
         foreign: another model that predicts the dictionary (KDCI Table 5).
         out: the run folder; without one nothing is written, and nothing can be resumed.
         verbose: show progress on stderr.
+        watchers: your own `Watcher`s, which hear of every log, evaluation, pool and warning.
         settings: the rest of the config tree, as in loop={"steps": 500}, kdci={"scale": 2.0}, preset="desk".
 
     Returns:
@@ -155,7 +161,8 @@ def distill(
     if labels is not None and not config.source.reads_labels:
         raise DodistillError(f"source {config.source.name} never reads labels; leave them out, or use source data.")
     y = None if labels is None else torch.as_tensor(labels).long()
-    return run(config, teacher, student, shape, pixels, _test(test), foreign, out, verbose, labels=y, choice=choice)
+    job = Job(config, teacher, student, shape, pixels, y, _test(test), foreign=foreign, choice=choice)
+    return run(job, out, verbose, watchers=watchers)
 
 
 def settle(
@@ -200,87 +207,89 @@ def distill_config(config: Distill, out: str | Path | None, verbose: bool = True
         for spec in contexts_of(config.data.test)
     ]
     foreign = load_teacher(config.data.foreign, shape)[0] if config.data.foreign.spec else None
-    return run(
-        config, wrapped, student, shape, unlabeled, test, foreign, out, verbose, deadline, command, report, notes,
-        labels, contexts, choice,
-    )  # fmt: skip
+    job = Job(
+        config,
+        wrapped,
+        student,
+        shape,
+        unlabeled,
+        labels,
+        test,
+        tuple(contexts),
+        foreign,
+        tuple(notes),
+        choice,
+        command,
+    )
+    return run(job, out, verbose, deadline, report)
 
 
 def run(
-    config: Distill,
-    teacher: nn.Module,
-    student: nn.Module,
-    shape: Shape,
-    unlabeled: Tensor | None = None,
-    test: Test | None = None,
-    foreign: nn.Module | None = None,
+    job: Job,
     out: str | Path | None = None,
     verbose: bool = True,
     deadline: float = float("inf"),
-    command: str = "",
     report: bool = True,
-    notes: list[str] | None = None,
-    labels: Tensor | None = None,
-    contexts: Sequence[Images] = (),
-    choice: methods.Choice | None = None,
+    watchers: Sequence[Watcher] = (),
 ) -> Result:
     """Build, run (or resume), and leave everything in the folder. A finished folder is not run again."""
-    names = f"{_name(config.teacher, teacher)} -> {_name(config.student, student)}"
+    config = job.config
+    names = f"{_name(config.teacher, job.teacher)} -> {_name(config.student, job.student)}"
     title = f"{config.source.name} + {config.intervention}: {names}"
-    job = Distiller(config, teacher, student, shape, unlabeled, test, foreign, labels)
+    it = Distiller(job)
     # After all that can be refused, so that a mistake leaves no folder behind.
-    folder = RunFolder(out, config) if out is not None else None
-    if folder is not None and (done := folder.summary()) is not None:
-        job.require_same(done.get("made_of"))
-        saved = folder.load()
-        if saved is not None:
-            job.load_state_dict(*saved)
-            if report and not (folder.path / "report.html").exists():  # killed while it was written
-                write_report(folder.path)
-            return Result(job.complete(done["delivered"]).eval(), done, folder.path)
-        kept = folder.path / "student.safetensors"
-        if kept.exists():  # its checkpoints were deleted
-            load_saved(job.student, kept)
-            return Result(job.student.eval(), done, folder.path)
-    said = [*(notes or []), *job.source.notes]
-    if emulated(job.device, config.loop.precision):
+    folder = NoFolder() if out is None else RunFolder(out, config)
+    if (done := folder.summary()) is not None:
+        return _again(it, folder, done, report)
+    said = [*job.notes, *it.acquirer.source.notes]
+    if emulated(it.context.device, config.loop.precision):
         said.append("bf16 is emulated on this CPU, some ten times slower than fp32; use --loop.precision fp32.")
     try:
-        if verbose:
-            with Progress(config.loop.steps, title) as progress:
-                for note in [*([str(choice)] if choice is not None else []), *said]:
-                    progress.note(note)
-                finished = job.run(folder, progress, deadline)
-        else:
-            finished = job.run(folder, None, deadline)
+        with Progress(config.loop.steps, title) if verbose else nullcontext(Watcher()) as progress:
+            for note in [*([str(job.choice)] if job.choice is not None else []), *said]:
+                progress.on_note(note)
+            finished = it.run(folder, [progress, *watchers], deadline)
     finally:
-        if folder is not None:
-            folder.close()
-    said += folder.notes if folder is not None else []
+        folder.close()
+    said += folder.notes
     if not finished:
-        return Result(job.student, {"finished": False, "step": job.step}, folder.path if folder else None)
-    which, best = job.delivered()
+        return Result(it.matcher.student, {"finished": False, "step": it.step}, folder.path)
+    which, best = it.scorer.delivered()
     best.eval()
     if isinstance(best, Compensated):
         said.append(
             "at_test: accuracies are of the student with F(z), as result.student in Python; student.safetensors holds "
             "the network without it."
         )
-    said += [f"{symptom}: {text}" for symptom, text in job.warnings.items()]
-    summary = _summary(job, which, command, said)
-    if choice is not None:
-        summary["choice"] = str(choice)
+    said += [f"{symptom}: {text}" for symptom, text in it.meter.warnings.items()]
+    summary = _summary(it, which, said)
     if not isinstance(best, Compensated):
         summary["student_parameters"] = parameters(best)  # with a head that came with an intervention
-    if contexts:
-        for name, model in (("test", best), ("teacher", job.teacher)):
-            gap = context_gap(model, contexts, job.autocast)
+    if job.contexts:
+        for name, model in (("test", best), ("teacher", it.context.teacher)):
+            gap = context_gap(model, job.contexts, it.context.autocast)
             summary["log"] |= {f"{name}/{k}": round(v, 4) for k, v in gap.items()}
-    if folder is not None:
+    if isinstance(folder, RunFolder):
         summary["course"] = courses(read_metrics(folder.path / "metrics.jsonl")["eval"])
         summary["log"] |= flat(summary["course"])
-        _deliver(job, best, folder, summary, report)
-    return Result(best, summary, folder.path if folder else None)
+        _deliver(it, best, folder, summary, report)
+    return Result(best, summary, folder.path)
+
+
+def _again(it: Distiller, folder: RunFolder | NoFolder, done: dict[str, Any], report: bool) -> Result:
+    """What a finished run folder holds. Nothing is computed again."""
+    assert isinstance(folder, RunFolder)
+    require_same(done.get("made_of"), it.made_of)
+    saved, kept = folder.load(), folder.path / "student.safetensors"
+    if saved is not None and saved[0].get("format") == FORMAT:
+        it.load_state_dict(*saved)
+        if report and not (folder.path / "report.html").exists():  # stopped while it was written
+            write_report(folder.path)
+        return Result(it.scorer.complete(done["delivered"]).eval(), done, folder.path)
+    if kept.exists():  # its checkpoints were deleted, or an older version of dodistill wrote them
+        load_saved(it.matcher.student, kept)
+        return Result(it.matcher.student.eval(), done, folder.path)
+    raise DodistillError(f"{folder.path} is finished, and its student.safetensors is gone; choose another --out.")
 
 
 def _name(part: Model, model: nn.Module) -> str:
@@ -295,44 +304,47 @@ def _name(part: Model, model: nn.Module) -> str:
         model = inner
 
 
-def _summary(job: Distiller, which: str, command: str, notes: list[str]) -> dict[str, Any]:
-    score, shares = job.last_eval, job.pool.class_shares()
+def _summary(it: Distiller, which: str, notes: list[str]) -> dict[str, Any]:
+    job, config, acquirer = it.job, it.config, it.acquirer
+    device, score, shares = it.context.device, it.scorer.last, acquirer.pool.class_shares()
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    if job.device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(job.device) / 2**20
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(device) / 2**20
     summary: dict[str, Any] = {
         "agreement": score["agreement_ema" if which == "ema" else "agreement"],
         "agreement_last": score["agreement"],
         "delivered": which,
-        "teacher_name": _name(job.config.teacher, job.teacher),
-        "student_name": _name(job.config.student, job.student),
-        "student_parameters": parameters(job.student),
+        "teacher_name": _name(config.teacher, job.teacher),
+        "student_name": _name(config.student, it.matcher.student),
+        "student_parameters": parameters(it.matcher.student),
         "teacher_parameters": parameters(job.teacher),
-        "steps": job.step,
-        "images": job.pool.seen,
+        "steps": it.step,
+        "images": acquirer.pool.seen,
         "class_shares": [round(v, 5) for v in shares.tolist()],
-        "drawn_shares": [round(v, 5) for v in job.draw.shares(job.pool).tolist()],
-        "seconds": round(job.seconds, 2),
-        "acquire_seconds": round(job.acquire_seconds, 2),
-        "match_seconds": round(job.seconds - job.acquire_seconds, 2),
+        "drawn_shares": [round(v, 5) for v in acquirer.sampler.shares(acquirer.pool).tolist()],
+        "seconds": round(it.clock.seconds, 2),
+        "acquire_seconds": round(acquirer.seconds, 2),
+        "match_seconds": round(it.clock.seconds - acquirer.seconds, 2),
         "peak_memory_mb": round(memory, 1),
-        **({} if job.config.replay.name == "none" else {"replay_memory_mb": round(job.replay.memory / 2**20, 3)}),
-        "log": {k: float(f"{v:.6g}") for k, v in job.last_log.items()},
-        "command": command,
-        "key": job.config.key(),
-        "made_of": job.made_of,
+        **({} if config.replay.name == "none" else {"replay_memory_mb": round(acquirer.replay.memory / 2**20, 3)}),
+        "log": {k: float(f"{v:.6g}") for k, v in it.meter.last.items()},
+        "command": job.command,
+        "key": config.key(),
+        "made_of": it.made_of,
         "versions": {"dodistill": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "machine": _machine(job.device),
+        "machine": _machine(device),
         "warnings": notes,
         "finished": True,
     }
-    if job.test is not None:
+    if (test := it.scorer.test) is not None:
         from .evaluate import predict, top1
 
-        summary["teacher_accuracy"] = top1(predict(job.teacher, job.test.x, autocast=job.autocast), job.test.y)
+        summary["teacher_accuracy"] = top1(predict(it.context.teacher, test.x, autocast=it.context.autocast), test.y)
         summary["student_accuracy"] = score["test"]
         summary["delivered_accuracy"] = score["test_ema" if which == "ema" else "test"]
-        summary["best_on_test"] = job.best_on_test
+        summary["best_on_test"] = it.scorer.best_on_test
+    if job.choice is not None:
+        summary["choice"] = str(job.choice)
     return summary
 
 
@@ -342,19 +354,20 @@ def _machine(device: torch.device) -> str:
     return f"CPU ({platform.machine()}), {torch.get_num_threads()} thread(s)"
 
 
-def _deliver(job: Distiller, best: nn.Module, folder: RunFolder, summary: dict[str, Any], report: bool) -> None:
-    path, config = folder.path, job.config.to_tree()
+def _deliver(it: Distiller, best: nn.Module, folder: RunFolder, summary: dict[str, Any], report: bool) -> None:
+    path, config = folder.path, it.config.to_tree()
+    pool, dictionary = it.acquirer.pool, it.acquirer.dictionary
     save_model(
         best.student if isinstance(best, Compensated) else best,
         path / "student.safetensors",
         agreement=summary["agreement"],
         key=summary["key"],
     )
-    n = min(64, len(job.pool))
-    index = torch.randperm(len(job.pool), generator=torch.Generator().manual_seed(0))[:n]
-    save_grid(job.pool.x[index.to(job.device)].cpu(), path / "samples.png")
-    if job.dictionary is not None:
-        folder.write_json("dictionary.json", {"P": job.dictionary.P.tolist(), "Z": job.dictionary.Z.tolist()})
+    n = min(64, len(pool))
+    index = torch.randperm(len(pool), generator=torch.Generator().manual_seed(0))[:n]
+    save_grid(pool.x[index.to(pool.device)].cpu(), path / "samples.png")
+    if dictionary is not None:
+        folder.write_json("dictionary.json", {"P": dictionary.P.tolist(), "Z": dictionary.Z.tolist()})
     write_atomically(path / "README.md", model_card(config, summary).encode())
     folder.write_json("summary.json", summary)
     if report:

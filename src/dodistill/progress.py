@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .format import duration, number
+from .watch import Watcher
 
 Value = float | Callable[[], float]
 
@@ -29,7 +30,7 @@ def _shown(name: str, value: float) -> str:
     return f"{value:.2f} %" if percentage else number(value)
 
 
-class Progress:
+class Progress(Watcher):
     """`with Progress(4000, "fast: wrn40_2 -> wrn16_1") as progress: progress.update(step, loss=0.53)`.
 
     An update costs a clock read and a dict merge; values are asked and drawn at most every `refresh` seconds in a
@@ -62,6 +63,7 @@ class Progress:
         self._began = self._last = clock()
         self._printed: int | None = None
         self._live: Live | None = None
+        self._scores: dict[str, float] = {}  # of the last evaluation
 
     def __enter__(self) -> Self:
         self._began = self._last = self._clock()
@@ -112,6 +114,24 @@ class Progress:
     def note(self, text: str) -> None:
         """A line that stays: a checkpoint, a warning."""
         self._line(text)
+
+    def on_start(self, step: int, steps: int) -> None:
+        self.total = steps
+
+    def on_note(self, text: str) -> None:
+        self.note(text)
+
+    def on_progress(self, what: str, done: int, total: int) -> None:
+        self.inner(what, done, total)
+
+    def on_eval(self, step: int, values: Mapping[str, float]) -> None:
+        self._scores = {k: v for k, v in values.items() if k in ("agreement", "test")}
+
+    def on_warning(self, step: int, symptom: str, text: str) -> None:
+        self.note(text)
+
+    def on_log(self, step: int, values: Mapping[str, float]) -> None:
+        self.update(step, **{"loss": values["loss"], "img/s": values["rate"], **self._scores})
 
     def rate(self) -> float | None:
         """Steps per second over the last marks; None before it is known."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch import Tensor
 from .config import RUNTIME, Distill, difference
 from .errors import DodistillError
 from .files import claim, replacing
+from .watch import Watcher
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -81,8 +83,37 @@ def newest_pool(path: Path) -> dict[str, Any]:
 _EARLY = ("config.yaml", ".config.json.tmp", ".lock")
 
 
-class RunFolder:
-    """One run's files. Opening it again with the same config resumes; with another config it is refused."""
+class NoFolder(Watcher):
+    """Where a run without a folder leaves its files: nowhere."""
+
+    keeps = False
+    path: Path | None = None
+    notes: tuple[str, ...] = ()
+
+    def load(self) -> None:
+        """No checkpoint."""
+
+    def due(self) -> bool:
+        """Never."""
+        return False
+
+    def save(self, state: Mapping[str, Any], pool: Mapping[str, Any], version: int) -> None:
+        """Nothing is kept."""
+
+    def summary(self) -> None:
+        """No outcome of an earlier start."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class RunFolder(Watcher):
+    """One run's files. Opening it again with the same config resumes; with another config it is refused.
+
+    As a watcher it writes metrics.jsonl.
+    """
+
+    keeps = True
 
     def __init__(self, path: str | Path, config: Distill, create: bool = True) -> None:
         """`create=False` only asks whether the folder could be used, and leaves no trace."""
@@ -91,6 +122,7 @@ class RunFolder:
         self._metrics: TextIO | None = None
         self._unlock: Callable[[], object] | None = None
         self._pools: set[int] = set()  #: pool versions that the two checkpoints refer to
+        self._saved = time.monotonic()
         tree = config.to_tree()
         known = self.path / "config.json"
         there = next(p for p in (self.path, *self.path.absolute().parents) if os.path.exists(p))
@@ -137,6 +169,18 @@ class RunFolder:
         except OSError as error:
             raise DodistillError(f"cannot write {self.path / 'metrics.jsonl'}: {error.strerror}.") from error
 
+    def on_log(self, step: int, values: Mapping[str, float]) -> None:
+        self.log(kind="log", step=step, **values)
+
+    def on_eval(self, step: int, values: Mapping[str, float]) -> None:
+        self.log(kind="eval", step=step, **values)
+
+    def on_pool(self, step: int, values: Mapping[str, Any]) -> None:
+        self.log(kind="pool", step=step, **values)
+
+    def on_warning(self, step: int, symptom: str, text: str) -> None:
+        self.log(kind="warning", step=step, symptom=symptom, text=text)
+
     def close(self) -> None:
         if self._metrics is not None:
             self._metrics.close()
@@ -145,6 +189,10 @@ class RunFolder:
             self._unlock()
 
     # ---------------------------------------------------------------------------------------- checkpoint
+
+    def due(self) -> bool:
+        """Whether the last checkpoint is older than `loop.checkpoint_seconds`."""
+        return time.monotonic() - self._saved > self.config.loop.checkpoint_seconds
 
     def save(self, state: Mapping[str, Any], pool: Mapping[str, Any], version: int) -> None:
         """Write a checkpoint; the one before stays as previous.pt."""
@@ -168,6 +216,7 @@ class RunFolder:
         for old in self.path.glob("pool-*.pt"):
             if int(old.stem.split("-")[1]) < min(self._pools):
                 old.unlink(missing_ok=True)
+        self._saved = time.monotonic()
 
     def load(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """The newest whole checkpoint and its pool, or None where there is none.

@@ -77,6 +77,13 @@ class Acquired:
     #: other inputs that stand for the substitution data: the dictionary is built from them instead (a sampler's: once)
     reference: Acquired | None = None
 
+    def take(self, index: Tensor) -> Acquired:
+        """The inputs at `index`, each tensor from the device where it lies."""
+        parts = (None if v is None else v[index.to(v.device)] for v in (self.images, self.logits, self.labels))
+        images, logits, labels = parts
+        assert images is not None
+        return Acquired(images, logits, labels)
+
 
 class Source(ABC):
     """Makes or finds substitution inputs. All that changes while it does so is in its state."""

@@ -1,0 +1,12 @@
+"""The engine of a run: what it is given (`Job`), four parts (`Acquirer`, `Matcher`, `Scorer`, `Meter`) and the loop."""
+
+from .acquire import Acquirer as Acquirer
+from .acquire import Drawn as Drawn
+from .job import Job as Job
+from .job import Result as Result
+from .job import Test as Test
+from .loop import Distiller as Distiller
+from .match import Matcher as Matcher
+from .meter import Diverged as Diverged
+from .meter import Meter as Meter
+from .score import Scorer as Scorer

@@ -1,0 +1,250 @@
+"""From a source to a batch: substitution inputs are acquired, rest in the pool, and leave it as one `Drawn`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..augment import crop_flip, to_float, to_uint8
+from ..causal.base import Interventions
+from ..causal.dictionary import FOREIGN, ConfounderDictionary
+from ..collapse import vital_signs
+from ..config import Distill
+from ..errors import DodistillError
+from ..evaluate import predict
+from ..pool import Draw, Pool
+from ..runtime import Context
+from ..sources.base import Acquired
+from ..taps import Features, tapped
+from .meter import Diverged
+
+
+@dataclass
+class Drawn:
+    """One batch of inputs for the student, with what the teacher says of them.
+
+    Attributes:
+        x: float in [0, 1], [B, C, H, W], channels last.
+        t: the teacher's logits of x, [B, K].
+        labels: long [B], true classes where the data have them, else the teacher's.
+        index: long [B], slots in the pool; -1 for replayed inputs.
+        theirs: the teacher's features of x, where a criterion or an intervention needs them.
+    """
+
+    x: Tensor
+    t: Tensor
+    labels: Tensor
+    index: Tensor
+    theirs: Features = field(default_factory=Features)
+
+
+class Acquirer:
+    """Owns source, pool, held-back inputs, replay, dictionary and draw. It alone asks the teacher.
+
+    Args:
+        needs: features of the teacher that the matching reads (see `taps.tapped`).
+    """
+
+    def __init__(
+        self, config: Distill, context: Context, interventions: Interventions, needs: frozenset[str] = frozenset()
+    ) -> None:
+        self.config, self.context = config, context
+        self.interventions, self.needs = interventions, needs
+        self.source = config.source.build(context)
+        self.dictionary: ConfounderDictionary | None = None
+        if any(i.needs_dictionary for i in config.interventions):
+            self.dictionary = config.dictionary.build(context, config.source.kind)
+        self.replay = config.replay.build(context)
+        self.replay.follow(self.source)
+        shape, classes, device = context.image_shape, context.num_classes, context.device
+        self.pool = Pool(config.pool.capacity, shape, classes, device, config.pool.eviction)
+        #: inputs that the student never sees; it is judged by them
+        self.holdout = Pool(config.pool.holdout_capacity, shape, classes, device, "reservoir")
+        self.sampler = Draw()
+        self.generators = {name: context.generator(name) for name in ("pool", "draw", "augment")}
+        self.round = 0  #: acquisitions done
+        self.seconds = 0.0  #: spent on them
+        self.signs: dict[str, Tensor] = {}  #: `vital_signs` of the newest inputs
+        self._sound = torch.ones((), dtype=torch.bool, device=device)  # are all acquisitions since `check` finite?
+
+    # --------------------------------------------------------------------------------------------- acquire
+
+    @property
+    def warming(self) -> bool:
+        """Whether the source still warms up: the student learns nothing yet."""
+        return self.round <= int(self.config.source.warmup)
+
+    def due(self, step: int) -> bool:
+        """Whether the next thing to do, after `step` matching steps, is an acquisition."""
+        source = self.config.source
+        due: bool = source.every > 0 and step >= (self.round - source.warmup) * source.every
+        return self.warming or due
+
+    @property
+    def frequent(self) -> bool:
+        """Whether acquisitions lie between nearly all steps. They are then checked at the first one and at log points,
+        because the host has to wait for a check."""
+        every: int = self.config.source.every
+        return 0 < every < 10
+
+    def acquire(self, student: nn.Module) -> None:
+        """One acquisition, into pool, held-back inputs, replay and dictionary."""
+        start = time.perf_counter()
+        student.eval()
+        got = self.source.acquire(student, self.round)
+        self.round += 1
+        got = self._labelled(got)
+        held, kept = self._split(got)
+        g = self.generators["pool"]
+        for pool, part in ((self.holdout, held), (self.pool, kept)):
+            pool.add(part.images, part.logits, g, part.labels)  # type: ignore[arg-type]
+        self.replay.observe(kept.images, kept.logits, self.round - 1)
+        some = slice(None, None, max(1, len(got.images) // 512))
+        self.signs = vital_signs(got.images[some], got.logits[some])  # type: ignore[index]
+        self._rebuild(got)
+        self.seconds += time.perf_counter() - start
+
+    def _labelled(self, got: Acquired) -> Acquired:
+        """The same in uint8, with the teacher's logits, once they are known to be finite."""
+        images = got.images if got.images.dtype == torch.uint8 else to_uint8(got.images)
+        logits = self._ask(images) if got.logits is None else got.logits
+        whole = [got.images, logits] if got.images.is_floating_point() else [logits]
+        self._sound &= torch.stack([torch.isfinite(v).all() for v in (*whole, *self.source.terms.values())]).all()
+        if self.round == 1 or not self.frequent:
+            self.check(got.images, logits)
+        return Acquired(images, logits, got.labels, got.reference)
+
+    def check(self, images: Tensor | None = None, logits: Tensor | None = None) -> None:
+        """Raise Diverged, and name the part, if an acquisition since the last check was not finite. Waits for the
+        device."""
+        if bool(self._sound):
+            return
+        bad = [f"source/{k}" for k, v in self.source.terms.items() if not bool(torch.isfinite(v))]
+        what = f"acquisition {self.round} diverged"
+        if images is not None and images.is_floating_point() and not bool(torch.isfinite(images).all()):
+            what = f"acquisition {self.round} made images that are not finite"
+        elif logits is not None and not bool(torch.isfinite(logits).all()):
+            what = f"the teacher answers acquisition {self.round} with NaN or infinity"
+        raise Diverged(what, bad)
+
+    def _split(self, got: Acquired) -> tuple[Acquired, Acquired]:
+        """A random share to judge the student by, and the rest to learn from."""
+        n = len(got.images)
+        if n < 2:
+            raise DodistillError(
+                f"acquisition {self.round} has {n} image(s); it needs one to learn from and one to judge by."
+            )
+        pool = self.config.pool
+        held = min(max(1, round(n * pool.holdout)), pool.holdout_capacity)
+        order = torch.randperm(n, generator=self.generators["pool"], device=self.context.device)
+        return got.take(order[:held]), got.take(order[held:])
+
+    def _rebuild(self, got: Acquired) -> None:
+        """Rebuild the dictionary from the newest inputs or the pool, then let the interventions weigh the draw.
+
+        A sampler's dictionary is built once (KDCI Sec. 3.2), as is one of reference inputs.
+        """
+        once = self.config.source.kind == "sampler"
+        if self.dictionary is not None and not (once and self.dictionary.built):
+            x, t = (self.pool.x, self.pool.logits) if self.dictionary.of == "pool" else (got.images, got.logits)
+            if got.reference is not None:
+                x, t = got.reference.images, got.reference.logits
+                x = x if x.dtype == torch.uint8 else to_uint8(x)
+                t = self._ask(x) if t is None else t
+            assert t is not None
+            self.dictionary.build(self._features(x, t))
+        self.sampler.set(self.pool, self.interventions.weights(self.pool, self.dictionary))
+
+    def _ask(self, images: Tensor) -> Tensor:
+        """The teacher's logits of uint8 images."""
+        return predict(self.context.teacher, images, autocast=self.context.autocast)
+
+    def _features(self, x: Tensor, t: Tensor) -> Tensor:
+        """M [n, d] of images x (uint8): the teacher's logits t, unless another model makes the dictionary."""
+        foreign = self.context.extra.get(FOREIGN)
+        return t if foreign is None else predict(foreign, x, autocast=self.context.autocast)
+
+    # ------------------------------------------------------------------------------------------------ draw
+
+    def draw(self) -> Drawn:
+        """The next batch. Nothing here waits for the device."""
+        aug, g = self.config.augment, self.generators
+        index = self.sampler(self.config.loop.batch, g["draw"])
+        x = to_float(crop_flip(self.pool.x[index], aug.pad, g["augment"], aug.flip, aug.padding))
+        # Without augmentation the inputs are those that the teacher has answered already.
+        known = None if aug.pad or aug.flip else self.pool.logits[index]
+        drawn = self._answered(x, known, self.pool.labels[index], index)
+        if self.dictionary is not None and self.dictionary.of == "batch":
+            self.dictionary.build(self._features(self.pool.x[index], drawn.t))
+        return drawn
+
+    def replayed(self, student: nn.Module, step: int) -> Drawn | None:
+        """A batch of what the student must not forget, where there is a memory with something in it."""
+        if not self.replay.ready:
+            return None
+        x, t = self.replay.draw(student, step)
+        return self._answered(x, t)
+
+    def _answered(
+        self, x: Tensor, t: Tensor | None, labels: Tensor | None = None, index: Tensor | None = None
+    ) -> Drawn:
+        """A batch with the teacher's logits (asked for where `t` does not know them) and features (where needed)."""
+        x, theirs = x.contiguous(memory_format=torch.channels_last), Features()
+        if t is None or self.needs:
+            with torch.no_grad(), self.context.autocast(), tapped(self.context.teacher, self.needs) as theirs:
+                asked = self.context.teacher(x)
+            t = asked if t is None else t
+        index = torch.full((len(x),), -1, device=x.device) if index is None else index
+        return Drawn(x, t, t.argmax(1) if labels is None else labels, index, theirs)
+
+    # ------------------------------------------------------------------------------------------------ tell
+
+    def describe(self) -> dict[str, Any]:
+        """The pool's size, and the class shares of what is in it and of what is drawn."""
+        line: dict[str, Any] = {
+            "size": len(self.pool),
+            "class_shares": [round(v, 5) for v in self.pool.class_shares().tolist()],
+            "drawn_shares": [round(v, 5) for v in self.sampler.shares(self.pool).tolist()],
+        }
+        if self.dictionary is not None:
+            line["cluster_shares"] = [round(v, 5) for v in self.dictionary.P.tolist()]
+        return line
+
+    def terms(self) -> dict[str, Tensor]:
+        """What source and replay say of their last step, and the newest inputs' vital signs; unsynced scalars."""
+        named = {f"source/{k}": v for k, v in self.source.terms.items()}
+        named |= {f"replay/{k}": v for k, v in self.replay.terms.items()}
+        return named | {f"inputs/{k}": v for k, v in self.signs.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the pool, which is saved on its own when it changes."""
+        return {
+            "source": self.source.state_dict(), "source_terms": self.source.terms,
+            "replay": self.replay.state_dict(), "replay_terms": self.replay.terms,
+            "dictionary": self.dictionary.state_dict() if self.dictionary is not None else {},
+            "holdout": self.holdout.state_dict(), "sampler": self.sampler.state_dict(), "signs": self.signs,
+            "generators": {k: g.get_state() for k, g in self.generators.items()},
+            "round": self.round, "seconds": self.seconds,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any], pool: dict[str, Any]) -> None:
+        self.pool.load_state_dict(pool)
+        self.source.load_state_dict(state["source"])
+        self.replay.load_state_dict(state["replay"])
+        if self.dictionary is not None:
+            self.dictionary.load_state_dict(state["dictionary"])
+        self.holdout.load_state_dict(state["holdout"])
+        for name, generator in self.generators.items():
+            generator.set_state(state["generators"][name].cpu())
+        self.round, self.seconds = state["round"], state["seconds"]
+        self.source.terms, self.replay.terms, self.signs = (
+            {k: v.to(self.context.device) for k, v in state[name].items()}
+            for name in ("source_terms", "replay_terms", "signs")
+        )
+        if self.round:
+            self.sampler.set(self.pool, self.interventions.weights(self.pool, self.dictionary))
+            self.sampler.load_state_dict(state["sampler"])

@@ -1,0 +1,155 @@
+"""What a run is given, checked before anything is computed; and what it leaves."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import registry
+from ..causal.dictionary import FOREIGN
+from ..config import Distill
+from ..data import Images
+from ..errors import DodistillError
+from ..methods import Choice
+from ..run import fingerprint
+from ..runtime import Context, autocast, pick_device
+from ..teacher import Teacher
+from ..view import choose_view
+
+
+@dataclass
+class Test:
+    """Labelled images that are only reported on: x uint8 [n, C, H, W], y long [n]."""
+
+    x: Tensor
+    y: Tensor
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a run is given. `distill`, the command line and `compare` all make one.
+
+    Attributes:
+        config: the resolved config.
+        teacher: any module from [0, 1] images to logits. Frozen in place.
+        student: likewise; trained in place.
+        image_shape: (C, H, W).
+        unlabeled: uint8 [n, C, H, W] for a sampler.
+        labels: true classes of `unlabeled`, long [n], for a source that distils with data.
+        test: optional; reported on, never used to choose.
+        contexts: test sets by which a planted context is measured.
+        foreign: another model that predicts M for the dictionary (KDCI Table 5).
+        notes: sentences for the summary.
+        choice: how `--source auto` chose, where it did.
+        command: the command line that repeats this run.
+    """
+
+    config: Distill
+    teacher: nn.Module
+    student: nn.Module
+    image_shape: tuple[int, int, int]
+    unlabeled: Tensor | None = None
+    labels: Tensor | None = None
+    test: Test | None = None
+    contexts: tuple[Images, ...] = ()
+    foreign: nn.Module | None = None
+    notes: tuple[str, ...] = ()
+    choice: Choice | None = None
+    command: str = ""
+
+    def context(self) -> Context:
+        """What its parts may know of the run: models on their device, streams, settings. Raises DodistillError for
+        whatever cannot work: a teacher that the source cannot serve, a student that answers otherwise, pads that do not
+        fit."""
+        config, loop = self.config, self.config.loop
+        if loop.threads:
+            torch.set_num_threads(loop.threads)
+        device = pick_device(loop.device)
+        teacher = self.teacher if isinstance(self.teacher, Teacher) else Teacher(self.teacher, self.image_shape)
+        teacher.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        _check_source(config.source, teacher, self.unlabeled is not None)
+        for part, pad in (("augment", config.augment.pad), ("view", config.view.pad)):
+            if not 0 <= pad < min(teacher.image_shape[1:]):
+                raise DodistillError(
+                    f"{part}.pad is {pad} pixels; for images of {teacher.image_shape} it must lie between 0 and "
+                    f"{min(teacher.image_shape[1:]) - 1}."
+                )
+        student = self.student.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        _check_student(student, teacher, device)
+        extra = {FOREIGN: Teacher(self.foreign, self.image_shape).to(device)} if self.foreign is not None else {}
+        return Context(
+            teacher=teacher, device=device, seed=loop.seed, autocast=autocast(device, loop.precision),
+            augment=config.augment, view=choose_view(config.view, teacher), unlabeled=self.unlabeled,
+            labels=self.labels, student=student, capacity=config.pool.capacity, extra=extra,
+        )  # fmt: skip
+
+
+def made_of(context: Context) -> dict[str, str]:
+    """Fingerprints of what a run cannot change between two starts. Student weights may differ; the architecture may
+    not."""
+    assert context.student is not None
+    models = {"teacher": context.teacher, **context.extra}
+    out = {k: fingerprint([*m.parameters(), *m.buffers()]) for k, m in models.items()}
+    shapes = [(k, tuple(v.shape)) for k, v in context.student.state_dict().items()]
+    out["student"] = hashlib.sha256(str(shapes).encode()).hexdigest()[:16]
+    given = {"unlabelled images": context.unlabeled, "labels": context.labels}
+    return out | {k: fingerprint([v]) for k, v in given.items() if v is not None}
+
+
+def require_same(began: Mapping[str, str] | None, mine: Mapping[str, str]) -> None:
+    """Refuse to go on with another teacher, student or data than the run began with. `None`: the checkpoint predates
+    fingerprints."""
+    began = mine if began is None else began
+    if other := sorted(k for k in began.keys() | mine.keys() if began.get(k) != mine.get(k)):
+        raise DodistillError(
+            f"this run began with other {' and other '.join(other)}; give what it began with, or choose another --out."
+        )
+
+
+def _check_source(source: Any, teacher: Teacher, has_unlabeled: bool) -> None:
+    """Refuse a teacher that this source cannot serve, and name the sources that would work."""
+    able = []
+    for name in registry.names("source"):
+        needs = registry.config("source", name).needs  # type: ignore[attr-defined]
+        if "batchnorm" not in needs or teacher.has_batchnorm:
+            able.append(name)
+    teacher.require(source.needs - {"unlabeled"}, source.name, able)
+    if "unlabeled" in source.needs and not has_unlabeled:
+        raise DodistillError(
+            f"source {source.name} needs unlabelled images; give --data.unlabeled FOLDER (or .npz, .npy), or in Python "
+            "distill(..., unlabeled=images)."
+        )
+
+
+def _check_student(student: nn.Module, teacher: Teacher, device: torch.device) -> None:
+    """The student must answer as the teacher does."""
+    with torch.no_grad():
+        student.eval()
+        try:
+            out = student(torch.full((2, *teacher.image_shape), 0.5, device=device))
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+            raise DodistillError(
+                f"the student cannot read images of shape {teacher.image_shape} (C, H, W): {error}"
+            ) from error
+    if not isinstance(out, Tensor):
+        raise DodistillError(f"the student returns {type(out).__name__}, not one tensor of logits; wrap it.")
+    if out.shape != (2, teacher.num_classes):
+        raise DodistillError(
+            f"the student returns shape {tuple(out.shape)} for 2 images, the teacher {teacher.num_classes} "
+            f"classes; build the student with num_classes={teacher.num_classes}."
+        )
+
+
+@dataclass
+class Result:
+    """What a run leaves: the student to ship, the numbers, and the folder."""
+
+    student: nn.Module
+    summary: dict[str, Any]
+    folder: Path | None

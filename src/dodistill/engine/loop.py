@@ -1,0 +1,179 @@
+"""The loop: acquire or match, then look, evaluate, save. It knows no method by name and shows nothing to a person."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import Any
+
+from ..errors import DodistillError
+from ..run import NoFolder, RunFolder
+from ..watch import Watcher, Watchers
+from .acquire import Acquirer
+from .job import Job, made_of, require_same
+from .match import Matcher
+from .meter import Diverged, Meter
+from .score import Scorer
+
+#: The layout of a checkpoint's state; another one is refused.
+FORMAT = 2
+
+
+class Distiller:
+    """One run: its four parts and how far it has got. Raises DodistillError for whatever the job cannot do."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.config = job, job.config
+        self.context = job.context()
+        self.matcher = Matcher(self.config, self.context)
+        self.acquirer = Acquirer(self.config, self.context, self.matcher.interventions, self.matcher.needs)
+        self.scorer = Scorer(self.matcher, self.acquirer, job.test)
+        self.meter = Meter(self.context.num_classes, self.context.device)
+        self.clock = Clock()
+        self.step = 0  #: matching steps done
+
+    # ------------------------------------------------------------------------------------------------ run
+
+    def run(
+        self, folder: RunFolder | NoFolder | None = None, watchers: Iterable[Watcher] = (), deadline: float = math.inf
+    ) -> bool:
+        """Go on to the last step, or to `deadline` (time.monotonic()). True when the last step is done."""
+        folder = folder or NoFolder()
+        tell = Watchers([folder, *watchers])
+        if (saved := folder.load()) is not None:
+            self.load_state_dict(*saved)
+        self.context.progress = tell.on_progress
+        self.clock.start(self.step)
+        tell.on_start(self.step, self.config.loop.steps)
+        finished = False
+        try:
+            finished = self._loop(folder, tell, deadline)
+        except Diverged as error:
+            raise error.at(self.step, self.config.optim.lr) from None
+        finally:
+            tell.on_end(self.step, finished)
+        return finished
+
+    def _loop(self, folder: RunFolder | NoFolder, tell: Watcher, deadline: float) -> bool:
+        steps = self.config.loop.steps
+        if self.step >= steps:  # stopped between its last step and its delivery
+            return True
+        while self.step < steps:
+            if self.acquirer.due(self.step):
+                self.acquire(tell)
+            else:
+                self.match()
+                self.look(tell)
+            stop = time.monotonic() > deadline and self.step < steps
+            if stop or (folder.due() and self.step < steps):
+                self.save(folder)
+            if stop:
+                return False
+        tell.on_pool(self.step, self.acquirer.describe())
+        self.save(folder)
+        return True
+
+    def acquire(self, tell: Watcher) -> None:
+        """One acquisition; the pool is described from time to time."""
+        source = self.config.source
+        self.acquirer.acquire(self.matcher.student)
+        often = max(10, self.config.loop.log_every // max(source.every, 1))
+        if source.every == 0 or self.acquirer.round % often == 1:
+            tell.on_pool(self.step, self.acquirer.describe())
+        if self.step == 0:
+            tell.on_progress("warming up the source", self.acquirer.round, source.warmup + 1)
+
+    def match(self) -> None:
+        """One step of the student."""
+        drawn = self.acquirer.draw()
+        replayed = self.acquirer.replayed(self.matcher.student, self.step)
+        self.meter.add(self.matcher.step(drawn, replayed, self.acquirer.dictionary, self.step))
+        self.step += 1
+
+    # ----------------------------------------------------------------------------------- look, evaluate, save
+
+    def look(self, tell: Watcher) -> None:
+        """Log and evaluate, each at its own cadence and at the last step."""
+        loop = self.config.loop
+        last = self.step == loop.steps
+        looking = last or self.step % loop.log_every == 0
+        values = self.read() if looking else {}
+        if looking:
+            values |= {"rate": self.clock.lap(self.step) * loop.batch, "lr": self.matcher.rate(self.step / loop.steps)}
+        if last or self.step % loop.eval_every == 0:
+            tell.on_eval(self.step, self.scorer.evaluate())
+        if looking:
+            agreement = self.scorer.last.get("agreement")
+            for symptom, text in self.meter.collapsed(values, agreement, self.step / loop.steps).items():
+                tell.on_warning(self.step, symptom, text)
+            tell.on_log(self.step, {"seconds": round(self.clock.seconds, 3), **values})
+
+    def read(self) -> dict[str, float]:
+        """Mean terms since the last look, with one device sync."""
+        if self.acquirer.frequent:
+            self.acquirer.check()
+        return self.meter.read(self.acquirer.terms() | self.matcher.terms(self.acquirer.dictionary))
+
+    def save(self, folder: RunFolder | NoFolder) -> None:
+        """A checkpoint, unless something is not finite: it would bury the last good one."""
+        self.acquirer.check()
+        if bad := self.matcher.infinite():
+            raise Diverged("the student's weights are not finite", self.meter.infinite() or bad[:3])
+        if folder.keeps:
+            folder.save(self.state_dict(), self.acquirer.pool.state_dict(), self.acquirer.pool.version)
+
+    # --------------------------------------------------------------------------------------------- state
+
+    @cached_property
+    def made_of(self) -> dict[str, str]:
+        """Fingerprints of teacher, student and data; see `job.made_of`."""
+        return made_of(self.context)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the pool, which is saved on its own when it changes."""
+        return {
+            "format": FORMAT, "made_of": self.made_of, "step": self.step, "seconds": self.clock.seconds,
+            "acquirer": self.acquirer.state_dict(), "matcher": self.matcher.state_dict(),
+            "scorer": self.scorer.state_dict(), "meter": self.meter.state_dict(),
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any], pool: Mapping[str, Any]) -> None:
+        """Raises DodistillError for the state of a run that had another teacher, student or images, or of a version of
+        dodistill with another layout."""
+        if state.get("format") != FORMAT:
+            raise DodistillError(
+                f"this checkpoint has format {state.get('format', 1)}, and this version of dodistill reads format "
+                f"{FORMAT}; finish the run with the version that began it, or choose another --out."
+            )
+        require_same(state["made_of"], self.made_of)
+        self.matcher.load_state_dict(state["matcher"])
+        self.acquirer.load_state_dict(state["acquirer"], dict(pool))
+        self.scorer.load_state_dict(state["scorer"])
+        self.meter.load_state_dict(state["meter"])
+        self.step = state["step"]
+        self.clock = Clock(state["seconds"])
+
+
+class Clock:
+    """The time that a run has taken, over all its starts, and the pace since the last look."""
+
+    def __init__(self, before: float = 0.0) -> None:
+        self._before, self._began = before, time.monotonic()
+        self._lap = (0, self._began)
+
+    def start(self, step: int) -> None:
+        """Time counts from here."""
+        self._began = time.monotonic()
+        self._lap = (step, self._began)
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run so far."""
+        return self._before + time.monotonic() - self._began
+
+    def lap(self, step: int) -> float:
+        """Steps per second since the last call."""
+        before, self._lap = self._lap, (step, time.monotonic())
+        return (step - before[0]) / max(self._lap[1] - before[1], 1e-9)

@@ -1,0 +1,149 @@
+"""From a batch to a better student: the matching step."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..batch import Batch
+from ..causal.base import Interventions
+from ..causal.dictionary import ConfounderDictionary
+from ..config import Distill
+from ..runtime import Context
+from ..schedules import rate_at
+from ..taps import tapped
+from .acquire import Drawn
+
+
+class Matcher:
+    """Owns the student, its moving average, the optimisers, the update, the criterion and the interventions."""
+
+    def __init__(self, config: Distill, context: Context) -> None:
+        assert context.student is not None
+        self.config, self.context = config, context
+        self.student = context.student
+        self.ema = copy.deepcopy(self.student).requires_grad_(False).eval()
+        self.interventions = Interventions(i.build(context) for i in config.interventions).to(context.device)
+        self.criterion = config.criterion.build(context).to(context.device)
+        self.update = config.update.build()
+        #: what criterion and interventions read of both networks' insides
+        self.needs: frozenset[str] = self.criterion.needs | self.interventions.needs
+        self.optimizers = self._optimizers()
+        #: the last objective on new inputs, for the log
+        self.last: Objective | None = None
+        # (average, student): their floating-point tensors, and the others, side by side
+        self._floats = self._side_by_side(lambda v: v.is_floating_point())
+        self._counts = self._side_by_side(lambda v: not v.is_floating_point())
+
+    def _side_by_side(self, which: Callable[[Tensor], bool]) -> tuple[list[Tensor], list[Tensor]]:
+        mine, its = self.student.state_dict(), self.ema.state_dict()
+        names = [k for k, v in its.items() if which(v)]
+        return [its[k] for k in names], [mine[k] for k in names]
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        """SGD for the student; parts without a rate of their own join it without weight decay; others get Adam."""
+        c = self.config.optim
+        groups: list[dict[str, Any]] = [{"params": list(self.student.parameters())}]
+        others: list[torch.optim.Optimizer] = []
+        for part in (*self.interventions.parts, self.criterion):
+            parameters = [p for p in part.parameters() if p.requires_grad]
+            if parameters and part.own_lr is None:
+                groups.append({"params": parameters, "weight_decay": 0.0})
+            elif parameters:
+                others.append(torch.optim.Adam(parameters, lr=part.own_lr, fused=True))
+        sgd = torch.optim.SGD(
+            groups, lr=c.lr, momentum=c.momentum, nesterov=c.nesterov, weight_decay=c.weight_decay, fused=True
+        )
+        return [sgd, *others]
+
+    def rate(self, done: float) -> float:
+        """The student's learning rate when a share `done` of the steps is done."""
+        c = self.config.optim
+        return rate_at(c.schedule, done, c.lr, c.floor, c.milestones)
+
+    def step(
+        self, drawn: Drawn, replayed: Drawn | None, dictionary: ConfounderDictionary | None, step: int
+    ) -> dict[str, Tensor]:
+        """One step of the student on a batch; its terms, detached. Nothing here waits for the device.
+
+        `step` steps are done already.
+        """
+        done = step / self.config.loop.steps
+        acquire = Objective(self, drawn, dictionary, done)
+        retain = None if replayed is None else Objective(self, replayed, dictionary, done)
+        self.student.train()
+        for group in self.optimizers[0].param_groups:
+            group["lr"] = self.rate(done)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        terms = self.update.backward(self.student, acquire, retain)
+        self.criterion.observe(drawn.t, acquire.batch)
+        self.interventions.observe(drawn.t, acquire.batch)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self._average(step)
+        self.last = acquire
+        return {f"match/{k}": v for k, v in terms.items()} | {f"update/{k}": v for k, v in self.update.terms.items()}
+
+    @torch.no_grad()
+    def _average(self, step: int) -> None:
+        """The moving average of the student, with the usual warm-up of its decay."""
+        decay = min(self.config.loop.ema, (1 + step) / (10 + step))
+        torch._foreach_lerp_(*self._floats, 1 - decay)
+        if self._counts[0]:
+            torch._foreach_copy_(*self._counts)
+
+    def terms(self, dictionary: ConfounderDictionary | None) -> dict[str, Tensor]:
+        """What the interventions say of the last batch; unsynced scalars."""
+        if self.last is None:
+            return {}
+        return self.interventions.log(self.last.batch.raw, self.last.drawn.t, dictionary, self.last.batch)
+
+    def infinite(self) -> list[str]:
+        """Names of the student's parameters that are not finite. Waits for the device."""
+        return [n for n, p in self.student.named_parameters() if not bool(torch.isfinite(p).all())]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "student": self.student.state_dict(), "ema": self.ema.state_dict(),
+            "interventions": self.interventions.state_dict(), "criterion": self.criterion.state_dict(),
+            "optimizers": [o.state_dict() for o in self.optimizers],
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.student.load_state_dict(state["student"])
+        self.ema.load_state_dict(state["ema"])
+        self.interventions.load_state_dict(state["interventions"])
+        self.criterion.load_state_dict(state["criterion"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
+
+
+class Objective:
+    """The matching loss on one batch, as a function of the student (or of a stand-in at other weights).
+
+    `batch` is what the last call saw, detached from its graph.
+    """
+
+    def __init__(self, matcher: Matcher, drawn: Drawn, dictionary: ConfounderDictionary | None, done: float) -> None:
+        self.matcher, self.drawn, self.dictionary, self.done = matcher, drawn, dictionary, done
+        self._batch: Batch | None = None
+
+    @property
+    def batch(self) -> Batch:
+        if self._batch is None:
+            raise RuntimeError("the update has not evaluated this objective")
+        return self._batch
+
+    def __call__(self, student: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        m, d = self.matcher, self.drawn
+        with m.context.autocast(), tapped(m.student, m.needs) as own:
+            s = student(d.x)
+        s = s.float()
+        batch = Batch(d.index, d.labels, s, self.done, own, d.theirs)
+        self._batch = batch
+        return dict(m.criterion(m.interventions.compensate(s, self.dictionary, batch), d.t, batch))

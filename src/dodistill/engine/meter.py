@@ -1,0 +1,86 @@
+"""The meter: mean loss terms, and whatever is not finite or has collapsed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..collapse import symptoms
+from ..errors import DodistillError
+
+
+class Diverged(DodistillError):
+    """A loss term is no longer a finite number.
+
+    Attributes:
+        what: what happened. bad: names of the terms that are not finite.
+    """
+
+    def __init__(self, what: str, bad: list[str], advice: str = "") -> None:
+        terms = f"; not finite: {', '.join(bad)}" if bad else ""
+        super().__init__(f"{what}{terms}{advice}")
+        self.what, self.bad = what, bad
+
+    def at(self, step: int, lr: float) -> Diverged:
+        """The same error with the place and the way out."""
+        return Diverged(
+            self.what, self.bad,
+            f", at step {step}. Lower that term's weight or the rate (optim.lr is {lr}); the last good checkpoint is "
+            "kept.",
+        )  # fmt: skip
+
+
+class Meter:
+    """Sums each term of the matching steps between two looks, and remembers which symptoms of collapse were told."""
+
+    def __init__(self, classes: int, device: torch.device) -> None:
+        self.classes, self.device = classes, device
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.last: dict[str, float] = {}  #: what the last look read
+        self.warnings: dict[str, str] = {}  #: symptom -> text, each told once
+
+    def add(self, terms: Mapping[str, Tensor]) -> None:
+        """The terms of one step. No sync with the device."""
+        for name, value in terms.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def read(self, more: Mapping[str, Tensor]) -> dict[str, float]:
+        """Mean terms since the last look, and `more` as it is, with one device sync; their matching loss as `loss`.
+
+        Raises Diverged for a term that is not finite.
+        """
+        named = {k: v / self.counts[k] for k, v in self.sums.items()} | dict(more)
+        values = torch.stack([v.float().reshape(()).to(self.device) for v in named.values()]).tolist()
+        out = dict(zip(named, values))
+        bad = [k for k, v in out.items() if not math.isfinite(v)]
+        if bad:
+            raise Diverged("the loss is not a finite number", bad)
+        self.sums, self.counts = {}, {}
+        out["loss"] = sum(v for k, v in out.items() if k.startswith("match/"))
+        self.last = dict(out)
+        return out
+
+    def infinite(self) -> list[str]:
+        """Names of the terms that are not finite so far. Waits for the device."""
+        return [k for k, v in self.sums.items() if not bool(torch.isfinite(v))]
+
+    def collapsed(self, values: Mapping[str, float], agreement: float | None, done: float) -> dict[str, str]:
+        """Symptoms that a look shows for the first time, with what to do about each."""
+        signs = {k.removeprefix("inputs/"): v for k, v in values.items() if k.startswith("inputs/")}
+        found = symptoms(signs, self.classes, agreement, done)
+        fresh = {k: v for k, v in found.items() if k not in self.warnings}
+        self.warnings |= fresh
+        return fresh
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": self.sums, "counts": self.counts, "last": self.last, "warnings": self.warnings}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sums = {k: v.to(self.device) for k, v in state["sums"].items()}
+        self.counts, self.last, self.warnings = (dict(state[k]) for k in ("counts", "last", "warnings"))

@@ -1,0 +1,64 @@
+"""The scorer: how well the student does, and which of its two versions ships."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..evaluate import agreement, predict, top1
+from .acquire import Acquirer
+from .job import Test
+from .match import Matcher
+from .meter import Diverged
+
+
+class Scorer:
+    """Scores the last student and its moving average, as they would be delivered."""
+
+    def __init__(self, matcher: Matcher, acquirer: Acquirer, test: Test | None) -> None:
+        device = matcher.context.device
+        self.matcher, self.acquirer = matcher, acquirer
+        self.test = None if test is None else Test(test.x.to(device), test.y.to(device))
+        self.last: dict[str, float] = {}
+        self.best_on_test = 0.0
+
+    def evaluate(self) -> dict[str, float]:
+        """Agreement with the teacher on the held-back inputs (%), and accuracy (%): on them (`minival`) where the data
+        have labels, and on a test set where there is one."""
+        holdout, cast, out = self.acquirer.holdout, self.matcher.context.autocast, {}
+        for name, which in (("", "last"), ("_ema", "ema")):
+            model = self.complete(which)
+            held = predict(model, holdout.x, autocast=cast)
+            if not bool(torch.isfinite(held).all()):
+                raise Diverged("the student answers with NaN or infinity", [])
+            out[f"agreement{name}"] = agreement(held, holdout.logits)
+            if self.matcher.context.labels is not None:
+                out[f"minival{name}"] = top1(held, holdout.labels)
+            if self.test is not None:
+                out[f"test{name}"] = top1(predict(model, self.test.x, autocast=cast), self.test.y)
+        if self.test is not None:
+            self.best_on_test = max(self.best_on_test, out["test"])
+        self.last = out
+        return out
+
+    def delivered(self) -> tuple[str, nn.Module]:
+        """The student to ship: the last weights or their average, whichever agrees more with the teacher held-back.
+
+        No label and no test image takes part in the choice.
+        """
+        score = self.last or self.evaluate()
+        which = "ema" if score["agreement_ema"] > score["agreement"] else "last"
+        return which, self.complete(which)
+
+    def complete(self, which: str) -> nn.Module:
+        """The `last` student or its average `ema`, with whatever interventions stay in it at test time."""
+        m = self.matcher
+        return m.interventions.deliver(m.ema if which == "ema" else m.student, self.acquirer.dictionary)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"last": self.last, "best_on_test": self.best_on_test}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.last, self.best_on_test = dict(state["last"]), state["best_on_test"]

@@ -1,0 +1,78 @@
+"""What a run tells the outside. The engine calls watchers and shows nothing itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+class Watcher:
+    """Base of everything that follows a run: the run folder's metrics, the progress display, a tracker, a user's own.
+
+    All methods do nothing by default. Values are plain numbers; nothing that a watcher does changes the run. `step` is
+    the number of matching steps done. After a resume the steps go on from the checkpoint's.
+    """
+
+    def on_start(self, step: int, steps: int) -> None:
+        """Once, before the first step of this process; `step` is above 0 where a checkpoint was loaded."""
+
+    def on_note(self, text: str) -> None:
+        """A sentence for the user about the whole run."""
+
+    def on_progress(self, what: str, done: int, total: int) -> None:
+        """Inside a long acquisition: `done` of `total` units of `what`."""
+
+    def on_log(self, step: int, values: Mapping[str, float]) -> None:
+        """Every `loop.log_every` steps: mean loss terms since the last look, `loss`, `rate` (images/s), `lr`,
+        `seconds`."""
+
+    def on_eval(self, step: int, values: Mapping[str, float]) -> None:
+        """Every `loop.eval_every` steps: agreement with the teacher and accuracies, in percent."""
+
+    def on_pool(self, step: int, values: Mapping[str, Any]) -> None:
+        """From time to time: the pool's size and the class shares of what is in it and of what is drawn."""
+
+    def on_warning(self, step: int, symptom: str, text: str) -> None:
+        """Something has collapsed; each symptom once."""
+
+    def on_end(self, step: int, finished: bool) -> None:
+        """Once, when the loop ends: at its last step, at the deadline, or by an error (`finished` is False)."""
+
+
+class Watchers(Watcher):
+    """Several as one, called in order."""
+
+    def __init__(self, parts: Iterable[Watcher] = ()) -> None:
+        self.parts = list(parts)
+
+    def on_start(self, step: int, steps: int) -> None:
+        for part in self.parts:
+            part.on_start(step, steps)
+
+    def on_note(self, text: str) -> None:
+        for part in self.parts:
+            part.on_note(text)
+
+    def on_progress(self, what: str, done: int, total: int) -> None:
+        for part in self.parts:
+            part.on_progress(what, done, total)
+
+    def on_log(self, step: int, values: Mapping[str, float]) -> None:
+        for part in self.parts:
+            part.on_log(step, values)
+
+    def on_eval(self, step: int, values: Mapping[str, float]) -> None:
+        for part in self.parts:
+            part.on_eval(step, values)
+
+    def on_pool(self, step: int, values: Mapping[str, Any]) -> None:
+        for part in self.parts:
+            part.on_pool(step, values)
+
+    def on_warning(self, step: int, symptom: str, text: str) -> None:
+        for part in self.parts:
+            part.on_warning(step, symptom, text)
+
+    def on_end(self, step: int, finished: bool) -> None:
+        for part in self.parts:
+            part.on_end(step, finished)
