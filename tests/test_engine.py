@@ -278,7 +278,12 @@ def test_the_loop_knows_no_method_by_name() -> None:
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.NAME:
             words.add(token.string)
-        if token.type == tokenize.STRING and previous not in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.NL):
+        if token.type == tokenize.STRING and previous not in (
+            tokenize.NEWLINE,
+            tokenize.INDENT,
+            tokenize.DEDENT,
+            tokenize.NL,
+        ):
             words.update(token.string.strip("\"'frb").replace(".", " ").split())
         if token.type != tokenize.COMMENT:
             previous = token.type

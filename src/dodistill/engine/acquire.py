@@ -17,7 +17,7 @@ from ..config import Distill
 from ..errors import DodistillError
 from ..evaluate import predict
 from ..pool import Draw, Pool
-from ..runtime import Context
+from ..runtime import Context, laid_out
 from ..sources.base import Acquired
 from ..taps import Features, tapped
 from .meter import Diverged
@@ -193,7 +193,7 @@ class Acquirer:
         self, x: Tensor, t: Tensor | None, labels: Tensor | None = None, index: Tensor | None = None
     ) -> Drawn:
         """A batch with the teacher's logits (asked for where `t` does not know them) and features (where needed)."""
-        x, theirs = x.contiguous(memory_format=torch.channels_last), Features()
+        x, theirs = laid_out(x), Features()
         if t is None or self.needs:
             with torch.no_grad(), self.context.autocast(), tapped(self.context.teacher, self.needs) as theirs:
                 asked = self.context.teacher(x)

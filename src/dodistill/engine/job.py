@@ -18,7 +18,7 @@ from ..data import Images
 from ..errors import DodistillError
 from ..methods import Choice
 from ..run import fingerprint
-from ..runtime import Context, autocast, pick_device
+from ..runtime import Context, autocast, pick_device, place
 from ..teacher import Teacher
 from ..view import choose_view
 
@@ -72,7 +72,7 @@ class Job:
             torch.set_num_threads(loop.threads)
         device = pick_device(loop.device)
         teacher = self.teacher if isinstance(self.teacher, Teacher) else Teacher(self.teacher, self.image_shape)
-        teacher.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        place(teacher, device)
         _check_source(config.source, teacher, self.unlabeled is not None)
         for part, pad in (("augment", config.augment.pad), ("view", config.view.pad)):
             if not 0 <= pad < min(teacher.image_shape[1:]):
@@ -80,9 +80,9 @@ class Job:
                     f"{part}.pad is {pad} pixels; for images of {teacher.image_shape} it must lie between 0 and "
                     f"{min(teacher.image_shape[1:]) - 1}."
                 )
-        student = self.student.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        student = place(self.student, device)
         _check_student(student, teacher, device)
-        extra = {FOREIGN: Teacher(self.foreign, self.image_shape).to(device)} if self.foreign is not None else {}
+        extra = {FOREIGN: place(Teacher(self.foreign, self.image_shape), device)} if self.foreign is not None else {}
         return Context(
             teacher=teacher, device=device, seed=loop.seed, autocast=autocast(device, loop.precision),
             augment=config.augment, view=choose_view(config.view, teacher), unlabeled=self.unlabeled,

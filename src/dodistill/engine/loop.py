@@ -51,7 +51,7 @@ class Distiller:
         try:
             finished = self._loop(folder, tell, deadline)
         except Diverged as error:
-            raise error.at(self.step, self.config.optim.lr) from None
+            raise error.located(self.step, self.config.optim.lr) from None
         finally:
             tell.on_end(self.step, finished)
         return finished

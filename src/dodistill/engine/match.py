@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..batch import Batch
-from ..causal.base import Interventions
+from ..causal.base import Intervention, Interventions
 from ..causal.dictionary import ConfounderDictionary
 from ..config import Distill
 from ..runtime import Context
@@ -45,14 +46,16 @@ class Matcher:
         return [its[k] for k in names], [mine[k] for k in names]
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
-        """SGD for the student; parts without a rate of their own join it without weight decay; others get Adam."""
+        """SGD for the student; parts without a rate of their own join it, without weight decay unless they want it;
+        others get Adam."""
         c = self.config.optim
         groups: list[dict[str, Any]] = [{"params": list(self.student.parameters())}]
         others: list[torch.optim.Optimizer] = []
         for part in (*self.interventions.parts, self.criterion):
             parameters = [p for p in part.parameters() if p.requires_grad]
             if parameters and part.own_lr is None:
-                groups.append({"params": parameters, "weight_decay": 0.0})
+                decays = isinstance(part, Intervention) and part.decays
+                groups.append({"params": parameters, "weight_decay": c.weight_decay if decays else 0.0})
             elif parameters:
                 others.append(torch.optim.Adam(parameters, lr=part.own_lr, fused=True))
         sgd = torch.optim.SGD(
@@ -73,14 +76,15 @@ class Matcher:
         `step` steps are done already.
         """
         done = step / self.config.loop.steps
-        acquire = Objective(self, drawn, dictionary, done)
-        retain = None if replayed is None else Objective(self, replayed, dictionary, done)
+        exactly = self.update.fp32 and replayed is not None
+        acquire = Objective(self, drawn, dictionary, done, exactly)
+        remember = None if replayed is None else Objective(self, replayed, dictionary, done, exactly)
         self.student.train()
         for group in self.optimizers[0].param_groups:
             group["lr"] = self.rate(done)
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        terms = self.update.backward(self.student, acquire, retain)
+        terms = self.update.backward(self.student, acquire, remember)
         self.criterion.observe(drawn.t, acquire.batch)
         self.interventions.observe(drawn.t, acquire.batch)
         for optimizer in self.optimizers:
@@ -126,11 +130,14 @@ class Matcher:
 class Objective:
     """The matching loss on one batch, as a function of the student (or of a stand-in at other weights).
 
-    `batch` is what the last call saw, detached from its graph.
+    `batch` is what the last call saw. `exactly`: the student's passes in fp32, whatever the run's precision.
     """
 
-    def __init__(self, matcher: Matcher, drawn: Drawn, dictionary: ConfounderDictionary | None, done: float) -> None:
+    def __init__(
+        self, matcher: Matcher, drawn: Drawn, dictionary: ConfounderDictionary | None, done: float, exactly: bool
+    ) -> None:
         self.matcher, self.drawn, self.dictionary, self.done = matcher, drawn, dictionary, done
+        self.precision = nullcontext if exactly else matcher.context.autocast
         self._batch: Batch | None = None
 
     @property
@@ -141,7 +148,7 @@ class Objective:
 
     def __call__(self, student: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         m, d = self.matcher, self.drawn
-        with m.context.autocast(), tapped(m.student, m.needs) as own:
+        with self.precision(), tapped(m.student, m.needs) as own:
             s = student(d.x)
         s = s.float()
         batch = Batch(d.index, d.labels, s, self.done, own, d.theirs)

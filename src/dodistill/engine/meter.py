@@ -25,7 +25,7 @@ class Diverged(DodistillError):
         super().__init__(f"{what}{terms}{advice}")
         self.what, self.bad = what, bad
 
-    def at(self, step: int, lr: float) -> Diverged:
+    def located(self, step: int, lr: float) -> Diverged:
         """The same error with the place and the way out."""
         return Diverged(
             self.what, self.bad,
