@@ -14,6 +14,7 @@ from dodistill.data import Images
 from dodistill.errors import DodistillError
 from dodistill.sources.fast_imagenet import Bank, Config, FastImagenet
 from dodistill.sources.generators import DeepGenerator
+from dodistill.watch import Watcher
 from helpers import SHAPE, config, context, job, same, student
 
 SMALL: dict[str, Any] = {"K": 3, "batch": 16, "latent": 6, "width": 4, "doublings": 2, "lr_g": 1e-3}
@@ -273,12 +274,12 @@ def test_a_run_with_a_generator_per_class_goes_on(teacher: nn.Module, digits: Im
     assert whole.run()
     first = job(teacher, cfg)
     while first.step < 3:
-        first._acquire() if first._due() else first._match()
+        first.acquire(Watcher()) if first.acquirer.due(first.step) else first.match()
     second = job(teacher, cfg)
-    second.load_state_dict(copy.deepcopy(first.state_dict()), copy.deepcopy(first.pool.state_dict()))
+    second.load_state_dict(copy.deepcopy(first.state_dict()), copy.deepcopy(first.acquirer.pool.state_dict()))
     assert second.run()
-    same(whole.source.state_dict(), second.source.state_dict())
-    same(whole.student.state_dict(), second.student.state_dict())
+    same(whole.acquirer.source.state_dict(), second.acquirer.source.state_dict())
+    same(whole.matcher.student.state_dict(), second.matcher.student.state_dict())
 
 
 # ------------------------------------------------------------------------------------------------------- presets

@@ -19,7 +19,7 @@ from dodistill import losses, registry
 from dodistill.augment import to_float
 from dodistill.causal.cid import CID
 from dodistill.config import resolve
-from dodistill.engine import Distiller
+from dodistill.engine import Distiller, Job
 from dodistill.models import Normalized
 from dodistill.replay.bank import Bank
 from dodistill.replay.generative import Generative
@@ -312,7 +312,7 @@ def test_the_ring_and_the_rate() -> None:
     found = []
     for epoch in (0, 100, 200, 399):
         it.step = epoch * PRE["mb: steps per epoch"][1]
-        found.append(it._rate())
+        found.append(it.matcher.rate(it.step / it.config.loop.steps))
     assert found == pytest.approx(PRE["rates"], rel=1e-6)
 
 
@@ -402,7 +402,7 @@ def test_the_outer_step() -> None:
 def job(tree: dict[str, Any], student: nn.Module | None = None) -> Distiller:
     cfg = resolve({"loop": {"device": "cpu", "threads": 1}}, tree)
     x, y = picture(range(4)), torch.cat([labels(16), labels(16), labels(16, 7), labels(16, 7)])
-    return Distiller(cfg, net(0.0), student or fill(Net(4), 0.3), (3, 8, 8), unlabeled=x, labels=y)
+    return Distiller(Job(cfg, net(0.0), student or fill(Net(4), 0.3), (3, 8, 8), unlabeled=x, labels=y))
 
 
 def picture(phases: Any) -> Tensor:
@@ -422,12 +422,12 @@ class Cid:
         x, y = it.context.unlabeled, it.context.labels
         assert x is not None
         with torch.no_grad():
-            it.pool.add(x, it.teacher(to_float(x)), it.generators["pool"], y)
-        part, r = next(iter(it.interventions)), it.criterion.r
+            it.acquirer.pool.add(x, it.context.teacher(to_float(x)), it.acquirer.generators["pool"], y)
+        part, r = next(iter(it.matcher.interventions)), it.matcher.criterion.r
         assert isinstance(part, CID)
         assert isinstance(r, nn.Linear)
         self.part = part
-        self.modules = {"student": it.student, "W'": fill(part.head, 1), "r": fill(r, 2)}
+        self.modules = {"student": it.matcher.student, "W'": fill(part.head, 1), "r": fill(r, 2)}
         it.step, part.passes = 38, 19  # two steps are an epoch: the twentieth of 240
 
     def epoch(self, first: int) -> tuple[list[list[float]], dict[str, list[float]]]:
@@ -435,11 +435,11 @@ class Cid:
         it, rows = self.it, []
         before = {k: [p.detach().clone() for p in m.parameters()] for k, m in self.modules.items()}
         for k in (first, first + 1):
-            it.draw = lambda n, g, k=k: torch.arange(16 * k, 16 * k + n)  # type: ignore[assignment,misc]
-            it._window = {}
-            it._match()
-            rows.append([float(it._window[f"match/{n}"]) for n in ("kd", "sample", "class", "supervised")
-                         if f"match/{n}" in it._window])  # fmt: skip
+            it.acquirer.sampler = lambda n, g, k=k: torch.arange(16 * k, 16 * k + n)  # type: ignore[assignment,misc]
+            it.meter.sums = {}
+            it.match()
+            rows.append([float(it.meter.sums[f"match/{n}"]) for n in ("kd", "sample", "class", "supervised")
+                         if f"match/{n}" in it.meter.sums])  # fmt: skip
         steps = {k: change(before[k], [p.detach() for p in m.parameters()]) for k, m in self.modules.items()}
         return rows, steps
 
@@ -518,4 +518,4 @@ def test_cids_presets_are_the_released_settings(preset: str, pair: str) -> None:
         it = job({"source": "data", "preset": preset})
         for epoch, rate in RELEASED["rates"]:
             it.step = (epoch - 1) * c.loop.steps // theirs["epochs"]
-            assert it._rate() == pytest.approx(rate, rel=1e-6)
+            assert it.matcher.rate(it.step / it.config.loop.steps) == pytest.approx(rate, rel=1e-6)

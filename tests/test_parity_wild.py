@@ -22,7 +22,7 @@ from dodistill.config import resolve
 from dodistill.criteria.adaptation import Adaptation
 from dodistill.criteria.adaptation import Config as AdaptationConfig
 from dodistill.criteria.kl import KL
-from dodistill.engine import Distiller
+from dodistill.engine import Distiller, Job
 from dodistill.models import Normalized
 from dodistill.sources.dfnd import Dfnd
 from dodistill.sources.mosaic import Mosaic
@@ -57,20 +57,13 @@ def job(S: dict[str, Any], unlabeled: Tensor, /, **tree: Any) -> Distiller:
         "augment": {"pad": 0, "flip": False}, **tree,
         "loop": {"device": "cpu", "threads": 1, "precision": "fp32", "batch": 2 * S["batch"], **tree.pop("loop", {})},
     })  # fmt: skip
-    return Distiller(cfg, model(0.5, S), model(1.5, S), (3, S["size"], S["size"]), unlabeled)
+    return Distiller(Job(cfg, model(0.5, S), model(1.5, S), (3, S["size"], S["size"]), unlabeled))
 
 
 def student_step(run: Distiller, x: Tensor) -> dict[str, float]:
     """One step of the student on images x, by the engine's objective, rate and optimisers; the loss terms."""
-    run.student.train()
-    for group in run.optimizers[0].param_groups:
-        group["lr"] = run._rate()
-    for optimizer in run.optimizers:
-        optimizer.zero_grad()
-    terms = run.update.backward(run.student, run._objective(x, None), None)
-    for optimizer in run.optimizers:
-        optimizer.step()
-    return {k: float(v) for k, v in terms.items()}
+    terms = run.matcher.step(run.acquirer.answered(x), None, None, run.step)
+    return {k.removeprefix("match/"): float(v) for k, v in terms.items()}
 
 
 # -------------------------------------------------------------------------------------------------------- MosaicKD
@@ -89,14 +82,14 @@ class Replayed:
             criterion={"name": "kl", "temperature": S["T"]}, optim={"floor": 0.0},
             loop={"steps": S["anneal"] * S["every"]},
         )  # fmt: skip
-        assert isinstance(self.job.source, Mosaic)
-        self.source = self.job.source
+        assert isinstance(self.job.acquirer.source, Mosaic)
+        self.source = self.job.acquirer.source
         fill(self.source.G, 2.5)
         fill(self.source.D, 3.5)
         self.first = {k: [p.detach().clone() for p in m.parameters()] for k, m in self.nets().items()}
 
     def nets(self) -> dict[str, nn.Module]:
-        return {"G": self.source.G, "D": self.source.D, "S": self.job.student}
+        return {"G": self.source.G, "D": self.source.D, "S": self.job.matcher.student}
 
     def moved(self, name: str) -> list[float]:
         return digest([p.detach() - q for p, q in zip(self.nets()[name].parameters(), self.first[name])])
@@ -109,7 +102,7 @@ class Replayed:
         z, u = iter(zs), iter(us)
         source._z = lambda: next(z)  # type: ignore[method-assign]
         source._some = lambda n: next(u)  # type: ignore[method-assign]
-        got = source.acquire(self.job.student.eval(), r).images
+        got = source.acquire(self.job.matcher.student.eval(), r).images
         with torch.no_grad():
             return [torch.cat([source.G(a), to_float(b)]) for a, b in zip(zs[1:], us[1:])], got
 
@@ -132,7 +125,7 @@ def test_mosaic_two_iterations_of_the_released_loop() -> None:
     same(torch.tensor(kd), it.values["kd"])
     assert alike(it.moved("S"), it.values["S moved"], REL)
     # on purpose: the made images of G's step leave no trace in the student's running statistics
-    bn = it.job.student.model.bn1  # type: ignore[union-attr]
+    bn = it.job.matcher.student.model.bn1  # type: ignore[union-attr]
     ours, theirs = (it.values[f"S running, {how}"] for how in ("without the batches of G's steps", "as released"))
     assert isinstance(bn, nn.BatchNorm2d)
     assert bn.running_mean is not None
@@ -163,7 +156,7 @@ def test_mosaic_rates() -> None:
         assert ours[-1] == it.source.opt_D.param_groups[0]["lr"]
     assert ours == pytest.approx(it.values["rates of G and D"], rel=REL)
     for it.job.step in range(S["anneal"] * S["every"]):
-        students.append(it.job._rate())
+        students.append(it.job.matcher.rate(it.job.step / it.job.config.loop.steps))
     theirs = it.values["rates of S"]  # one rate for the five steps of an acquisition
     assert students[:: S["every"]] == pytest.approx(theirs[:: S["every"]], rel=REL)
     assert students[4] == pytest.approx(0.1 * 0.904508, rel=REL)  # on purpose: ours falls with every step
@@ -185,7 +178,7 @@ def sampler(S: dict[str, Any], mean: list[float], std: list[float]) -> list[int]
     x = levels(S["images"], S["size"], 5)
     run = job(S | {"mean": mean, "std": std}, x, source={"name": "dfnd", "n": S["n"], "chunk": 16})
     assert isinstance(run.source, Dfnd)
-    kept = run.source.acquire(run.student, 0).images
+    kept = run.acquirer.source.acquire(run.matcher.student, 0).images
     return [next(i for i, image in enumerate(x) if torch.equal(image, k)) for k in kept]
 
 
@@ -232,13 +225,15 @@ def test_dfnd_three_steps() -> None:
         S, levels(S["images"], S["size"], 5), source="dfnd", preset="paper",
         criterion={"teacher_accuracy": S["teacher_accuracy"]}, pool={"capacity": 64},
     )  # fmt: skip
-    assert isinstance(run.criterion, Adaptation)
-    first = [p.detach().clone() for p in run.student.parameters()]
+    assert isinstance(run.matcher.criterion, Adaptation)
+    first = [p.detach().clone() for p in run.matcher.student.parameters()]
     got = [student_step(run, to_float(levels(S["batch"], S["size"], 20 + k))) for k in range(S["steps"])]
     same(torch.tensor([sum(terms.values()) for terms in got]), values["loss"])
-    assert alike(digest([p.detach() - q for p, q in zip(run.student.parameters(), first)]), values["S moved"], REL)
-    assert alike(digest(run.criterion.a), values["a"], REL)
-    same(run.criterion.a[0], values["first row of a"])
+    assert alike(
+        digest([p.detach() - q for p, q in zip(run.matcher.student.parameters(), first)]), values["S moved"], REL
+    )
+    assert alike(digest(run.matcher.criterion.a), values["a"], REL)
+    same(run.matcher.criterion.a[0], values["first row of a"])
 
 
 def test_dfnd_schedule() -> None:
@@ -249,7 +244,7 @@ def test_dfnd_schedule() -> None:
     steps = resolve({"source": "dfnd", "preset": "paper"}).loop.steps
     ours = []
     for run.step in (0, 31_999, 32_000, 63_999, 64_000, steps - 1):
-        ours.append(run._rate())
+        ours.append(run.matcher.rate(run.step / run.config.loop.steps))
     assert ours == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
     falls = [i * epoch for i in range(1, len(rates)) if rates[i] != rates[i - 1]]
     assert (steps, len(rates) * epoch) == (80_000, 77_352)

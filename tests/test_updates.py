@@ -23,6 +23,7 @@ from dodistill.engine import Distiller
 from dodistill.errors import DodistillError
 from dodistill.updates.base import Objective, Update
 from dodistill.updates.replay import alignment, stand_in
+from dodistill.watch import Watcher
 from helpers import config, job, same
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -309,18 +310,18 @@ def test_the_exact_step_is_fp32_whatever_the_precision(order: str, alpha: float,
 
     def left(it: Distiller) -> Tensor:
         """The gradients of the student after one step."""
-        it._match()
-        return torch.cat([p.grad.flatten() for p in it.student.parameters() if p.grad is not None])
+        it.match()
+        return torch.cat([p.grad.flatten() for p in it.matcher.student.parameters() if p.grad is not None])
 
     low, full = job(teacher, cfg), job(teacher, cfg)
     plain = job(teacher, resolve(cfg.to_tree(), {"replay": "none", "update": "plain"}))
-    low._acquire()
-    plain._acquire()
+    low.acquire(Watcher())
+    plain.acquire(Watcher())
     same(left(plain), left(low))  # nothing to replay yet: the plain update, in bf16
-    low._acquire()
-    assert low.replay.ready
-    full.load_state_dict(low.state_dict(), low.pool.state_dict())
-    full.autocast = contextlib.nullcontext
+    low.acquire(Watcher())
+    assert low.acquirer.replay.ready
+    full.load_state_dict(low.state_dict(), low.acquirer.pool.state_dict())
+    full.context.autocast = contextlib.nullcontext
     mine, right = left(low), left(full)
     gap = float((mine - right).norm() / right.norm())
     assert (gap < 1e-6) if order == "exact" and alpha > 0 else (gap > 1e-3)

@@ -177,7 +177,7 @@ class Acquirer:
         x = to_float(crop_flip(self.pool.x[index], aug.pad, g["augment"], aug.flip, aug.padding))
         # Without augmentation the inputs are those that the teacher has answered already.
         known = None if aug.pad or aug.flip else self.pool.logits[index]
-        drawn = self._answered(x, known, self.pool.labels[index], index)
+        drawn = self.answered(x, known, self.pool.labels[index], index)
         if self.dictionary is not None and self.dictionary.of == "batch":
             self.dictionary.build(self._features(self.pool.x[index], drawn.t))
         return drawn
@@ -187,9 +187,9 @@ class Acquirer:
         if not self.replay.ready:
             return None
         x, t = self.replay.draw(student, step)
-        return self._answered(x, t)
+        return self.answered(x, t)
 
-    def _answered(
+    def answered(
         self, x: Tensor, t: Tensor | None, labels: Tensor | None = None, index: Tensor | None = None
     ) -> Drawn:
         """A batch with the teacher's logits (asked for where `t` does not know them) and features (where needed)."""
