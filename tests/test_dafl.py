@@ -273,19 +273,19 @@ def test_the_pool_holds_the_newest_acquisition_and_nothing_else(fresh: int, hand
     source = {"name": "dafl", "batch": 32, "latent": 8, "width": 4, "every": 2, "fresh": fresh}
     loop = {"steps": 6, "batch": 16, "device": "cpu", "threads": 1}
     run = job(teacher, resolve({"source": source, "pool": {"capacity": pooled(handed)}, "loop": loop}))
-    inner = run.source.acquire
+    inner = run.acquirer.source.acquire
 
     def acquire(student: nn.Module, round: int) -> Acquired:
         got = inner(student, round)
         made.append(got.images)
         return got
 
-    run.source.acquire = acquire  # type: ignore[method-assign]
+    run.acquirer.source.acquire = acquire  # type: ignore[method-assign]
     run.run()
     assert [len(x) for x in made] == [handed] * 3
     newest = set(map(bytes, made[-1].flatten(1).numpy()))
-    assert len(run.pool) == handed - round(0.03 * handed)
-    assert all(bytes(x) in newest for x in run.pool.x.flatten(1).numpy())
+    assert len(run.acquirer.pool) == handed - round(0.03 * handed)
+    assert all(bytes(x) in newest for x in run.acquirer.pool.x.flatten(1).numpy())
 
 
 def test_a_class_that_is_lacking_is_pulled_at() -> None:

@@ -177,7 +177,7 @@ def test_mosaic_subset() -> None:
 def sampler(S: dict[str, Any], mean: list[float], std: list[float]) -> list[int]:
     x = levels(S["images"], S["size"], 5)
     run = job(S | {"mean": mean, "std": std}, x, source={"name": "dfnd", "n": S["n"], "chunk": 16})
-    assert isinstance(run.source, Dfnd)
+    assert isinstance(run.acquirer.source, Dfnd)
     kept = run.acquirer.source.acquire(run.matcher.student, 0).images
     return [next(i for i, image in enumerate(x) if torch.equal(image, k)) for k in kept]
 

@@ -190,7 +190,7 @@ class Acquirer:
         return self.answered(x, t)
 
     def answered(
-        self, x: Tensor, t: Tensor | None, labels: Tensor | None = None, index: Tensor | None = None
+        self, x: Tensor, t: Tensor | None = None, labels: Tensor | None = None, index: Tensor | None = None
     ) -> Drawn:
         """A batch with the teacher's logits (asked for where `t` does not know them) and features (where needed)."""
         x, theirs = laid_out(x), Features()
