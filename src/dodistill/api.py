@@ -314,6 +314,7 @@ def _summary(it: Distiller, which: str, notes: list[str]) -> dict[str, Any]:
         "agreement": score["agreement_ema" if which == "ema" else "agreement"],
         "agreement_last": score["agreement"],
         "delivered": which,
+        "view": str(it.context.view),
         "teacher_name": _name(config.teacher, job.teacher),
         "student_name": _name(config.student, it.matcher.student),
         "student_parameters": parameters(it.matcher.student),
