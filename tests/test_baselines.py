@@ -346,7 +346,7 @@ def test_resumed_to_the_same_bits(name: str, teacher: nn.Module, digits: Images)
     second.load_state_dict(copy.deepcopy(first.state_dict()), copy.deepcopy(first.acquirer.pool.state_dict()))
     assert second.run()
     for part in ("student", "criterion"):
-        same(getattr(whole, part).state_dict(), getattr(second, part).state_dict(), part)
+        same(getattr(whole.matcher, part).state_dict(), getattr(second.matcher, part).state_dict(), part)
 
 
 WEIGHTS: dict[str, dict[str, Any]] = {

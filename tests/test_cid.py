@@ -390,7 +390,7 @@ def test_killed_and_resumed_to_the_same_bits(
     second.load_state_dict(copy.deepcopy(first.state_dict()), copy.deepcopy(first.acquirer.pool.state_dict()))
     assert second.run()
     for part in ("student", "ema", "interventions", "criterion"):
-        same(getattr(whole, part).state_dict(), getattr(second, part).state_dict(), part)
+        same(getattr(whole.matcher, part).state_dict(), getattr(second.matcher, part).state_dict(), part)
     same(whole.scorer.last, second.scorer.last)
 
 

@@ -94,15 +94,21 @@ def test_everything_runs_elsewhere_and_in_bf16(
     on_cpu, score = run(teacher, digits, digits_test, source, intervention, **more)
     low, rough = run(teacher, digits, digits_test, source, intervention, **more, loop={"precision": "bf16"})
     assert all(math.isfinite(v) for v in rough.values())
-    kept = (*low["student"].values(), *low["ema"].values(), low["holdout"]["logits"])
+    mine = low["matcher"]
+    kept = (*mine["student"].values(), *mine["ema"].values(), low["acquirer"]["holdout"]["logits"])
     assert {v.dtype for v in kept if v.is_floating_point()} == {torch.float32}
-    assert any(not torch.equal(v, on_cpu["student"][k]) for k, v in low["student"].items())
+    assert any(not torch.equal(v, on_cpu["matcher"]["student"][k]) for k, v in mine["student"].items())
 
     with pretended(monkeypatch):
         there, its = run(teacher, digits, digits_test, source, intervention, **more)
     assert score == its
-    for name in ("student", "source", "interventions", "holdout"):
-        same(on_cpu[name], there[name], name)
+    for part, name in (
+        ("matcher", "student"),
+        ("acquirer", "source"),
+        ("matcher", "interventions"),
+        ("acquirer", "holdout"),
+    ):
+        same(on_cpu[part][name], there[part][name], name)
 
 
 def test_a_run_folder_from_elsewhere(

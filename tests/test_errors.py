@@ -381,7 +381,7 @@ def test_a_rate_that_is_far_too_high(steps: int, log_every: int, teacher: nn.Mod
         ended(job(teacher, cfg), tmp_path)
     saved = RunFolder(tmp_path / "run", cfg).load()
     if saved is not None:
-        assert all(torch.isfinite(v).all() for v in saved[0]["student"].values())
+        assert all(torch.isfinite(v).all() for v in saved[0]["matcher"]["student"].values())
 
 
 def test_divergence_on_the_command_line(refused: Refused, tmp_path: Path) -> None:
