@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from dodistill import engine, look, probe, runtime, teach
+from dodistill import look, probe, runtime, teach
+from dodistill.engine import job
 
 THERE = torch.device("lazy:0")
 aten = torch.ops.aten
@@ -125,7 +126,7 @@ def pretended(patch: pytest.MonkeyPatch) -> Iterator[None]:
     def numbers(*args: Any, device: Any = None, **rest: Any) -> Tensor:  # the one factory that no mode sees
         return tensor(*args, **rest).to(device)
 
-    for user in (engine, look, runtime):
+    for user in (job, look, runtime):
         patch.setattr(user, "pick_device", lambda _="auto": THERE)
     for module in (runtime, teach, probe):
         patch.setattr(module, "generator", generator)

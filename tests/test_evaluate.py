@@ -128,7 +128,7 @@ def test_every_command_reads_large_test_images_as_the_field_does(
         return predict(model, x, *rest, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(evaluate, "predict", watched)
-    monkeypatch.setattr("dodistill.engine.predict", watched)
+    monkeypatch.setattr("dodistill.engine.score.predict", watched)
     file, data = f"{tmp_path}/t.safetensors", str(tmp_path)
     teach = [
         "teach",
