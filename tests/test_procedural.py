@@ -326,7 +326,7 @@ def test_a_teacher_without_batchnorm() -> None:
         loop={"steps": 80, "batch": 32, "eval_every": 80},
     )  # fmt: skip
     assert max(result.summary["class_shares"]) < 0.35
-    assert result.summary["agreement"] > 34  # of five classes, none of which has more than 35 %
+    assert result.summary["agreement"] > 100 * max(result.summary["class_shares"]) + 5  # more than one class's share
 
 
 def test_a_student_learns_digits(teacher: nn.Module, digits_test: Images) -> None:

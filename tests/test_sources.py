@@ -21,7 +21,7 @@ from dodistill.sources.dfnd import select
 from dodistill.sources.fast import Fast
 from dodistill.sources.generators import ConvGenerator
 from dodistill.taps import batchnorms
-from helpers import SHAPE, context, same, student
+from helpers import SHAPE, calm, context, same, student
 
 SMALL: dict[str, dict[str, Any]] = {
     "fast": {"K": 3, "batch": 16, "warmup": 1, "latent": 8, "width": 4, "reset_at": 0},
@@ -179,12 +179,21 @@ def slow_fast(source: Fast, pupil: nn.Module, round: int) -> tuple[list[Tensor],
     return total, net.state_dict(), images
 
 
+def comparable(teacher: nn.Module, pupil: nn.Module, round: int = 0, **settings: Any) -> Any:
+    """A source before acquisition `round` whose descent is the same however it is rounded."""
+    for seed in range(20):
+        source = build("fast", teacher, seed, **settings)
+        if round:
+            source.acquire(pupil, 0)  # so that there are averages to be smoothed with
+            source.opt_meta.state.clear()
+        if calm(source.meta, lambda source=source: slow_fast(source, pupil, round)[0]):
+            return source
+    raise AssertionError("no seed is calm")
+
+
 @pytest.mark.parametrize("round", [0, 3])
 def test_fomaml_is_the_sum_of_the_inner_gradients(round: int, teacher: nn.Module, pupil: nn.Module) -> None:
-    source = build("fast", teacher)
-    if round:
-        source.acquire(pupil, 0)  # so that there are averages to be smoothed with
-        source.opt_meta.state.clear()
+    source = comparable(teacher, pupil, round)
     start = [p.detach().clone() for p in source.meta.parameters()]
     expected, _, _ = slow_fast(source, pupil, round)
     source.acquire(pupil, round)
@@ -197,7 +206,7 @@ def test_fomaml_is_the_sum_of_the_inner_gradients(round: int, teacher: nn.Module
 
 
 def test_reptile_goes_to_the_copy(teacher: nn.Module, pupil: nn.Module) -> None:
-    source = build("fast", teacher, meta="reptile")
+    source = comparable(teacher, pupil, meta="reptile")
     start = [p.detach().clone() for p in source.meta.parameters()]
     _, end, _ = slow_fast(source, pupil, 0)
     source.acquire(pupil, 0)
@@ -213,7 +222,7 @@ def test_reptile_goes_to_the_copy(teacher: nn.Module, pupil: nn.Module) -> None:
 
 
 def test_without_meta_learning_the_generator_goes_on(teacher: nn.Module, pupil: nn.Module) -> None:
-    source = build("fast", teacher, meta="none")
+    source = comparable(teacher, pupil, meta="none")
     start = copy.deepcopy(source.meta.state_dict())
     _, end, _ = slow_fast(source, pupil, 0)
     source.acquire(pupil, 0)
