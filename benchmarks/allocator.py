@@ -18,7 +18,7 @@ ROUNDS = 3
 def steps(student: str, size: int, batch: int, n: int, keep: bool) -> None:
     import torch
 
-    from dodistill.cli import keep_memory
+    from dodistill.commands.cli import keep_memory
     from dodistill.models import load_model
 
     if keep and not keep_memory():

@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 
 import measure
-from dodistill.causal.cid import CID
-from dodistill.config import resolve
+from dodistill.config.tree import resolve
 from dodistill.engine import Distiller
+from dodistill.interventions.cid import CID
 
 
 def main() -> None:

@@ -19,10 +19,12 @@ import torch
 from torch import nn
 
 import dodistill
-from dodistill.augment import View
-from dodistill.config import resolve
-from dodistill.runtime import Context, autocast, pick_device, place
-from dodistill.teacher import Teacher
+from dodistill.config.tree import resolve
+from dodistill.core.context import Context
+from dodistill.core.runtime import autocast, pick_device
+from dodistill.functional.augment import View
+from dodistill.functional.memory_format import place
+from dodistill.models.teacher import Teacher
 
 
 def peak(device: torch.device) -> float:

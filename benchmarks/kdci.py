@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 import measure
-from dodistill import losses
-from dodistill.causal.base import Interventions
-from dodistill.causal.dictionary import DictionaryConfig
-from dodistill.causal.kdci import Config
-from dodistill.runtime import Context, autocast
+from dodistill.core.context import Context
+from dodistill.core.runtime import autocast
+from dodistill.functional import losses
+from dodistill.interventions.kdci import Config
+from dodistill.interventions.shared.base import Interventions
+from dodistill.interventions.shared.dictionary import DictionaryConfig
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import dodistill
-from dodistill.runtime import pick_device
+from dodistill.core.runtime import pick_device
 
 Step = Callable[[], object]
 

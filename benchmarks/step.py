@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 import measure
-from dodistill.config import resolve
+from dodistill.config.tree import resolve
 from dodistill.engine import Distiller
 
 

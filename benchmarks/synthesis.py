@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 import measure
-from dodistill import registry
-from dodistill.runtime import Context, autocast
-from dodistill.teacher import Teacher
+from dodistill.config import registry
+from dodistill.core.context import Context
+from dodistill.core.runtime import autocast
+from dodistill.models.teacher import Teacher
 
 #: Fields, by any name that sources use, for how long one acquisition takes and for how much it hands over.
 ITERATIONS = ("K", "iterations")

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 import measure
-from dodistill import losses, registry
-from dodistill.runtime import autocast
+from dodistill.config import registry
+from dodistill.core.runtime import autocast
+from dodistill.functional import losses
 
 UPDATES: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("plain", {}),

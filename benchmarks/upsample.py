@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dodistill.models.upsample import UpsampleConv
-from dodistill.sources.generators import ConvGenerator
+from dodistill.sources.shared.generators import ConvGenerator
 from measure import alternate, options, ratio, start
 
 

@@ -13,12 +13,12 @@ import argparse
 
 import torch
 
-from dodistill import config
-from dodistill.data import load_images
+from dodistill.config import tree as config
+from dodistill.data.images import load_images
+from dodistill.engine.teach import Teach, teach
+from dodistill.engine.view import candidates, mismatch
 from dodistill.models import load_model
-from dodistill.teach import Teach, teach
-from dodistill.teacher import Teacher
-from dodistill.view import candidates, mismatch
+from dodistill.models.teacher import Teacher
 
 VIEWS = {
     "zeros": {"padding": "zeros"},

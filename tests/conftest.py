@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from dodistill.data import Images, load_images
-from dodistill.evaluate import accuracy
+from dodistill.data.images import Images, load_images
+from dodistill.engine.teach import Teach, teach
+from dodistill.evaluation.evaluate import accuracy
 from dodistill.models import Normalized, load_model, save_model
-from dodistill.teach import Teach, teach
 from helpers import SHAPE
 
 torch.set_num_threads(1)

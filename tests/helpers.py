@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from dodistill import engine
-from dodistill.augment import View
-from dodistill.config import Distill, Tree, merge, resolve
+from dodistill.config.tree import Distill, Tree, merge, resolve
+from dodistill.core.context import Context
 from dodistill.engine import Distiller, Job
+from dodistill.functional.augment import View
 from dodistill.models import load_model
-from dodistill.runtime import Context
-from dodistill.teacher import Teacher
+from dodistill.models.teacher import Teacher
 
 SHAPE = (1, 8, 8)
 SOURCES: dict[str, Tree] = {

@@ -18,8 +18,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from dodistill import look, probe, runtime, teach
-from dodistill.engine import job
+from dodistill.commands import look
+from dodistill.core import runtime
+from dodistill.engine import job, teach
+from dodistill.evaluation import probe
 
 THERE = torch.device("lazy:0")
 aten = torch.ops.aten

@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dodistill import engine, registry
-from dodistill.augment import to_uint8
-from dodistill.config import resolve
-from dodistill.data import Images
+from dodistill import engine
+from dodistill.config import registry
+from dodistill.config.tree import resolve
+from dodistill.core.watch import Watcher
+from dodistill.data.images import Images
 from dodistill.errors import DodistillError
+from dodistill.functional.augment import to_uint8
 from dodistill.sources.adversarial import DISCREPANCY, batch_statistics
-from dodistill.watch import Watcher
 from helpers import SHAPE, config, context, job, same, student
 
 SMALL: dict[str, Any] = {"batch": 16, "latent": 8, "width": 4, "every": 2, "fresh": 2}

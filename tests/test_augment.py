@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dodistill.augment import crop_flip, shift_flip, to_float, to_uint8
+from dodistill.functional.augment import crop_flip, shift_flip, to_float, to_uint8
 
 
 def slowly(x, dy, dx, mirrored, mode, limit):

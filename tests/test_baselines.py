@@ -12,19 +12,20 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from dodistill import engine, registry
-from dodistill.batch import Batch
+from dodistill import engine
+from dodistill.config import registry
+from dodistill.core.batch import Batch
+from dodistill.core.context import Context
+from dodistill.core.watch import Watcher
 from dodistill.criteria import at, crd, dkd, fitnet, rkd, sp
-from dodistill.criteria.base import Labelled, paired, probes
-from dodistill.data import Images
+from dodistill.criteria.shared.base import Labelled, paired, probes
+from dodistill.data.images import Images
 from dodistill.engine import Distiller, Job
 from dodistill.errors import DodistillError
-from dodistill.losses import kl
+from dodistill.functional.losses import kl
+from dodistill.models.taps import Features, probe, stages, tapped
+from dodistill.models.teacher import Teacher
 from dodistill.models.zoo import build
-from dodistill.runtime import Context
-from dodistill.taps import Features, probe, stages, tapped
-from dodistill.teacher import Teacher
-from dodistill.watch import Watcher
 from helpers import SHAPE, config, same, student
 
 B, K = 6, 4

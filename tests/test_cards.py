@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from dodistill import card_tables, config, flags, registry
-from dodistill.card_tables import blocks, described_in, filled, presets, settings, shown
-from dodistill.cli import main
+from dodistill.commands.cli import main
+from dodistill.config import card_tables, flags, registry
+from dodistill.config import tree as config
+from dodistill.config.card_tables import blocks, described_in, filled, presets, settings, shown
+from dodistill.config.methods import pages
 from dodistill.errors import DodistillError
-from dodistill.methods import pages
 
 DOCS = Path(__file__).parents[1] / "docs" / "methods"
 CARDS = sorted(path for path in DOCS.glob("*.md") if path.name != "README.md")

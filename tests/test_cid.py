@@ -16,24 +16,24 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dodistill import distill, engine
-from dodistill.batch import Batch
-from dodistill.causal.base import Interventions
-from dodistill.causal.cid import CID, Config
-from dodistill.causal.dictionary import ConfounderDictionary
-from dodistill.causal.kdci import Config as KDCI
-from dodistill.cli import main
+from dodistill.commands.cli import main
+from dodistill.core.batch import Batch
+from dodistill.core.context import Context
+from dodistill.core.watch import Watcher
 from dodistill.criteria import cid as criterion
-from dodistill.data import Images
+from dodistill.data.images import Images
 from dodistill.engine import Distiller, Job
 from dodistill.errors import DodistillError
-from dodistill.evaluate import predict
+from dodistill.evaluation.evaluate import predict
+from dodistill.evaluation.probe import features
+from dodistill.interventions.cid import CID, Config
+from dodistill.interventions.kdci import Config as KDCI
+from dodistill.interventions.shared.base import Interventions
+from dodistill.interventions.shared.dictionary import ConfounderDictionary
 from dodistill.models import heads, load_model, read_metadata, save_model
 from dodistill.models.onnx import export_onnx
-from dodistill.probe import features
-from dodistill.runtime import Context
-from dodistill.taps import Features
-from dodistill.teacher import Teacher
-from dodistill.watch import Watcher
+from dodistill.models.taps import Features
+from dodistill.models.teacher import Teacher
 from helpers import SHAPE, config, same, student
 
 B, K, D, E = 12, 4, 5, 7

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from dodistill import load_model
-from dodistill.cli import main
+from dodistill.commands.cli import main
 
 QUICK = ["--preset", "desk", "--source.warmup", "1", "--source.K", "2", "--source.width", "4", "--source.batch", "16",
          "--augment.flip", "false", "--augment.pad", "1", "--steps", "12", "--loop.batch", "16", "--quiet"]  # fmt: skip
@@ -168,7 +168,7 @@ def test_evaluate_reads_bare_weights(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_glibc_keeps_what_tensors_free() -> None:
     """24 MiB by glibc's own account: by default a mapping of its own, given back with the tensor; kept, neither."""
     code = (
-        "import ctypes, sys, torch\nfrom dodistill.cli import keep_memory\n"
+        "import ctypes, sys, torch\nfrom dodistill.commands.cli import keep_memory\n"
         "kept = keep_memory() if sys.argv[1] == 'keep' else None\n"
         "names = 'arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost'.split()\n"
         "class Info(ctypes.Structure):\n    _fields_ = [(name, ctypes.c_size_t) for name in names]\n"

@@ -12,17 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dodistill import engine, losses
-from dodistill.augment import resized_crop
-from dodistill.config import resolve
-from dodistill.data import Images
+from dodistill import engine
+from dodistill.config.tree import resolve
+from dodistill.core.watch import Watcher
+from dodistill.data.images import Images
 from dodistill.engine import Distiller
 from dodistill.errors import DodistillError
+from dodistill.functional import losses
+from dodistill.functional.augment import resized_crop
+from dodistill.models.taps import batchnorm_inputs, batchnorms, pooled_inputs
 from dodistill.models.zoo import build as build_model
 from dodistill.sources.cmi import Bank, Cmi, Config, Head, _find, contrast, redraw
-from dodistill.sources.generators import ConvGenerator
-from dodistill.taps import batchnorm_inputs, batchnorms, pooled_inputs
-from dodistill.watch import Watcher
+from dodistill.sources.shared.generators import ConvGenerator
 from helpers import SHAPE, context, job, same, student, tree, untimed
 
 SMALL: dict[str, Any] = {

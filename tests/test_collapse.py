@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from dodistill.collapse import symptoms, vital_signs
-from dodistill.data import Images
-from dodistill.run import RunFolder
+from dodistill.data.images import Images
+from dodistill.engine.run_folder import RunFolder
+from dodistill.evaluation.collapse import symptoms, vital_signs
 from helpers import config, job
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dodistill.compare import cells, compare, duration, find, read_recipe, stored, teach_missing
+from dodistill.commands.compare import cells, compare, duration, find, read_recipe, stored, teach_missing
+from dodistill.engine.run_folder import RunFolder
 from dodistill.errors import DodistillError
-from dodistill.run import RunFolder
 
 
 @pytest.fixture

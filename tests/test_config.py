@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from dodistill import config as c
-from dodistill import registry
-from dodistill.config import RUNTIME, Distill, difference, expand, merge, resolve
+from dodistill.config import registry
+from dodistill.config import tree as c
+from dodistill.config.tree import RUNTIME, Distill, difference, expand, merge, resolve
 from dodistill.errors import DodistillError, nearest
 
 

@@ -8,10 +8,11 @@ from typing import Any, cast
 import pytest
 import torch
 
-from dodistill import losses, registry
+from dodistill.config import registry
+from dodistill.core.context import Context
 from dodistill.criteria import adaptation, kl, l1
 from dodistill.errors import DodistillError
-from dodistill.runtime import Context
+from dodistill.functional import losses
 
 
 def context(classes: int = 5) -> Context:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dodistill import load_model
-from dodistill.curvature import second_derivatives
+from dodistill.functional.curvature import second_derivatives
 from helpers import same
 
 CONVOLUTIONS: list[tuple[tuple[int, ...], dict[str, Any]]] = [

@@ -12,18 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dodistill import engine, registry
-from dodistill.augment import to_float, to_uint8
-from dodistill.config import resolve
-from dodistill.data import Images
+from dodistill import engine
+from dodistill.config import registry
+from dodistill.config.tree import resolve
+from dodistill.data.images import Images
 from dodistill.errors import DodistillError
-from dodistill.losses import coverage
+from dodistill.functional.augment import to_float, to_uint8
+from dodistill.functional.losses import coverage
 from dodistill.models import Normalized
-from dodistill.sources.base import Acquired
+from dodistill.models.taps import penultimate
 from dodistill.sources.dafl import activation, information_entropy, one_hot
-from dodistill.sources.fresh import pooled
-from dodistill.sources.generators import ConvGenerator, normalised_space
-from dodistill.taps import penultimate
+from dodistill.sources.shared.base import Acquired
+from dodistill.sources.shared.fresh import pooled
+from dodistill.sources.shared.generators import ConvGenerator, normalised_space
 from helpers import SHAPE, context, job, same, student
 
 SMALL: dict[str, Any] = {"batch": 16, "latent": 8, "width": 4, "every": 2, "fresh": 2}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dodistill.data import load_images, minival
+from dodistill.data.images import load_images, minival
 from dodistill.errors import DodistillError
 
 RNG = np.random.default_rng(0)

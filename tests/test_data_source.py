@@ -10,16 +10,17 @@ import pytest
 import torch
 from torch import nn
 
-from dodistill import distill, registry
-from dodistill.cli import main
-from dodistill.config import resolve
-from dodistill.data import Images, load_images
+from dodistill import distill
+from dodistill.commands.cli import main
+from dodistill.config import registry
+from dodistill.config.tree import resolve
+from dodistill.core.watch import Watcher
+from dodistill.data.images import Images, load_images
 from dodistill.engine import Distiller, Job
 from dodistill.errors import DodistillError
-from dodistill.evaluate import predict
-from dodistill.images import export_images
+from dodistill.evaluation.evaluate import predict
+from dodistill.report.images import export_images
 from dodistill.sources.data import Config
-from dodistill.watch import Watcher
 from helpers import SHAPE, config, student
 
 CID = ("wrn40_4-wrn16_2", "wrn40_2-wrn16_2", "resnet56-resnet20", "resnet50-mobilenetv2", "resnet50-vgg8")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dodistill import demo as module
+from dodistill.commands import demo as module
 
 
 @pytest.mark.slow

@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from dodistill import api, engine, registry
-from dodistill.cli import main
-from dodistill.data import Images
+from dodistill import api, engine
+from dodistill.commands.cli import main
+from dodistill.config import registry
+from dodistill.core.watch import Watcher
+from dodistill.data.images import Images
 from dodistill.engine import Distiller, Job
-from dodistill.probe import linear_probe
-from dodistill.teach import Teach, teach
-from dodistill.watch import Watcher
+from dodistill.engine.teach import Teach, teach
+from dodistill.evaluation.probe import linear_probe
 from helpers import SHAPE, SOURCES, config, same, student
 from pretend import THERE, Stream, There, bare, pretended
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dodistill.causal.dictionary import ConfounderDictionary, DictionaryConfig, feature_dim
+from dodistill.core.context import Context
 from dodistill.errors import DodistillError
-from dodistill.runtime import Context
+from dodistill.interventions.shared.dictionary import ConfounderDictionary, DictionaryConfig, feature_dim
 
 
 def stream(seed: int = 0) -> torch.Generator:

@@ -13,17 +13,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dodistill import engine, registry
+from dodistill import engine
 from dodistill.api import distill
-from dodistill.causal.kdci import KDCI
+from dodistill.config import registry
+from dodistill.core.watch import Watcher
 from dodistill.criteria.adaptation import Adaptation
-from dodistill.data import Images
+from dodistill.data.images import Images
 from dodistill.engine import Distiller, Job
 from dodistill.errors import DodistillError
-from dodistill.evaluate import agreement, predict
+from dodistill.evaluation.evaluate import agreement, predict
+from dodistill.evaluation.probe import features
+from dodistill.interventions.kdci import KDCI
 from dodistill.models import Normalized, load_model
-from dodistill.probe import features
-from dodistill.watch import Watcher
 from helpers import SHAPE, config, job, same, student
 
 INTERVENTIONS = ("none", "kdci", "stratified", "kdci+stratified")

@@ -19,13 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dodistill.api import distill, distill_config
-from dodistill.cli import main
-from dodistill.config import resolve
-from dodistill.data import Images
+from dodistill.commands.cli import main
+from dodistill.config.tree import resolve
+from dodistill.data.images import Images
 from dodistill.engine import Distiller, Diverged
+from dodistill.engine.run_folder import RunFolder
 from dodistill.errors import DodistillError
 from dodistill.models import load_model, save_model
-from dodistill.run import RunFolder
 from helpers import SHAPE, config, job, same, student, tree
 
 

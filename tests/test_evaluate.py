@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dodistill import evaluate
-from dodistill.cli import main
-from dodistill.data import Images
+from dodistill.commands.cli import main
+from dodistill.data.images import Images
 from dodistill.errors import DodistillError
-from dodistill.evaluate import frechet_distance
+from dodistill.evaluation import evaluate
+from dodistill.evaluation.evaluate import frechet_distance
 
 
 def net() -> nn.Module:

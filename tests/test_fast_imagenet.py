@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dodistill.config import resolve
-from dodistill.data import Images
+from dodistill.config.tree import resolve
+from dodistill.core.watch import Watcher
+from dodistill.data.images import Images
 from dodistill.errors import DodistillError
 from dodistill.sources.fast_imagenet import Bank, Config, FastImagenet
-from dodistill.sources.generators import DeepGenerator
-from dodistill.watch import Watcher
+from dodistill.sources.shared.generators import DeepGenerator
 from helpers import SHAPE, config, context, job, same, student
 
 SMALL: dict[str, Any] = {"K": 3, "batch": 16, "latent": 6, "width": 4, "doublings": 2, "lr_g": 1e-3}

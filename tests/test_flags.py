@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dodistill import flags, registry
-from dodistill.config import Loop
+from dodistill.config import flags, registry
+from dodistill.config.tree import Loop
 from dodistill.errors import DodistillError
 
 

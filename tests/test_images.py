@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dodistill.images import GAP, export_images, grid, save_grid
+from dodistill.report.images import GAP, export_images, grid, save_grid
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])

@@ -13,13 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dodistill import losses, registry
-from dodistill.causal import kdci
-from dodistill.causal.base import Intervention, Interventions
-from dodistill.causal.dictionary import ConfounderDictionary
-from dodistill.causal.kdci import KDCI, Config
+from dodistill.config import registry
+from dodistill.core.context import Context
 from dodistill.errors import DodistillError
-from dodistill.runtime import Context
+from dodistill.functional import losses
+from dodistill.interventions import kdci
+from dodistill.interventions.kdci import KDCI, Config
+from dodistill.interventions.shared.base import Intervention, Interventions
+from dodistill.interventions.shared.dictionary import ConfounderDictionary
 
 K, N, B = 6, 8, 5
 

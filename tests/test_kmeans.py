@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from dodistill.causal import kmeans
+from dodistill.functional import kmeans
 
 
 def stream(seed: int = 0) -> torch.Generator:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dodistill.cli import main
-from dodistill.data import Images, load_images, refuse_one_class
+from dodistill.commands.cli import main
+from dodistill.data.images import Images, load_images, refuse_one_class
 from dodistill.errors import DodistillError
 from dodistill.models import load_model, save_model
 
@@ -179,7 +179,7 @@ def test_labels_of_one_class_are_refused_wherever_labels_are_read(
 
     def refused(*arguments: str) -> str:
         with monkeypatch.context() as patch:  # nothing is computed before
-            patch.setattr("dodistill.evaluate.predict", lambda *_, **__: pytest.fail("computed first"))
+            patch.setattr("dodistill.evaluation.evaluate.predict", lambda *_, **__: pytest.fail("computed first"))
             patch.setattr("dodistill.sources.noise.calibrate", lambda *_, **__: pytest.fail("computed first"))
             assert main(arguments) == 2
         return capsys.readouterr().err

@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from dodistill import svg
 from dodistill.api import distill_config
-from dodistill.cli import main
-from dodistill.config import resolve
-from dodistill.data import Images
+from dodistill.commands.cli import main
+from dodistill.commands.look import look
+from dodistill.config.tree import resolve
+from dodistill.data.images import Images
+from dodistill.engine.run_folder import RunFolder
 from dodistill.errors import DodistillError
-from dodistill.evaluate import predict
-from dodistill.look import look
+from dodistill.evaluation.evaluate import predict
 from dodistill.models import Normalized, load_model, save_model
-from dodistill.run import RunFolder
+from dodistill.report import svg
 from helpers import assert_offline, tree
 
 pytest.importorskip("sklearn")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dodistill import losses
+from dodistill.functional import losses
 
 B, K = 6, 5
 

@@ -15,12 +15,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dodistill import distill, methods, registry
-from dodistill.cli import main
-from dodistill.config import resolve
-from dodistill.data import Images
+from dodistill import distill
+from dodistill.commands.cli import main
+from dodistill.config import methods, registry
+from dodistill.config.methods import HOUR, Choice, asks, choose, first_words, rows, settle, table
+from dodistill.config.tree import resolve
+from dodistill.data.images import Images
 from dodistill.errors import DodistillError
-from dodistill.methods import HOUR, Choice, asks, choose, first_words, rows, settle, table
 from helpers import SHAPE, context, student
 
 RGB = (3, 32, 32)
@@ -102,7 +103,7 @@ def test_settle_keeps_what_the_user_said() -> None:
 
 
 def test_choosing_needs_no_torch() -> None:
-    code = "import sys; from dodistill.methods import choose; choose(True, False); print('torch' in sys.modules)"
+    code = "import sys; from dodistill.config.methods import choose; choose(True, False); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

@@ -12,9 +12,9 @@ import pytest
 from torch import nn
 
 from dodistill.api import distill
-from dodistill.data import Images
-from dodistill.monitor import CURVES, UNITS, course, courses, flat, read_metrics
-from dodistill.report import write_report
+from dodistill.data.images import Images
+from dodistill.evaluation.monitor import CURVES, UNITS, course, courses, flat, read_metrics
+from dodistill.report.report import write_report
 from helpers import SHAPE, student, tree
 
 CURVE = [20.0, 50.0, 90.0, 80.0, 85.0]

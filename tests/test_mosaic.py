@@ -12,15 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dodistill import engine
-from dodistill.augment import to_float
-from dodistill.config import resolve
-from dodistill.data import Images, load_images
+from dodistill.config.tree import resolve
+from dodistill.core.watch import Watcher
+from dodistill.data.images import Images, load_images
 from dodistill.engine import Distiller
 from dodistill.errors import DodistillError
+from dodistill.functional.augment import to_float
 from dodistill.models import Normalized
-from dodistill.sources.generators import ConvGenerator
 from dodistill.sources.mosaic import Config, Mosaic, PatchDiscriminator, balance, called, entropy
-from dodistill.watch import Watcher
+from dodistill.sources.shared.generators import ConvGenerator
 from helpers import SHAPE, context, job, same, student, tree, untimed
 
 SMALL: dict[str, Any] = {"batch": 8, "every": 3, "latent": 8, "width": 4, "base": 8, "patches": 4, "pad": 1}

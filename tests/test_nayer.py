@@ -13,13 +13,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dodistill import distill, losses
-from dodistill.data import Images
+from dodistill import distill
+from dodistill.data.images import Images
 from dodistill.errors import DodistillError
-from dodistill.evaluate import predict, top1
-from dodistill.sources.embeddings import classifier_rows, orthogonal_rows, read_embedding
+from dodistill.evaluation.evaluate import predict, top1
+from dodistill.functional import losses
+from dodistill.models.taps import batchnorms
 from dodistill.sources.nayer import Config, Nayer, NoisyGenerator
-from dodistill.taps import batchnorms
+from dodistill.sources.shared.embeddings import classifier_rows, orthogonal_rows, read_embedding
 from helpers import SHAPE, calm, context, same, student
 
 SMALL: dict[str, Any] = {

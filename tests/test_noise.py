@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from dodistill import distill
-from dodistill.augment import to_float
-from dodistill.data import Images
+from dodistill.core.watch import Watcher
+from dodistill.data.images import Images
 from dodistill.errors import DodistillError
-from dodistill.evaluate import predict, top1
+from dodistill.evaluation.evaluate import predict, top1
+from dodistill.functional.augment import to_float
 from dodistill.sources.noise import Config, Noise, calibrate, current_statistics
 from dodistill.sources.procedural import evenness
-from dodistill.watch import Watcher
 from helpers import SHAPE, config, context, job, same, student
 
 

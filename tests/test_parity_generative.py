@@ -16,17 +16,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dodistill import losses, registry
-from dodistill.augment import View, to_uint8
-from dodistill.compare import cells, read_recipe
-from dodistill.config import resolve
+from dodistill.commands.compare import cells, read_recipe
+from dodistill.config import registry
+from dodistill.config.tree import resolve
+from dodistill.core.context import Context
+from dodistill.functional import losses
+from dodistill.functional.augment import View, to_uint8
 from dodistill.models import Normalized
 from dodistill.models.normalized import NORMALISATION
-from dodistill.runtime import Context
-from dodistill.sources import cmi, fresh
-from dodistill.sources.generators import ConvGenerator
-from dodistill.taps import batchnorm_inputs
-from dodistill.teacher import Teacher
+from dodistill.models.taps import batchnorm_inputs
+from dodistill.models.teacher import Teacher
+from dodistill.sources import cmi
+from dodistill.sources.shared import fresh
+from dodistill.sources.shared.generators import ConvGenerator
 from formula import Draws, alike, close, digest, fill, gauss, images, labels, net, wave
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -16,18 +16,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dodistill import losses
-from dodistill.augment import View
-from dodistill.config import resolve
+from dodistill.config.tree import resolve
+from dodistill.core.context import Context
 from dodistill.errors import DodistillError
+from dodistill.functional import losses
+from dodistill.functional.augment import View
 from dodistill.models import Normalized
 from dodistill.models.normalized import NORMALISATION
-from dodistill.runtime import Context
+from dodistill.models.teacher import Teacher
 from dodistill.sources.deepinv import Config, DeepInv
 from dodistill.sources.fast_imagenet import Config as FastConfig
 from dodistill.sources.fast_imagenet import FastImagenet
-from dodistill.sources.generators import DeepGenerator
-from dodistill.teacher import Teacher
+from dodistill.sources.shared.generators import DeepGenerator
 from formula import alike, close, digest, fill, gauss, labels, net
 from helpers import context, student
 
@@ -216,7 +216,7 @@ def test_the_published_divergence_is_clamped(teacher: nn.Module) -> None:
 
 def test_few_labels_of_many_classes_are_spread(teacher: nn.Module) -> None:
     """Of 1000 classes a batch of 84 would always have been of the first 84."""
-    from dodistill.sources.base import balanced_labels
+    from dodistill.sources.shared.base import balanced_labels
 
     g = torch.Generator().manual_seed(0)
     drawn = [balanced_labels(84, 1000, g) for _ in range(60)]

@@ -15,18 +15,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dodistill import losses, registry
-from dodistill.augment import to_float
-from dodistill.causal.cid import CID
-from dodistill.config import resolve
+from dodistill.config import registry
+from dodistill.config.tree import resolve
+from dodistill.core.context import Context
 from dodistill.engine import Distiller, Job
+from dodistill.functional import losses
+from dodistill.functional.augment import to_float
+from dodistill.interventions.cid import CID
 from dodistill.models import Normalized
+from dodistill.models.teacher import Teacher
 from dodistill.replay.bank import Bank
 from dodistill.replay.generative import Generative
-from dodistill.runtime import Context
 from dodistill.sources.pre import Pre, js_repo
-from dodistill.teacher import Teacher
-from dodistill.updates.base import Objective, Update
+from dodistill.updates.shared.base import Objective, Update
 from formula import Net, alike, close, digest, fill, gauss, images, labels, net, wave
 
 CPU = torch.device("cpu")

@@ -13,16 +13,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dodistill import losses
-from dodistill.augment import to_float
-from dodistill.causal.dictionary import ConfounderDictionary
-from dodistill.causal.kdci import KDCI
-from dodistill.causal.kdci import Config as KdciConfig
-from dodistill.config import resolve
+from dodistill.config.tree import resolve
 from dodistill.criteria.adaptation import Adaptation
 from dodistill.criteria.adaptation import Config as AdaptationConfig
 from dodistill.criteria.kl import KL
 from dodistill.engine import Distiller, Job
+from dodistill.functional import losses
+from dodistill.functional.augment import to_float
+from dodistill.interventions.kdci import KDCI
+from dodistill.interventions.kdci import Config as KdciConfig
+from dodistill.interventions.shared.dictionary import ConfounderDictionary
 from dodistill.models import Normalized
 from dodistill.sources.dfnd import Dfnd
 from dodistill.sources.mosaic import Mosaic

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dodistill.cli import main
-from dodistill.data import contexts_of, load_images
+from dodistill.commands.cli import main
+from dodistill.data.images import contexts_of, load_images
+from dodistill.data.planted import contexts, palette, plant
+from dodistill.engine.teach import Teach, teach
 from dodistill.errors import DodistillError
+from dodistill.evaluation.probe import context_gap
 from dodistill.models import load_model, save_model
-from dodistill.planted import contexts, palette, plant
-from dodistill.probe import context_gap
-from dodistill.teach import Teach, teach
 
 
 @settings(max_examples=20, deadline=None)

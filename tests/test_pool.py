@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from dodistill.core.pool import Draw, Pool
 from dodistill.errors import DodistillError
-from dodistill.pool import Draw, Pool
 
 CPU = torch.device("cpu")
 SHAPE = (1, 2, 2)

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dodistill import engine, registry
-from dodistill.config import resolve
-from dodistill.data import Images
+from dodistill import engine
+from dodistill.config import registry
+from dodistill.config.tree import resolve
+from dodistill.data.images import Images
 from dodistill.engine import Distiller, Job
 from dodistill.errors import DodistillError
 from dodistill.models import load_model

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from dodistill.cli import main
-from dodistill.data import Images
+from dodistill.commands.cli import main
+from dodistill.data.images import Images
 from dodistill.errors import DodistillError
+from dodistill.evaluation.probe import features, linear_probe
 from dodistill.models import heads, load_model, save_model
 from dodistill.models.zoo import build
-from dodistill.probe import features, linear_probe
 from helpers import same
 
 

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dodistill import distill
-from dodistill.augment import to_float
-from dodistill.data import Images
+from dodistill.data.images import Images
 from dodistill.errors import DodistillError
-from dodistill.evaluate import predict, top1
-from dodistill.sources import pictures
-from dodistill.sources.pictures import KINDS, draw, shares, stretched
+from dodistill.evaluation.evaluate import predict, top1
+from dodistill.functional.augment import to_float
 from dodistill.sources.procedural import Config, Procedural, choose, evenness, parents
+from dodistill.sources.shared import pictures
+from dodistill.sources.shared.pictures import KINDS, draw, shares, stretched
 from helpers import SHAPE, context, same, student
 
 

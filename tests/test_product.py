@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from dodistill import registry
-from dodistill.data import Images
+from dodistill.config import registry
+from dodistill.core.watch import Watcher
+from dodistill.data.images import Images
 from dodistill.engine import Distiller
-from dodistill.watch import Watcher
 from helpers import SOURCES, config, job, same
 
 LEARNED = ("kdci", "cid")  #: interventions with parameters

@@ -9,7 +9,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from dodistill.progress import Progress
+from dodistill.report.progress import Progress
 
 
 class Clock:
@@ -117,7 +117,7 @@ def test_live_display() -> None:
 
 def test_piped_process_keeps_stdout_clean() -> None:
     code = (
-        "from dodistill.progress import Progress\n"
+        "from dodistill.report.progress import Progress\n"
         "with Progress(2, 't') as p:\n    p.update(1, loss=0.5); p.update(2, loss=0.25)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dodistill import distill
-from dodistill.data import Images
+from dodistill.data.images import Images
 from dodistill.errors import DodistillError
 from dodistill.sources.real import thin
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dodistill import load_model
-from dodistill.curvature import second_derivatives
-from dodistill.recompute import recomputed
+from dodistill.functional.curvature import second_derivatives
+from dodistill.functional.recompute import recomputed
 from helpers import same
 
 

@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dodistill import registry
-from dodistill.augment import to_float
-from dodistill.config import Distill, resolve
-from dodistill.data import Images
+from dodistill.config import registry
+from dodistill.config.tree import Distill, resolve
+from dodistill.data.images import Images
+from dodistill.engine.run_folder import RunFolder
 from dodistill.errors import DodistillError
+from dodistill.functional.augment import to_float
+from dodistill.models.teacher import Teacher
 from dodistill.replay.bank import Bank
 from dodistill.replay.generative import Decoder, Encoder, Generative, balance, kl_to_normal
 from dodistill.replay.none import Config as NoReplay
-from dodistill.run import RunFolder
-from dodistill.teacher import Teacher
 from helpers import SHAPE, config, context, job, metrics, same, student, untimed
 
 SMALL: dict[str, dict[str, Any]] = {

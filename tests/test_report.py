@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from dodistill import svg
-from dodistill.card import model_card
 from dodistill.errors import DodistillError
-from dodistill.figures import advice, shares
-from dodistill.format import count, duration, number, percent
-from dodistill.images import save_grid
-from dodistill.report import write_report
-from dodistill.tables import markdown_table, paired_table, write_compare
+from dodistill.report import svg
+from dodistill.report.card import model_card
+from dodistill.report.figures import advice, shares
+from dodistill.report.format import count, duration, number, percent
+from dodistill.report.images import save_grid
+from dodistill.report.report import write_report
+from dodistill.report.tables import markdown_table, paired_table, write_compare
 from helpers import Page, assert_offline
 
 CONFIG: dict[str, Any] = {

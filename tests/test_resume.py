@@ -23,13 +23,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dodistill import files
-from dodistill import run as run_module
 from dodistill.api import distill, distill_config
-from dodistill.config import Distill, Tree, resolve
-from dodistill.data import Images
+from dodistill.config.tree import Distill, Tree, resolve
+from dodistill.data.images import Images
 from dodistill.engine import Distiller, Job, Result
+from dodistill.engine import run_folder as run_module
+from dodistill.engine.run_folder import RunFolder, fingerprint
 from dodistill.errors import DodistillError
-from dodistill.run import RunFolder, fingerprint
 from helpers import SHAPE, config, job, metrics, same, student, tree, untimed
 
 ALL = "kdci+stratified"
@@ -458,7 +458,8 @@ def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
     held.close()
     held = RunFolder(tmp_path / "run", cfg)
     code = (
-        "import json, sys\nfrom dodistill.config import resolve\nfrom dodistill.run import RunFolder\n"
+        "import json, sys\nfrom dodistill.config.tree import resolve\n"
+        "from dodistill.engine.run_folder import RunFolder\n"
         "RunFolder(sys.argv[1], resolve(json.load(open(sys.argv[1] + '/config.json'))))"
     )
 

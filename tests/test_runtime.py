@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from dodistill.core.runtime import at_once, autocast, emulated, generator, pick_device
 from dodistill.errors import DodistillError
-from dodistill.runtime import at_once, autocast, emulated, generator, pick_device
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -10,17 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dodistill import losses, registry
-from dodistill.augment import to_float
-from dodistill.config import resolve
+from dodistill.config import registry
+from dodistill.config.tree import resolve
 from dodistill.criteria.adaptation import Adaptation
-from dodistill.data import Images
+from dodistill.data.images import Images
 from dodistill.errors import DodistillError
-from dodistill.sources.base import Source
+from dodistill.functional import losses
+from dodistill.functional.augment import to_float
+from dodistill.models.taps import batchnorms
 from dodistill.sources.dfnd import select
 from dodistill.sources.fast import Fast
-from dodistill.sources.generators import ConvGenerator
-from dodistill.taps import batchnorms
+from dodistill.sources.shared.base import Source
+from dodistill.sources.shared.generators import ConvGenerator
 from helpers import SHAPE, calm, context, same, student
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -370,7 +371,7 @@ def test_deepinv_can_return_the_last_iterate(teacher: nn.Module, pupil: nn.Modul
 
 @pytest.mark.parametrize("term", ["ce", "bn", "tv", "l2", "js"])
 def test_every_term_reaches_the_pixels(term: str, teacher: nn.Module, pupil: nn.Module) -> None:
-    from dodistill.taps import batchnorm_inputs
+    from dodistill.models.taps import batchnorm_inputs
 
     source = build("deepinv", teacher, l2=1e-3)
     u = torch.randn(16, *SHAPE, generator=torch.Generator().manual_seed(0)).requires_grad_()

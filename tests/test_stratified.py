@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dodistill.causal.dictionary import ConfounderDictionary
-from dodistill.causal.stratified import Config, Stratified, stratum_weights
+from dodistill.core.context import Context
 from dodistill.errors import DodistillError
-from dodistill.runtime import Context
+from dodistill.interventions.shared.dictionary import ConfounderDictionary
+from dodistill.interventions.stratified import Config, Stratified, stratum_weights
 
 K = 5
 

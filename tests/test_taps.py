@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from dodistill.errors import DodistillError
+from dodistill.models.taps import batchnorm_inputs, channel_moments, penultimate
 from dodistill.models.zoo import build
-from dodistill.taps import batchnorm_inputs, channel_moments, penultimate
 
 
 def hooks(model: nn.Module) -> int:

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from dodistill.cli import main
-from dodistill.data import Images, load_images
+from dodistill.commands.cli import main
+from dodistill.data.images import Images, load_images
+from dodistill.engine.teach import Teach, lr_at, teach
 from dodistill.errors import DodistillError
 from dodistill.models import load_model
-from dodistill.teach import Teach, lr_at, teach
 
 QUICK = Teach(model="tiny8", epochs=6, batch=64, lr=0.2, pad=1, flip=False, minival=0.1, precision="fp32")
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from dodistill.errors import DodistillError
 from dodistill.models import load_model
-from dodistill.teacher import Teacher
+from dodistill.models.teacher import Teacher
 
 SHAPE = (1, 8, 8)
 

@@ -14,16 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dodistill import registry
-from dodistill.causal import kdci
-from dodistill.config import resolve
+from dodistill.config import registry
+from dodistill.config.tree import resolve
+from dodistill.core.watch import Watcher
 from dodistill.criteria.l1 import L1
-from dodistill.data import Images
+from dodistill.data.images import Images
 from dodistill.engine import Distiller
 from dodistill.errors import DodistillError
-from dodistill.updates.base import Objective, Update
+from dodistill.interventions import kdci
 from dodistill.updates.replay import alignment, stand_in
-from dodistill.watch import Watcher
+from dodistill.updates.shared.base import Objective, Update
 from helpers import config, job, same
 
 Loss = Callable[[Tensor, Tensor], Tensor]

@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dodistill import config, view
-from dodistill.augment import View, to_float
-from dodistill.config import resolve
+from dodistill.config import tree as config
+from dodistill.config.tree import resolve
+from dodistill.engine import view
 from dodistill.errors import DodistillError
+from dodistill.functional.augment import View, to_float
 from dodistill.models import load_model
-from dodistill.sources.pictures import draw
-from dodistill.teacher import Teacher
+from dodistill.models.teacher import Teacher
+from dodistill.sources.shared.pictures import draw
 from helpers import SHAPE, job
 from helpers import config as settings
 

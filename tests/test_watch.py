@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from dodistill.api import run
-from dodistill.data import Images
+from dodistill.core.watch import Watcher
+from dodistill.data.images import Images
 from dodistill.engine import Distiller, Job, Meter
+from dodistill.engine.run_folder import RunFolder, load_tensors, save_tensors
 from dodistill.errors import DodistillError
-from dodistill.run import RunFolder, load_tensors, save_tensors
-from dodistill.watch import Watcher
 from helpers import SHAPE, config, job, same, student
 
 

@@ -16,21 +16,21 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .api import distill as distill
-    from .config import resolve as resolve
-    from .data import load_images as load_images
+    from .config.tree import resolve as resolve
+    from .data.images import load_images as load_images
     from .engine import Result as Result
+    from .engine.teach import teach as teach
     from .errors import DodistillError as DodistillError
     from .models import Normalized as Normalized
     from .models import load_model as load_model
     from .models import save_model as save_model
-    from .report import write_report as write_report
-    from .teach import teach as teach
-    from .teacher import Teacher as Teacher
+    from .models.teacher import Teacher as Teacher
+    from .report.report import write_report as write_report
 
 _HOME = {
-    "distill": "api", "resolve": "config", "load_images": "data", "Result": "engine", "DodistillError": "errors",
-    "Normalized": "models", "load_model": "models", "save_model": "models", "write_report": "report", "teach": "teach",
-    "Teacher": "teacher",
+    "distill": "api", "resolve": "config.tree", "load_images": "data.images", "Result": "engine",
+    "DodistillError": "errors", "Normalized": "models", "load_model": "models", "save_model": "models",
+    "write_report": "report.report", "teach": "engine.teach", "Teacher": "models.teacher",
 }  # fmt: skip
 __all__ = ["__version__", *sorted(_HOME)]
 

@@ -14,26 +14,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import __version__, methods
-from .card import model_card
-from .causal.base import Compensated
-from .config import Distill, Model, Tree, expand, resolve
-from .data import Images, contexts_of, load_images, refuse_one_class
+from . import __version__
+from .config import methods
+from .config.tree import Distill, Model, Tree, expand, resolve
+from .core.runtime import emulated
+from .core.watch import Watcher
+from .data.images import Images, contexts_of, load_images, refuse_one_class
 from .engine import Distiller, Job, Result, Test
 from .engine.job import require_same
 from .engine.loop import FORMAT
+from .engine.run_folder import NoFolder, RunFolder, write_atomically
 from .errors import DodistillError
-from .images import save_grid
+from .evaluation.monitor import courses, flat, read_metrics
+from .evaluation.probe import context_gap
+from .interventions.shared.base import Compensated
 from .models import Normalized, load_model, save_model
+from .models.teacher import Teacher
 from .models.weights import load_saved
-from .monitor import courses, flat, read_metrics
-from .probe import context_gap
-from .progress import Progress
-from .report import write_report
-from .run import NoFolder, RunFolder, write_atomically
-from .runtime import emulated
-from .teacher import Teacher
-from .watch import Watcher
+from .report.card import model_card
+from .report.images import save_grid
+from .report.progress import Progress
+from .report.report import write_report
 
 Shape = tuple[int, int, int]
 
@@ -338,7 +339,7 @@ def _summary(it: Distiller, which: str, notes: list[str]) -> dict[str, Any]:
         "finished": True,
     }
     if (test := it.scorer.test) is not None:
-        from .evaluate import predict, top1
+        from .evaluation.evaluate import predict, top1
 
         summary["teacher_accuracy"] = top1(predict(it.context.teacher, test.x, autocast=it.context.autocast), test.y)
         summary["student_accuracy"] = score["test"]

@@ -12,11 +12,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .. import losses
-from ..batch import Batch
+from ..core.batch import Batch
+from ..core.context import Context
 from ..errors import DodistillError
-from ..runtime import Context
-from .base import Criterion, CriterionConfig
+from ..functional import losses
+from .shared.base import Criterion, CriterionConfig
 
 
 class Adaptation(Criterion):

@@ -6,7 +6,8 @@ Distillation (NeurIPS 2021), as its released code has it. With f, h the penultim
     L        = a ( CE(z', y) + L_KL(z, t) ) + b L_sample + c L_class
 
 U are the classes with two or more inputs in the batch, z the student's own logits, z' what an intervention made of them
-(`causal/cid.py`; without one z' = z), L_KL = T^2 KL at temperature T. The first `init` share of the run has no CE.
+(`interventions/cid.py`; without one z' = z), L_KL = T^2 KL at temperature T. The first `init` share of the run has no
+CE.
 
 Deviations, and why
  1. Where the data have no labels, data-free sources among them, y is the teacher's answer and its hard label would say
@@ -22,11 +23,12 @@ from typing import ClassVar, Literal
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from .. import losses
-from ..batch import Batch
+from ..core.batch import Batch
+from ..core.context import Context
+from ..core.runtime import seeded
 from ..errors import DodistillError
-from ..runtime import Context, seeded
-from .base import Criterion, CriterionConfig, both, widths
+from ..functional import losses
+from .shared.base import Criterion, CriterionConfig, both, widths
 
 
 def normalised_mse(f: Tensor, h: Tensor) -> Tensor:

@@ -27,10 +27,11 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from ..batch import Batch
+from ..core.batch import Batch
+from ..core.context import Context
+from ..core.runtime import seeded
 from ..errors import DodistillError
-from ..runtime import Context, seeded
-from .base import Criterion, Labelled, LabelledConfig, both, widths
+from .shared.base import Criterion, Labelled, LabelledConfig, both, widths
 
 
 def contrast(positive: Tensor, negatives: Tensor, valid: Tensor, N: int) -> Tensor:

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from ..batch import Batch
+from ..core.batch import Batch
+from ..core.context import Context
 from ..errors import DodistillError
-from ..runtime import Context
-from .base import Criterion, Labelled, LabelledConfig
+from .shared.base import Criterion, Labelled, LabelledConfig
 
 
 def decoupled(s: Tensor, t: Tensor, y: Tensor, T: float) -> tuple[Tensor, Tensor]:

@@ -16,10 +16,11 @@ from typing import ClassVar
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from ..batch import Batch
+from ..core.batch import Batch
+from ..core.context import Context
+from ..core.runtime import seeded
 from ..errors import DodistillError
-from ..runtime import Context, seeded
-from .base import Criterion, Labelled, LabelledConfig, paired, probes
+from .shared.base import Criterion, Labelled, LabelledConfig, paired, probes
 
 
 class FitNet(Labelled):

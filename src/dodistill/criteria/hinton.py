@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..runtime import Context
-from .base import Criterion, Labelled, LabelledConfig
+from ..core.context import Context
+from .shared.base import Criterion, Labelled, LabelledConfig
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .. import losses
-from ..batch import Batch
-from ..runtime import Context
-from .base import Criterion, CriterionConfig
+from ..core.batch import Batch
+from ..core.context import Context
+from ..functional import losses
+from .shared.base import Criterion, CriterionConfig
 
 
 class L1(Criterion):

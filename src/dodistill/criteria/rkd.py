@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from ..batch import Batch
-from ..runtime import Context
-from .base import Criterion, Labelled, LabelledConfig, both, widths
+from ..core.batch import Batch
+from ..core.context import Context
+from .shared.base import Criterion, Labelled, LabelledConfig, both, widths
 
 
 def distances(f: Tensor) -> Tensor:

@@ -14,10 +14,10 @@ from typing import ClassVar
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from ..batch import Batch
+from ..core.batch import Batch
+from ..core.context import Context
 from ..errors import DodistillError
-from ..runtime import Context
-from .base import Criterion, Labelled, LabelledConfig, probes
+from .shared.base import Criterion, Labelled, LabelledConfig, probes
 
 
 def similarity(A: Tensor) -> Tensor:

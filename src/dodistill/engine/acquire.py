@@ -9,17 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..augment import crop_flip, to_float, to_uint8
-from ..causal.base import Interventions
-from ..causal.dictionary import FOREIGN, ConfounderDictionary
-from ..collapse import vital_signs
-from ..config import Distill
+from ..config.tree import Distill
+from ..core.context import Context
+from ..core.pool import Draw, Pool
 from ..errors import DodistillError
-from ..evaluate import predict
-from ..pool import Draw, Pool
-from ..runtime import Context, laid_out
-from ..sources.base import Acquired
-from ..taps import Features, tapped
+from ..evaluation.collapse import vital_signs
+from ..evaluation.evaluate import predict
+from ..functional.augment import crop_flip, to_float, to_uint8
+from ..functional.memory_format import laid_out
+from ..interventions.shared.base import Interventions
+from ..interventions.shared.dictionary import FOREIGN, ConfounderDictionary
+from ..models.taps import Features, tapped
+from ..sources.shared.base import Acquired
 from .meter import Diverged
 
 

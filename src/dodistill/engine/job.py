@@ -11,16 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import registry
-from ..causal.dictionary import FOREIGN
-from ..config import Distill
-from ..data import Images
+from ..config import registry
+from ..config.methods import Choice
+from ..config.tree import Distill
+from ..core.context import Context
+from ..core.runtime import autocast, pick_device
+from ..data.images import Images
 from ..errors import DodistillError
-from ..methods import Choice
-from ..run import fingerprint
-from ..runtime import Context, autocast, pick_device, place
-from ..teacher import Teacher
-from ..view import choose_view
+from ..functional.memory_format import place
+from ..interventions.shared.dictionary import FOREIGN
+from ..models.teacher import Teacher
+from .run_folder import fingerprint
+from .view import choose_view
 
 
 @dataclass

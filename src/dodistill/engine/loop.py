@@ -8,13 +8,13 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
+from ..core.watch import Watcher, Watchers
 from ..errors import DodistillError
-from ..run import NoFolder, RunFolder
-from ..watch import Watcher, Watchers
 from .acquire import Acquirer
 from .job import Job, made_of, require_same
 from .match import Matcher
 from .meter import Diverged, Meter
+from .run_folder import NoFolder, RunFolder
 from .score import Scorer
 
 #: The layout of a checkpoint's state; another one is refused.

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batch import Batch
-from ..causal.base import Intervention, Interventions
-from ..causal.dictionary import ConfounderDictionary
-from ..config import Distill
-from ..runtime import Context
-from ..schedules import rate_at
-from ..taps import tapped
+from ..config.tree import Distill
+from ..core.batch import Batch
+from ..core.context import Context
+from ..functional.schedules import rate_at
+from ..interventions.shared.base import Intervention, Interventions
+from ..interventions.shared.dictionary import ConfounderDictionary
+from ..models.taps import tapped
 from .acquire import Drawn
 
 

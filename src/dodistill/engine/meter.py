@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..collapse import symptoms
 from ..errors import DodistillError
+from ..evaluation.collapse import symptoms
 
 
 class Diverged(DodistillError):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..evaluate import agreement, predict, top1
+from ..evaluation.evaluate import agreement, predict, top1
 from .acquire import Acquirer
 from .job import Test
 from .match import Matcher

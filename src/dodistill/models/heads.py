@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DodistillError
-from ..taps import classifier
+from .taps import classifier
 
 WEIGHTS = ("softened", "prior", "uniform")
 

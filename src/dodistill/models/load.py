@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DodistillError, nearest
-from ..runtime import place
+from ..functional.memory_format import place
 from . import zoo
 from .heads import attach
 from .normalized import NORMALISATION, Normalized, constants
@@ -44,7 +44,7 @@ def load_model(
     file of tensors). What is not given is read off the weights. `mean` and `std` are values per channel or a name
     (`cifar10`); else those of the saved file, of timm, or of torchvision (ImageNet); else none. `seed` fixes the fresh
     weights without touching torch's global random state; without it they come from there. The memory format is that of
-    `runtime.place`.
+    `memory_format.place`.
 
     Raises DodistillError, with the fix, for whatever does not fit.
     """

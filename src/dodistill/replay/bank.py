@@ -28,11 +28,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..augment import to_float
+from ..core.context import Context
+from ..core.pool import Pool
 from ..errors import DodistillError
-from ..pool import Pool
-from ..runtime import Context
-from .base import Replay, ReplayConfig
+from ..functional.augment import to_float
+from .shared.base import Replay, ReplayConfig
 
 
 @dataclass(frozen=True)

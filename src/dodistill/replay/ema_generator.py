@@ -27,11 +27,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .. import registry
-from ..augment import to_float, to_uint8
+from ..config import registry
+from ..core.context import Context
 from ..errors import DodistillError
-from ..runtime import Context
-from .base import Replay, ReplayConfig
+from ..functional.augment import to_float, to_uint8
+from .shared.base import Replay, ReplayConfig
 
 
 @dataclass(frozen=True)

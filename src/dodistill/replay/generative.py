@@ -38,12 +38,13 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from ..augment import to_float
+from ..core.context import Context
 from ..errors import DodistillError
+from ..functional.augment import to_float
+from ..functional.memory_format import laid_out, place
 from ..models.normalized import Normalized
 from ..models.upsample import UpsampleConv
-from ..runtime import Context, laid_out, place
-from .base import Replay, ReplayConfig
+from .shared.base import Replay, ReplayConfig
 
 
 def kl_to_normal(mu: Tensor, log_var: Tensor) -> Tensor:

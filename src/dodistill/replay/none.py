@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..runtime import Context
-from .base import Replay, ReplayConfig
+from ..core.context import Context
+from .shared.base import Replay, ReplayConfig
 
 
 @dataclass(frozen=True)

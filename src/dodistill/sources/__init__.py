@@ -1,1 +1,1 @@
-"""One file, one choice on this axis; found by name, see `dodistill.registry`."""
+"""One file, one choice on this axis; found by name, see `dodistill.config.tree.registry`."""

@@ -40,13 +40,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .. import losses
+from ..core.context import Context
 from ..errors import DodistillError
-from ..runtime import Context
-from ..taps import batchnorm_inputs
-from .base import Kind, Source, at_least
+from ..functional import losses
+from ..models.taps import batchnorm_inputs
 from .dafl import information_entropy, one_hot
-from .fresh import Fresh, FreshConfig
+from .shared.base import Kind, Source, at_least
+from .shared.fresh import Fresh, FreshConfig
 
 #: D(s, t) of logits [B, K], >= 0
 DISCREPANCY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"kl": losses.kl, "l1": losses.l1, "js": losses.js}

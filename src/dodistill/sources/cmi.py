@@ -31,13 +31,14 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from .. import losses
-from ..augment import resized_crop
+from ..core.context import Context
 from ..errors import DodistillError
-from ..runtime import Context, place
-from ..taps import pooled_inputs
-from .base import Acquired, Kind, Source, SourceConfig, at_least
-from .generators import ConvGenerator, seeded
+from ..functional import losses
+from ..functional.augment import resized_crop
+from ..functional.memory_format import place
+from ..models.taps import pooled_inputs
+from .shared.base import Acquired, Kind, Source, SourceConfig, at_least
+from .shared.generators import ConvGenerator, seeded
 
 
 def contrast(p: Tensor, q: Tensor, n: int, tau: float) -> Tensor:

@@ -37,12 +37,12 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from .. import losses
+from ..core.context import Context
 from ..errors import DodistillError
-from ..runtime import Context
-from ..taps import penultimate
-from .base import Kind, Source, at_least
-from .fresh import Fresh, FreshConfig, pooled
+from ..functional import losses
+from ..models.taps import penultimate
+from .shared.base import Kind, Source, at_least
+from .shared.fresh import Fresh, FreshConfig, pooled
 
 
 def one_hot(t: Tensor) -> Tensor:

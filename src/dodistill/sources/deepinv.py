@@ -35,11 +35,12 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from .. import losses
+from ..core.context import Context
 from ..errors import DodistillError
-from ..runtime import Context, laid_out
-from ..taps import batchnorm_inputs
-from .base import Acquired, Kind, Source, SourceConfig, at_least, balanced_labels
+from ..functional import losses
+from ..functional.memory_format import laid_out
+from ..models.taps import batchnorm_inputs
+from .shared.base import Acquired, Kind, Source, SourceConfig, at_least, balanced_labels
 
 _TOOLBOX: dict[str, Any] = {
     "source": {"batch": 256, "iterations": 1000, "lr": 0.1, "betas": (0.5, 0.99), "every": 400},

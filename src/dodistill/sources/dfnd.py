@@ -27,9 +27,9 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
+from ..core.context import Context
 from ..errors import DodistillError
-from ..runtime import Context
-from .base import Acquired, Kind, Source, SourceConfig, ask, at_least
+from .shared.base import Acquired, Kind, Source, SourceConfig, ask, at_least
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..runtime import Context, place
-from .base import Acquired, Kind, Source, at_least, balanced_labels
-from .generators import ConvGenerator, seeded
-from .guided import Guided, GuidedConfig
+from ..core.context import Context
+from ..functional.memory_format import place
+from .shared.base import Acquired, Kind, Source, at_least, balanced_labels
+from .shared.generators import ConvGenerator, seeded
+from .shared.guided import Guided, GuidedConfig
 
 _COMMON: dict[str, Any] = {
     "source": {

@@ -34,11 +34,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ..core.context import Context
 from ..errors import DodistillError
-from ..runtime import Context, place
-from .base import Acquired, Kind, Source, at_least
-from .generators import DeepGenerator, seeded
-from .guided import Guided, GuidedConfig
+from ..functional.memory_format import place
+from .shared.base import Acquired, Kind, Source, at_least
+from .shared.generators import DeepGenerator, seeded
+from .shared.guided import Guided, GuidedConfig
 
 
 def _preset(adv: float, **source: Any) -> dict[str, Any]:

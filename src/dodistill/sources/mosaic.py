@@ -34,14 +34,15 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from .. import losses
-from ..augment import crop_flip, to_float, to_uint8
+from ..core.context import Context
 from ..errors import DodistillError
+from ..functional import losses
+from ..functional.augment import crop_flip, to_float, to_uint8
+from ..functional.memory_format import place
 from ..models.normalized import Normalized
-from ..runtime import Context, place
 from .adversarial import batch_statistics
-from .base import Acquired, Kind, Source, SourceConfig, ask, at_least
-from .generators import ConvGenerator, normalised_space, seeded
+from .shared.base import Acquired, Kind, Source, SourceConfig, ask, at_least
+from .shared.generators import ConvGenerator, normalised_space, seeded
 
 
 class PatchDiscriminator(nn.Module):

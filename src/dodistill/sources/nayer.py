@@ -32,11 +32,13 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from ..runtime import Context, place, seeded
-from .base import Acquired, Kind, Source, at_least
-from .embeddings import classifier_rows, orthogonal_rows, read_embedding
-from .generators import ConvGenerator
-from .guided import Guided, GuidedConfig
+from ..core.context import Context
+from ..core.runtime import seeded
+from ..functional.memory_format import place
+from .shared.base import Acquired, Kind, Source, at_least
+from .shared.embeddings import classifier_rows, orthogonal_rows, read_embedding
+from .shared.generators import ConvGenerator
+from .shared.guided import Guided, GuidedConfig
 
 
 class NoisyGenerator(nn.Module):

@@ -38,12 +38,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..augment import to_float, to_uint8
+from ..core.context import Context
 from ..errors import DodistillError
-from ..runtime import Context
-from .base import Acquired, Kind, Source, SourceConfig, at_least
-from .generators import normalised_space
+from ..functional.augment import to_float, to_uint8
 from .procedural import choose, evenness
+from .shared.base import Acquired, Kind, Source, SourceConfig, at_least
+from .shared.generators import normalised_space
 
 
 @contextmanager

@@ -33,11 +33,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from .. import losses
-from ..runtime import Context
+from ..core.context import Context
+from ..functional import losses
 from . import dafl
-from .base import Source, at_least
-from .generators import seeded
+from .shared.base import Source, at_least
+from .shared.generators import seeded
 
 
 def js_repo(s: Tensor, t: Tensor) -> Tensor:

@@ -31,12 +31,13 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from ..augment import to_float, to_uint8
+from ..core.context import Context
+from ..core.runtime import at_once
 from ..errors import DodistillError
-from ..runtime import Context, at_once
-from .base import Acquired, Kind, Source, SourceConfig, at_least
+from ..functional.augment import to_float, to_uint8
 from .dfnd import select
-from .pictures import KINDS, draw, shares, uniform
+from .shared.base import Acquired, Kind, Source, SourceConfig, at_least
+from .shared.pictures import KINDS, draw, shares, uniform
 
 Mix = tuple[float, float, float, float, float]
 

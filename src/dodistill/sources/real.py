@@ -19,9 +19,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..core.context import Context
 from ..errors import DodistillError
-from ..runtime import Context
-from .base import Acquired, Kind, Source, SourceConfig, ask
+from .shared.base import Acquired, Kind, Source, SourceConfig, ask
 
 
 @dataclass(frozen=True)

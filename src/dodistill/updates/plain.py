@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .base import Objective, Update, UpdateConfig
+from .shared.base import Objective, Update, UpdateConfig
 
 
 @dataclass(frozen=True)

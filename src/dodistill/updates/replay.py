@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..errors import DodistillError
-from .base import Objective, Update, UpdateConfig
+from .shared.base import Objective, Update, UpdateConfig
 
 Gradients = Sequence[Tensor | None]
 

@@ -38,11 +38,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..curvature import second_derivatives
 from ..errors import DodistillError
-from ..recompute import recomputed
-from .base import Objective, Update, UpdateConfig
+from ..functional.curvature import second_derivatives
+from ..functional.recompute import recomputed
 from .replay import Gradients, alignment, give, length, report, stand_in, take, total
+from .shared.base import Objective, Update, UpdateConfig
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,0 @@
-"""One file, one choice on this axis; found by name, see `dodistill.registry`."""

@@ -1,0 +1,52 @@
+"""What this machine has, and what commonly goes wrong with it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import time
+
+
+def _version(name: str) -> str:
+    """The version of an optional package, or why it cannot be used."""
+    try:
+        module = importlib.import_module(name)
+    except ImportError:
+        return "not installed"
+    except RuntimeError as error:  # a torchvision that does not match torch dies like this
+        return f"BROKEN: {str(error).splitlines()[0]} (install torch and {name} from the same place)"
+    return str(getattr(module, "__version__", "?"))
+
+
+def doctor() -> int:
+    """Print what is there; 1 when something that is installed is broken."""
+    import torch
+
+    from .. import __version__
+    from ..core.runtime import autocast, emulated
+
+    print(f"dodistill {__version__}, Python {platform.python_version()}, torch {torch.__version__}")
+    broken = False
+    for name in ("torchvision", "timm", "sklearn"):
+        version = _version(name)
+        broken |= version.startswith("BROKEN")
+        print(f"  {name:<12} {version}")
+    print(f"  data         DODISTILL_DATA={os.environ.get('DODISTILL_DATA', '(not set)')}")
+    if torch.cuda.is_available():
+        print(f"  device       {torch.cuda.get_device_name()}")
+    print(f"  CPU          {os.cpu_count()} cores, {torch.get_num_threads()} threads")
+    device = torch.device("cpu")
+    net = torch.nn.Conv2d(32, 32, 3, 1, 1).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = torch.rand(64, 32, 32, 32).contiguous(memory_format=torch.channels_last)
+    for precision in ("fp32", "bf16"):
+        best = float("inf")
+        with torch.no_grad(), autocast(device, precision)():
+            for _ in range(5):
+                start = time.perf_counter()
+                net(x)
+                best = min(best, time.perf_counter() - start)
+        print(f"  {precision:<12} {2 * 64 * 32 * 32 * 9 * 32 * 32 / best / 1e9:.0f} GFLOP/s in a 3x3 convolution")
+    if emulated(device, "bf16"):
+        print("  note         bf16 is emulated on this CPU: use --loop.precision fp32 (auto does)")
+    return int(broken)

@@ -1,0 +1,200 @@
+"""`dodistill look`: what the missing data did, seen with real images at hand after all. KDCI's Figures 1, 5 and 6.
+
+Figure 1, how far the substitute lies from the data: the Frechet distance between them, and the class shares of both.
+Figure 5, what a student makes of the classes: t-SNE of its penultimate features, and their silhouette.
+Figure 6, the images on which two students differ: those that only one of them names rightly.
+
+Deviations. (1) The paper's distance is the FID, of an ImageNet network's features; ours is of the run's own teacher:
+nothing to download, and at home at 16 or 32 pixels, but comparable under one teacher only. (2) Beside it stands the
+distance between two halves of the real images, of as many each: what is left where there is no shift. (3) A map of
+points persuades too easily; the silhouette (Rousseeuw 1987, from -1 to 1, in the features' own space) says it as a
+number. (4) The paper shows images that +KDCI mends; here those that it breaks stand beside them, with both counts.
+
+Labels are read to show something, never to choose. A run of `compare` has no pool left, so it has no distance.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from markupsafe import Markup
+from torch import Tensor, nn
+
+from ..api import load_teacher
+from ..config.tree import Distill, resolve
+from ..core.runtime import pick_device
+from ..data.images import Images, load_images, refuse_one_class
+from ..engine.run_folder import fingerprint, newest_pool
+from ..errors import DodistillError
+from ..evaluation.evaluate import agreement, class_shares, frechet_distance, predict, top1
+from ..evaluation.probe import features
+from ..models import load_model
+from ..report import svg
+from ..report.images import grid
+from ..report.page import render
+from ..report.progress import Progress
+
+SHOWN = 12  #: images of each kind that a comparison shows
+MOST = 10_000  #: images of each side that a distance is taken over
+
+
+@dataclass
+class Seen:
+    """What the page says of one network."""
+
+    name: str
+    accuracy: float  #: % of the real images
+    silhouette: float  #: of the classes in its penultimate features, -1..1
+    map: Markup
+    agreement: float | None = None  #: % of the real images on which it names the teacher's class
+    distance: float | None = None  #: of its pool to the real images, in its teacher's features
+    floor: float | None = None  #: the same between two halves of the real images
+    images: int = 0  #: that each side of the distance has
+    samples: str = ""  #: of the pool, a data URI
+    shares: Markup | None = None
+
+
+@dataclass
+class Differ:
+    """The real images that one of two students alone names rightly."""
+
+    name: str
+    counts: tuple[int, int]  #: right only in the first run, right only in this one
+    images: tuple[list[tuple[str, str]], list[tuple[str, str]]]  #: (data URI, caption), the clearest cases of both
+
+
+def look(runs: Sequence[str | Path], test: str, out: str | Path, teacher: str = "", n: int = 1000) -> list[Seen]:
+    """Write the page `out` on these run folders and the labelled images `test`; the maps have `n` points.
+
+    `teacher` is needed where a run was given its teacher in memory. The teacher comes first in what is returned. Raises
+    DodistillError for what is not there, for images without labels, and for runs under teachers of several kinds.
+    """
+    tsne, silhouette = _sklearn()
+    folders = [Path(r) for r in runs]
+    if n < 50:
+        raise DodistillError(f"--n is {n}; a map needs at least 50 points.")
+    configs = [_config(f) for f in folders]
+    if teacher:
+        part = resolve({"teacher": teacher}).teacher
+    else:
+        _one_teacher(folders, configs)
+        part = configs[0].teacher
+    model, shape = load_teacher(part, configs[0].data.image_shape)
+    device = pick_device()
+    model.to(device)
+    students = [load_model(str(f / "student.safetensors")).to(device) for f in folders]
+    real = load_images(test, split="test", image_shape=shape, crop=configs[0].data.crop_share)
+    if real.y is None or len(real) < 50:
+        raise DodistillError(f"{test} needs labels, and at least 50 images (it has {len(real)}).")
+    refuse_one_class(real, test)
+    notes = [note for f in folders for note in _strangers(f, model)]
+    order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
+    some, real = real.select(order[:n]), real.select(order)
+    assert some.y is not None
+    assert real.y is not None
+    y = some.y
+
+    def seen(name: str, logits: Tensor, inner: Tensor) -> Seen:
+        f = inner.cpu().numpy()
+        flat = tsne(n_components=2, init="pca", perplexity=min(30, (len(y) - 1) / 3), random_state=0).fit_transform(f)
+        points = svg.scatter(flat[:, 0], flat[:, 1], y.tolist(), label=f"features of {name}, by class")
+        return Seen(name, top1(logits, real.y), float(silhouette(f, y.numpy())), points)  # type: ignore[arg-type]
+
+    with Progress(1 + len(folders), f"look at {len(folders)} runs on {len(real):,} images") as progress:
+        answers = [predict(model, real.x)]
+        inside = features(model, real.x[: max(2 * MOST, n)])
+        found = [seen("teacher", answers[0], inside[: len(y)])]
+        progress.update(1)
+        for i, (folder, student) in enumerate(zip(folders, students), 2):
+            answers.append(predict(student, real.x))
+            found.append(seen(folder.name, answers[-1], features(student, some.x)))
+            found[-1].agreement = agreement(answers[-1], answers[0])
+            _shift(found[-1], folder, model, inside, real)
+            progress.update(i)
+    differ = [_differ(f.name, real, answers[1], a) for f, a in zip(folders[1:], answers[2:])]
+    render(
+        "look.html.j2", Path(out), seen=found, differ=differ, first=folders[0].name, real=_uri(real.x[:32], 8),
+        test=test, count_real=len(real), points=len(y), notes=notes,
+    )  # fmt: skip
+    return found
+
+
+def _sklearn() -> tuple[Any, Any]:
+    try:
+        from sklearn.manifold import TSNE
+        from sklearn.metrics import silhouette_score
+    except ImportError as error:
+        raise DodistillError("the maps are scikit-learn's t-SNE: pip install 'dodistill[demo]'") from error
+    return TSNE, silhouette_score
+
+
+def _config(folder: Path) -> Distill:
+    if not (folder / "student.safetensors").is_file():
+        raise DodistillError(f"{folder} holds no student.safetensors; give the folder of a finished run.")
+    return resolve(json.loads((folder / "config.json").read_text()))
+
+
+def _one_teacher(folders: Sequence[Path], configs: Sequence[Distill]) -> None:
+    """Refuse runs that do not all name one teacher."""
+    named = {c.teacher.spec: f for f, c in zip(folders, configs)}
+    if "" in named:
+        raise DodistillError(f"{named['']} was given its teacher in memory; say which one it was with --teacher FILE.")
+    if len({(c.teacher.spec, c.teacher.weights) for c in configs}) > 1:
+        raise DodistillError(f"these runs have several teachers ({', '.join(named)}); look at those of one teacher.")
+
+
+def _strangers(folder: Path, model: nn.Module) -> list[str]:
+    """A sentence if the run says that it had another teacher than this one."""
+    summary = json.loads((folder / "summary.json").read_text()) if (folder / "summary.json").exists() else {}
+    began = summary.get("made_of", {}).get("teacher")
+    if began in (None, fingerprint([*model.parameters(), *model.buffers()])):
+        return []
+    return [f"{folder.name} was distilled from a teacher with other weights than the one shown here."]
+
+
+def _shift(it: Seen, folder: Path, teacher: nn.Module, inside: Tensor, real: Images) -> None:
+    """Fill in how far the pool of a run lies from the real images, where the pool is still there."""
+    try:
+        pool = newest_pool(folder)
+    except DodistillError:
+        return
+    half = len(inside) // 2
+    it.images = m = min(len(pool["x"]), half, MOST)
+    drawn = torch.randperm(len(pool["x"]), generator=torch.Generator().manual_seed(0))[:m]
+    it.distance = frechet_distance(features(teacher, pool["x"][drawn]), inside[:m])
+    it.floor = frechet_distance(inside[half : half + m], inside[:m])
+    it.samples = _uri(pool["x"][drawn[:32]], 8)
+    assert real.y is not None
+    classes = pool["logits"].shape[1]
+    true = torch.bincount(real.y, minlength=classes).float() / len(real)
+    groups = [("pool", class_shares(pool["logits"]).tolist()), ("real", true.tolist())]
+    it.shares = svg.bars(groups, x_label="class", reference=("even", 1 / classes))
+
+
+def _differ(name: str, real: Images, a: Tensor, b: Tensor) -> Differ:
+    """a, b: logits [n, K] of two students on the same images."""
+    assert real.y is not None
+    y = real.y.to(a.device)
+    right = [v.argmax(1) == y for v in (a, b)]
+    sure = [v.softmax(1).gather(1, y[:, None])[:, 0] for v in (a, b)]
+    counts, shown = [], []
+    for mine in (0, 1):
+        alone = right[mine] & ~right[1 - mine]
+        lead = torch.where(alone, sure[mine] - sure[1 - mine], -torch.inf)
+        top = lead.argsort(descending=True, stable=True)[: min(SHOWN, int(alone.sum()))].tolist()
+        counts.append(int(alone.sum()))
+        shown.append([(_uri(real.x[i : i + 1], 1), f"{y[i]}, not {(b, a)[mine][i].argmax()}") for i in top])
+    return Differ(name, (counts[0], counts[1]), (shown[0], shown[1]))
+
+
+def _uri(x: Tensor, columns: int) -> str:
+    data = io.BytesIO()
+    grid(x, columns).save(data, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()

@@ -1,0 +1,283 @@
+"""What every source needs, trains, keeps and costs, as a table made from the code; and the choice of `--source auto`.
+
+No torch here, except through the sources that the table describes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import DodistillError
+from . import card_tables, registry
+from .tree import Tree, build, expand, merge
+
+AUTO = "auto"
+MINUTE, HOUR = 60.0, 3600.0
+SHORT = 3 * MINUTE  #: less does not warm a generator up
+LONG = 6 * HOUR  #: enough for a published schedule of 80 000 steps, on the machines that such schedules are for
+
+
+# -------------------------------------------------------------------------------------------------- choosing
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A source, its preset, and one sentence that says why."""
+
+    source: str
+    preset: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"source auto: {self.source}, preset {self.preset}, since {self.reason}."
+
+
+def choose(
+    has_batchnorm: bool,
+    unlabeled: bool,
+    seconds: float = math.inf,
+    image_shape: tuple[int, int, int] = (3, 32, 32),
+) -> Choice:
+    """The source for a teacher, by what is there and by the time allowed; the first line that applies:
+
+        unlabelled images?  BatchNorm?  H, W multiples of 4?  time        source      preset
+        yes                 any         any                   >= 6 h      dfnd        paper
+        yes                 any         any                   less, none  dfnd        desk
+        no                  no          any                   >= 6 h      procedural  study
+        no                  no          any                   less, none  procedural  desk
+        no                  yes         no                    as the two lines above
+        no                  yes         yes                   < 3 min     procedural  desk
+        no                  yes         yes                   >= 6 h      fast        wrn
+        no                  yes         yes                   else, none  fast        desk
+
+    `none`: no limit was given (infinity), and then a run is meant to end within minutes; whoever wants a published
+    schedule says so by its preset, or by allowing hours.
+
+    Args:
+        has_batchnorm: whether the teacher has BatchNorm layers with running statistics.
+        unlabeled: whether unlabelled images were given.
+        seconds: the time allowed; infinity for no limit.
+        image_shape: (C, H, W) of what the teacher reads.
+    """
+    hours = math.isfinite(seconds) and seconds >= LONG
+    time = _spoken(seconds)
+    if unlabeled:
+        return Choice(
+            "dfnd", "paper" if hours else "desk",
+            f"unlabelled images were given, and all they cost is a pass through the teacher; {time}",
+        )  # fmt: skip
+    drawn = "study" if hours else "desk"
+    if not has_batchnorm:
+        return Choice(
+            "procedural", drawn,
+            f"the teacher has no BatchNorm statistics to match and no unlabelled images were given; {time}",
+        )  # fmt: skip
+    if image_shape[1] % 4 or image_shape[2] % 4:
+        return Choice(
+            "procedural", drawn,
+            f"the generators make images whose sides are multiples of 4, not {image_shape[1]}x{image_shape[2]}; {time}",
+        )  # fmt: skip
+    if seconds < SHORT:
+        return Choice("procedural", "desk", f"{time} do not warm a generator up, and drawn pictures need no training")
+    return Choice(
+        "fast", "wrn" if hours else "desk",
+        f"no unlabelled images were given, and the teacher's BatchNorm statistics can guide a generator; {time}",
+    )  # fmt: skip
+
+
+def _spoken(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "no time limit was given, so the short schedule"
+    number, unit = (seconds / HOUR, "h") if seconds >= HOUR else (seconds / MINUTE, "min")
+    allowed = f"{number:.3g} {unit}"
+    if seconds < SHORT:
+        return allowed
+    return f"{allowed} allow " + ("the published schedule" if seconds >= LONG else "the short schedule")
+
+
+def asks(tree: Mapping[str, Any]) -> bool:
+    """Whether a config tree leaves the choice of its source to us: source `auto`."""
+    source = expand(tree).get("source")
+    return bool((source.get("name") if isinstance(source, Mapping) else source) == AUTO)
+
+
+def settle(
+    tree: Mapping[str, Any],
+    has_batchnorm: bool,
+    unlabeled: bool,
+    seconds: float,
+    image_shape: tuple[int, int, int],
+    begun: Mapping[str, Any] | None = None,
+) -> tuple[Tree, Choice]:
+    """The tree with `auto` replaced by what `choose` says, and the choice. A preset that the tree names stays.
+
+    `source.seconds`, where given, is the time allowed, and wins over `seconds`. `begun`, the config of a run folder to
+    go on with, wins over both.
+    """
+    full = expand(tree)
+    given = full["source"]
+    given = dict(given) if isinstance(given, Mapping) else {}
+    allowed = given.pop("seconds", None)
+    if allowed is not None and (isinstance(allowed, bool) or not isinstance(allowed, int | float) or not allowed > 0):
+        raise DodistillError(f"source.seconds is {allowed!r}; it must be a number above 0, the time allowed.")
+    choice = choose(has_batchnorm, unlabeled, float(allowed or seconds), image_shape)
+    preset = str(full.get("preset") or given.pop("preset", "") or choice.preset)
+    choice = dataclasses.replace(choice, preset=preset)
+    if begun is not None and (begun["source"]["name"], begun["preset"]) != (choice.source, choice.preset):
+        choice = Choice(begun["source"]["name"], begun["preset"], "this run folder was begun with it")
+    return {**full, "source": {**given, "name": choice.source}, "preset": choice.preset}, choice
+
+
+# --------------------------------------------------------------------------------------------------- telling
+
+
+def first_words(axis: str, name: str, most: int = 160) -> str:
+    """What a choice's file says of itself: the sentences of its first paragraph, as many as fit, one at least."""
+    text = " ".join((registry.module(axis, name).__doc__ or "").strip().split("\n\n")[0].split())
+    sentences = re.split(r"(?<=\.)(?<!et al\.)(?<!\b[A-Z]\.) (?=[A-Z`])", text)
+    out = sentences[0]
+    for sentence in sentences[1:]:
+        if len(out) + len(sentence) > most:
+            break
+        out += " " + sentence
+    return out.removesuffix(":").strip()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One source in the table."""
+
+    name: str
+    kind: str
+    batchnorm: bool
+    unlabeled: bool
+    trains: str
+    keeps: str
+    cost: str
+    slots: int
+    presets: tuple[str, ...]
+    about: str
+
+
+def rows() -> Iterator[Row]:
+    """Every source, described by its own code. Costs and slots are those of its `desk` preset, where it has one."""
+    for name in registry.names("source"):
+        config: Any = registry.config("source", name)
+        preset: Tree = config.presets.get("desk") or next(iter(config.presets.values()), {})
+        settings: Any = build(config, {k: v for k, v in preset.get("source", {}).items() if k != "name"}, "source")
+        forwards, backwards = settings.teacher_passes()
+        yield Row(
+            name, config.kind, "batchnorm" in config.needs, "unlabeled" in config.needs, config.trains, config.keeps,
+            f"{forwards:.3g} + {backwards:.3g}", _slots(preset), tuple(config.presets), first_words("source", name),
+        )  # fmt: skip
+
+
+def _slots(preset: Mapping[str, Any]) -> int:
+    """Slots of the pool under a preset."""
+    from .tree import Pool
+
+    return int(merge({"pool": {"capacity": Pool().capacity}}, preset)["pool"]["capacity"])
+
+
+HEAD = ("source", "kind", "BatchNorm", "images", "trains", "keeps", "teacher", "pool", "presets")
+NOTES = (
+    "BatchNorm: the teacher must have layers with running statistics; images: unlabelled ones must be given.",
+    "trains, keeps: beside the student; in memory beside the pool.",
+    "teacher: its forwards + backwards per image that joins the pool, labelling included, under preset desk; "
+    "of a sampler, per image looked at. Matching costs one forward per image more, unless augmentation is off.",
+    "pool: most images kept, preset desk; C*H*W + 4*classes + 8 bytes each, allocated as they come.",
+)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return (
+        row.name, row.kind, "yes" if row.batchnorm else "-", "yes" if row.unlabeled else "-", row.trains, row.keeps,
+        row.cost, f"{row.slots:,}".replace(",", " "), ", ".join(row.presets),
+    )  # fmt: skip
+
+
+OTHERS = ("intervention", "criterion", "update", "replay")
+
+
+def _choices(axis: str) -> Iterator[tuple[str, str]]:
+    """(name, what its file says) of each choice on an axis; the name is not said twice."""
+    for name in registry.names(axis):
+        yield name, re.sub(rf"^`{re.escape(name)}`:? ?", "", first_words(axis, name))
+
+
+def table() -> str:
+    """The table as plain text, and the other axes by name."""
+    every = [HEAD, *(_cells(row) for row in rows())]
+    widths = [max(len(line[i]) for line in every) for i in range(len(HEAD))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in every]
+    lines += [
+        "",
+        *NOTES,
+        "",
+        "auto picks one of them by teacher, images and time: dodistill distill --source auto --help",
+    ]
+    for axis in OTHERS:
+        lines += ["", axis, *(f"  {name:<14}{about}" for name, about in _choices(axis))]
+    return "\n".join(lines)
+
+
+def pages(cards: Path) -> Iterator[tuple[Path, str]]:
+    """Each page in the folder of method cards, and its text with what the code says now."""
+    yield cards / "README.md", _overview(cards)
+    for path in sorted(cards.glob("*.md")):
+        if path.name != "README.md":
+            yield path, card_tables.filled(path.read_text(), path.name)
+
+
+def _overview(cards: Path) -> str:
+    """README.md of the folder of method cards, which are linked."""
+    described = card_tables.described_in(cards)
+
+    def link(axis: str, name: str) -> str:
+        card = described.get((axis, name))
+        return f"[`{name}`]({card})" if card else f"`{name}`"
+
+    lines = [
+        "# Methods",
+        "",
+        "<!-- Generated: dodistill methods --cards docs/methods. A test keeps it up to date. -->",
+        "",
+        "One file in `src/dodistill/` for each choice on an axis, and one card here for those that have more to say.",
+        "",
+        "## Sources: where the substitution inputs come from",
+        "",
+        "| " + " | ".join(HEAD) + " | what it is |",
+        "|---" * (len(HEAD) + 1) + "|",
+    ]
+    for row in rows():
+        name, *rest = _cells(row)
+        lines.append("| " + " | ".join([link("source", name), *rest, row.about]) + " |")
+    lines += ["", *(f"* {note}" for note in NOTES), "", "## `--source auto`", ""]
+    lines += ["The first line that applies:", "", "```", *_choose_table(), "```"]
+    titles = {
+        "intervention": "Interventions: what severs the confounder's path", "criterion": "Criteria: what is matched",
+        "update": "Updates: how the student's gradients come about", "replay": "Replays: what it must not forget",
+    }  # fmt: skip
+    for axis in OTHERS:
+        lines += ["", f"## {titles[axis]}", ""]
+        lines += [f"* {link(axis, name)}{' ' if about[:1] == '(' else ': '}{about}" for name, about in _choices(axis)]
+    return "\n".join(lines) + "\n"
+
+
+def _choose_table() -> list[str]:
+    """The table in the docstring of `choose`."""
+    lines = (choose.__doc__ or "").split("\n")
+    start = next(i for i, line in enumerate(lines) if line.lstrip().startswith("unlabelled images?"))
+    end = next(i for i in range(start, len(lines)) if not lines[i].strip())
+    return [line.strip() for line in lines[start:end]]
+
+
+def choosing() -> str:
+    """How `--source auto` chooses, for the help."""
+    return "source auto takes the first line that applies:\n\n" + "\n".join(f"  {line}" for line in _choose_table())

@@ -1,0 +1,29 @@
+"""What a matching step knows of its inputs beside the logits that it compares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ..models.taps import Features
+
+
+@dataclass
+class Batch:
+    """One batch of B inputs. Features are there only where a criterion or an intervention `needs` them.
+
+    Attributes:
+        index: long [B], the inputs' slots in the pool; -1 for replayed inputs.
+        labels: long [B], true classes where the data have them, else the teacher's prediction.
+        raw: [B, K], the student's own logits, before any intervention.
+        done: share of the run's steps that lie behind, in [0, 1).
+        student: its features (in graph); teacher: its features (constants).
+    """
+
+    index: Tensor
+    labels: Tensor
+    raw: Tensor
+    done: float = 0.0
+    student: Features = field(default_factory=Features)
+    teacher: Features = field(default_factory=Features)

@@ -1,0 +1,52 @@
+"""What a method may know of the run it is built for."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config.tree import Augment
+from ..functional.augment import View
+from .runtime import generator
+
+if TYPE_CHECKING:
+    from ..models.teacher import Teacher
+
+
+def _silent(_message: str, _done: int, _total: int) -> None:
+    return None
+
+
+@dataclass
+class Context:
+    """What a source, an intervention or a criterion may know of the run it is built for."""
+
+    teacher: Teacher
+    device: torch.device
+    seed: int = 0
+    autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+    augment: Augment = field(default_factory=Augment)
+    view: View = field(default_factory=View)  #: what the teacher is shown during synthesis
+    unlabeled: Tensor | None = None  #: uint8 [n, C, H, W], the images of a sampler
+    labels: Tensor | None = None  #: long [n], their true classes, where the user has them and the source is data
+    student: nn.Module | None = None  #: as it is before training, to read widths off (`taps.probe`)
+    capacity: int = 65_536  #: slots of the pool, the range of `Batch.index`
+    progress: Callable[[str, int, int], None] = _silent  #: (what, done, total) inside a long acquisition
+    extra: Mapping[str, Any] = field(default_factory=dict)  #: what only one part needs (a foreign dictionary's model)
+
+    @property
+    def num_classes(self) -> int:
+        return self.teacher.num_classes
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.teacher.image_shape
+
+    def generator(self, purpose: str) -> torch.Generator:
+        return generator(self.device, self.seed, purpose)

@@ -1,0 +1,181 @@
+"""The substitution inputs, on the device: uint8 images, the teacher's clean logits beside them, and the draw."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import DodistillError
+from ..functional.augment import to_uint8
+
+
+class Pool:
+    """At most `capacity` images and what the teacher says of each.
+
+    Attributes:
+        x: uint8 [size, C, H, W], a view of the filled part.
+        logits: float [size, K], the teacher's logits of the clean images.
+        labels: long [size], true classes where the data have them, else the teacher's.
+        seen: how many images were ever offered.
+        version: grows with every change, so that a checkpoint can skip an unchanged pool.
+
+    Eviction, when full: `oldest` overwrites in order of arrival (a ring); `reservoir` keeps a uniform sample of
+    everything ever offered (Vitter's algorithm R).
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        image_shape: tuple[int, int, int],
+        num_classes: int,
+        device: torch.device,
+        eviction: str = "oldest",
+    ) -> None:
+        if capacity < 1:
+            raise DodistillError(f"pool capacity is {capacity}; it must be at least 1 image.")
+        if eviction not in ("oldest", "reservoir"):
+            raise DodistillError(f"unknown eviction {eviction!r}; use 'oldest' or 'reservoir'.")
+        self.capacity, self.eviction, self.device = capacity, eviction, device
+        self.image_shape, self.num_classes = image_shape, num_classes
+        self._x = torch.empty(0, *image_shape, dtype=torch.uint8, device=device)
+        self._logits = torch.empty(0, num_classes, device=device)
+        self._labels = torch.empty(0, dtype=torch.long, device=device)
+        self.size = self.seen = self.version = 0
+
+    def __len__(self) -> int:
+        return self.size
+
+    @property
+    def x(self) -> Tensor:
+        return self._x[: self.size]
+
+    @property
+    def logits(self) -> Tensor:
+        return self._logits[: self.size]
+
+    @property
+    def labels(self) -> Tensor:
+        return self._labels[: self.size]
+
+    def class_shares(self) -> Tensor:
+        """[K], the share of each class among the teacher's predictions of the pool."""
+        counts = torch.bincount(self.logits.argmax(1), minlength=self.num_classes).float()
+        return counts / max(self.size, 1)
+
+    def _reserve(self, wanted: int) -> None:
+        """Grow the buffers (doubling) up to the capacity: a small run never allocates a large pool."""
+        have = len(self._x)
+        if wanted <= have:
+            return
+        new = min(self.capacity, max(wanted, 2 * have))
+        for name in ("_x", "_logits", "_labels"):
+            old = getattr(self, name)
+            fresh = torch.empty(new, *old.shape[1:], dtype=old.dtype, device=old.device)
+            fresh[: self.size] = old[: self.size]
+            setattr(self, name, fresh)
+
+    def add(self, images: Tensor, logits: Tensor, generator: torch.Generator, labels: Tensor | None = None) -> None:
+        """Take in images (float in [0, 1] or uint8, [n, C, H, W]), their teacher logits [n, K] and true labels [n]."""
+        labels = logits.argmax(1) if labels is None else labels
+        images = images if images.dtype == torch.uint8 else to_uint8(images)
+        n = len(images)
+        self._reserve(min(self.size + n, self.capacity))
+        free = min(n, self.capacity - self.size)
+        where = torch.arange(self.size, self.size + free, device=self.device)
+        if free < n:  # the rest replaces something
+            arrival = torch.arange(self.seen + free, self.seen + n, device=self.device)
+            if self.eviction == "oldest":
+                slot = arrival % self.capacity
+            else:
+                slot = (torch.rand(n - free, generator=generator, device=self.device) * (arrival + 1)).long()
+            where = torch.cat([where, slot])
+        order = torch.arange(n, device=self.device)
+        keep = where < self.capacity
+        where, order = where[keep], order[keep]
+        # A slot hit twice keeps its last arrival, on every device: later writes win explicitly.
+        last = torch.full((self.capacity,), -1, dtype=torch.long, device=self.device)
+        last.scatter_reduce_(0, where, order, "amax")
+        slots = (last >= 0).nonzero()[:, 0]
+        arrivals = last[slots]
+        for kept, offered in ((self._x, images), (self._logits, logits), (self._labels, labels)):
+            kept[slots] = offered[arrivals.to(offered.device)].to(kept.device, kept.dtype)  # each from where it lies
+        self.size = min(self.size + n, self.capacity)
+        self.seen += n
+        self.version += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        # Copies: a view would be saved with all the room behind it that nothing has been written to.
+        parts = {"x": self.x.clone(), "logits": self.logits.clone(), "labels": self.labels.clone()}
+        return parts | {"seen": self.seen, "version": self.version}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.size, self.seen, self.version = len(state["x"]), state["seen"], state["version"]
+        self._x = state["x"].to(self.device)
+        self._logits = state["logits"].to(self.device)
+        self._labels = state["labels"].to(self.device)
+
+
+class Draw:
+    """Which inputs the student sees: uniformly, or in proportion to weights over the pool.
+
+    The cumulative weights are made once per change of the pool; a draw is then a binary search per image, without a
+    host-device sync. Draws are with replacement, except from a small pool without weights (up to `WALK` batches): it is
+    walked through in random order, so that a method which makes a few fresh batches at a time sees each image once.
+    """
+
+    WALK = 8
+
+    def __init__(self) -> None:
+        self._cumulative: Tensor | None = None
+        self._size = 0
+        self._device = torch.device("cpu")
+        self._order: Tensor | None = None  # of the walk, and how far it has got
+        self._at = 0
+
+    def set(self, pool: Pool, weights: Tensor | None) -> None:
+        """Raises DodistillError when the weights are negative, not finite, or all zero."""
+        self._size, self._device = len(pool), pool.device
+        self._cumulative = self._order = None
+        self._at = 0
+        if weights is not None:
+            if not bool(torch.isfinite(weights).all() & (weights >= 0).all() & (weights.sum() > 0)):
+                raise DodistillError("the intervention's draw weights must be finite, >= 0 and not all zero.")
+            cumulative = weights.double().cumsum(0)
+            self._cumulative = cumulative / cumulative[-1]
+
+    def __call__(self, n: int, generator: torch.Generator) -> Tensor:
+        """[n] long indices into the pool."""
+        if self._cumulative is None and self._size <= self.WALK * n:
+            return self._walk(n, generator)
+        if self._cumulative is None:
+            return torch.randint(self._size, (n,), generator=generator, device=generator.device)
+        u = torch.rand(n, generator=generator, device=generator.device, dtype=torch.float64)
+        return torch.searchsorted(self._cumulative, u, right=True).clamp_(max=self._size - 1)
+
+    def _walk(self, n: int, generator: torch.Generator) -> Tensor:
+        parts, wanted = [], n
+        while wanted:
+            if self._order is None or self._at >= self._size:
+                self._order, self._at = torch.randperm(self._size, generator=generator, device=generator.device), 0
+            parts.append(self._order[self._at : self._at + wanted])
+            self._at += len(parts[-1])
+            wanted -= len(parts[-1])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the walk has got; the weights follow from the pool, which is to be `set` before this is loaded."""
+        return {"order": self._order, "at": self._at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        order = state["order"]
+        self._order, self._at = None if order is None else order.to(self._device), state["at"]
+
+    def shares(self, pool: Pool) -> Tensor:
+        """[K], the expected class shares (by the teacher) of what is drawn."""
+        if self._cumulative is None:
+            return pool.class_shares()
+        weights = self._cumulative.diff(prepend=self._cumulative.new_zeros(1)).float()
+        out = torch.zeros(pool.num_classes, device=pool.device)
+        return out.index_add_(0, pool.logits.argmax(1), weights)

@@ -1,0 +1,118 @@
+"""A folder of image files as one tensor. What is no image, or a broken one, is counted and said, never fatal.
+
+Two ways from a picture to h x w pixels, told apart by `share`, the side of the crop over the short side of the picture:
+
+* 1: the largest centre part of the right shape is resized. So are all images to learn from, and small ones.
+* below 1, for evaluation: the picture is resized until its short side is h / share, and the centre h x w of it is kept.
+  0.875 is Resize(256) and CenterCrop(224), by which accuracies on ImageNet are published: training by random resized
+  crops shows objects larger than the whole short side does, and a model scores less on that (Touvron et al., Fixing
+  the train-test resolution discrepancy, NeurIPS 2019). Sizes and offsets are torchvision's, the filter is Pillow's
+  bilinear one.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from ..errors import DodistillError
+from .layouts import listing
+
+LARGE = 160  #: pixels from which images are evaluated as those of ImageNet are
+
+#: x uint8 [n, C, H, W], y long [n], files skipped, note, class names
+Decoded = tuple[torch.Tensor, torch.Tensor | None, int, str, tuple[str, ...]]
+
+
+def crop_share(given: float, height: int) -> float:
+    """`given`, and for 0 what the field evaluates images of `height` by: 0.875 from 160 pixels on, else 1."""
+    if not isinstance(given, int | float) or not 0 <= given <= 1:
+        raise DodistillError(f"crop_share is {given!r}; it must lie in (0, 1], as in 0.875, or be 0, the default.")
+    return float(given) or (0.875 if height >= LARGE else 1.0)
+
+
+def load_folder(
+    folder: Path, split: str, labels: bool, image_shape: tuple[int, int, int] | None, share: float = 1.0
+) -> Decoded:
+    """Every image of a split of `folder`, in order of path, resized to `image_shape` (1 or 3 channels).
+
+    Labels as `layouts.listing` has them, when every image has one and `labels`.
+    Raises DodistillError for an empty folder, one whose lists do not fit, or one in which nothing can be decoded.
+    """
+    if image_shape is None:
+        raise DodistillError(
+            f"images in the folder {folder} are resized on reading: give image_shape=(C, H, W), on the command line "
+            "--image-shape 3,64,64."
+        )
+    c, h, w = image_shape
+    if c not in (1, 3):
+        raise DodistillError(f"image files have 1 or 3 channels; image_shape is {tuple(image_shape)}.")
+    part = crop_share(share, h)
+    found = listing(folder, split, labels)
+    folder, files = found.folder, found.files
+    x = np.empty((len(files), c, h, w), np.uint8)
+
+    def decode(index: int) -> bool:
+        pixels = _decode(files[index], c, h, w, part)
+        if pixels is not None:
+            x[index] = pixels.transpose(2, 0, 1)
+        return pixels is not None
+
+    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        warnings.simplefilter("ignore")  # Pillow's remarks on odd files; the count below says it better
+        good = np.fromiter(pool.map(decode, range(len(files))), bool, len(files))
+    bad = [p for p, ok in zip(files, good) if not ok]
+    if not good.any():
+        raise DodistillError(
+            f"none of the {len(files)} files in {folder} is a readable image (the first: {bad[0].name})."
+        )
+    note = ""
+    if bad:
+        named = ", ".join(str(p.relative_to(folder)) for p in bad[:3]) + (", ..." if len(bad) > 3 else "")
+        note = f"skipped {len(bad)} of {len(files)} files in {folder}, broken or no images: {named}"
+    kept = [name for name, ok in zip(found.names, good) if ok]
+    y: torch.Tensor | None = None
+    classes: tuple[str, ...] = ()
+    if labels and all(kept):
+        classes = tuple(sorted({*kept, *found.classes}))
+        number = {name: k for k, name in enumerate(classes)}
+        y = torch.tensor([number[name] for name in kept])
+    # x itself where it can be: no second copy of what may fill the memory
+    return torch.from_numpy(x[good] if bad else x), y, len(bad), note, classes
+
+
+def _decode(path: Path, c: int, h: int, w: int, share: float) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]] | None:
+    """One image [h, w, c]. None for what Pillow cannot read to its end."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            whole = image.convert("RGB" if c == 3 else "L")
+            if share == 1:
+                fitted = ImageOps.fit(whole, (w, h), Image.Resampling.BILINEAR)
+            else:
+                fitted = _centre(whole, h, w, share)
+            return np.asarray(fitted, np.uint8).reshape(h, w, c)
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
+        return None
+
+
+def _centre(image: Image.Image, h: int, w: int, share: float) -> Image.Image:
+    """The centre h x w of `image`, resized so that it just covers h / share x w / share."""
+    tall, wide = (math.floor(side / share + 1e-6) for side in (h, w))
+    if image.width * tall < image.height * wide:  # its width is short
+        tall = max(tall, image.height * wide // image.width)
+    else:
+        wide = max(wide, image.width * tall // image.height)
+    left, top = round((wide - w) / 2), round((tall - h) / 2)
+    right, bottom = left + w, top + h
+    if wide * tall > 64 * w * h:  # a strip, too long to be held resized: the same part, but for the last bit
+        x, y = image.width / wide, image.height / tall
+        return image.resize((w, h), Image.Resampling.BILINEAR, box=(left * x, top * y, right * x, bottom * y))
+    return image.resize((wide, tall), Image.Resampling.BILINEAR).crop((left, top, right, bottom))

@@ -1,0 +1,345 @@
+"""Images from arrays, folders and bundled samples, all as one uint8 tensor."""
+
+from __future__ import annotations
+
+import os
+import re
+import zipfile
+import zlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import DodistillError, nearest
+from .folder import load_folder
+from .planted import contexts, palette, plant
+
+Shape = tuple[int, int, int]
+_NAMED = ("mnist", "cifar10", "cifar100", "tiny_imagenet", "imagenet32", "imagenet64", "imagenet", "flickr")
+_SAMPLES = ("digits", "photos", "strokes")
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images x uint8 [n, C, H, W] and, where known, labels y int64 [n]."""
+
+    x: Tensor
+    y: Tensor | None = None
+    skipped: int = 0  #: files that were no image, or a broken one
+    note: str = ""  #: a sentence for the user, "" when there is nothing to say
+    classes: tuple[str, ...] = ()  #: their names, where the images come from class folders
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    @property
+    def image_shape(self) -> Shape:
+        c, h, w = self.x.shape[1:]
+        return c, h, w
+
+    @property
+    def num_classes(self) -> int:
+        """Largest label + 1, or how many names there are. Raises DodistillError without labels."""
+        if self.y is None:
+            raise DodistillError("these images have no labels, so no class count.")
+        return len(self.classes) or int(self.y.max()) + 1
+
+    def select(self, index: Tensor) -> Images:
+        """The images at `index`, in its order."""
+        return replace(self, x=self.x[index], y=None if self.y is None else self.y[index], skipped=0)
+
+    def to(self, device: torch.device) -> Images:
+        """The same, on `device`."""
+        return replace(self, x=self.x.to(device), y=None if self.y is None else self.y.to(device))
+
+
+def load_images(
+    spec: str | Path,
+    split: str = "train",
+    labels: bool = True,
+    image_shape: Shape | None = None,
+    n: int = 6000,
+    seed: int = 0,
+    crop: float = 0.0,
+) -> Images:
+    """Load images by `spec`.
+
+    * `.npz` with `x_train, y_train, x_test, y_test` (uint8, [n, H, W, C] or [n, H, W]; the y are optional);
+    * `.npy`, uint8, the same shapes, no labels;
+    * a folder, searched through: decoded, resized to `image_shape` (see `crop`), labelled by its class subfolders if it
+      has them and `labels`; a `train` or `test` (or `val`) subfolder is followed when it is there; Tiny-ImageNet as it
+      is published is read by its own lists (see `layouts`);
+    * `mnist`, `cifar10`, `cifar100`, `tiny_imagenet`, `imagenet32`, `imagenet64`, `imagenet`, `flickr`:
+      `$DODISTILL_DATA/NAME.npz`; the last five may be a folder `$DODISTILL_DATA/NAME` instead;
+    * `digits`: scikit-learn's 1797 scans (8x8, or resized to `image_shape`), 1297 for train and 500 for test;
+    * `photos` or `photos:20000`: `n` (or so many) random patches of scikit-learn's two photographs at `image_shape`
+      and several scales, by `seed`;
+    * `strokes`, likewise: the same patches, stretched in contrast to bright strokes on black, as digits are;
+    * `planted:SPEC` or `planted:SPEC:0.9`: those of SPEC in colour, with a context that goes with the class in `rho` =
+      0.95 (or so much) of the train split and by chance in the test split; `planted:SPEC:aligned` and
+      `planted:SPEC:conflicting`, either split, for always and never (see `planted`).
+
+    `crop`, of images in folders: the side of the centre crop over the picture's short side (see `folder`). 0 stands for
+    1 in train, the whole short side; in test for 0.875 from 160 pixels on (Resize(256), CenterCrop(224)), and 1 below.
+
+    Raises DodistillError for whatever is missing, empty, broken, or of another shape than `image_shape`.
+    """
+    if split not in ("train", "test"):
+        raise DodistillError(f"unknown split {split!r}; use train or test.")
+    name = str(spec)
+    if name.startswith("planted:"):
+        return _planted(name.removeprefix("planted:"), split, labels, image_shape, seed, crop)
+    if name == "digits":
+        return _digits(split, labels, image_shape)
+    kind, _, number = name.partition(":")
+    if kind in ("photos", "strokes"):
+        if number and not number.isdigit():
+            raise DodistillError(f"{name!r}: write {kind}:20000 for that many patches.")
+        patches = _photos(split, image_shape or (3, 32, 32), int(number or n), seed)
+        return patches if kind == "photos" else Images(_strokes(patches.x, seed))
+    folder = _named_folder(name)
+    if name in _NAMED and folder is None:
+        images = _named(name, split)
+    else:
+        path = folder or Path(spec).expanduser()
+        if path.is_dir():
+            whole = 1.0 if split == "train" else 0.0
+            return Images(*load_folder(path, split, labels, image_shape, crop or whole))
+        if path.suffix not in (".npz", ".npy") or not path.is_file():
+            if path.suffix or len(path.parts) > 1:
+                raise DodistillError(f"no images at {spec}: use a .npz or .npy file, or a folder, that exists.")
+            raise DodistillError(nearest(name, [*_NAMED, *_SAMPLES], "data set") + " Or give a file or folder.")
+        images = _npz(path, split) if path.suffix == ".npz" else Images(_pixels(_read(path)[""], str(path)))
+    if image_shape is not None and images.image_shape != tuple(image_shape):
+        raise DodistillError(
+            f"{spec} holds images of shape {images.image_shape} (channels, height, width), the model takes "
+            f"{tuple(image_shape)}; resize the array, or give the images as a folder, which is resized on reading."
+        )
+    return images if labels else Images(images.x, note=images.note)
+
+
+def refuse_one_class(images: Images, what: str) -> None:
+    """Refuse labels that are all the same: of a wrong folder, mostly. Images without labels pass; `what` names them."""
+    y = images.y
+    if y is None or len(y) == 0 or int(y.min()) != int(y.max()):
+        return
+    name, fix = str(int(y[0])), "check the labels; two classes are needed at least."
+    if images.classes:
+        name = images.classes[int(y[0])]
+        fix = (
+            "give the folder whose subfolders are the classes (of Tiny-ImageNet the one that holds wnids.txt); to use "
+            "the images without labels, give their own folder."
+        )
+    raise DodistillError(
+        f"{what}: all {len(y):,} images are of one class, {name!r}, so their labels say nothing; {fix}"
+    )
+
+
+def has_test(spec: str) -> bool:
+    """Whether `spec` may have a test split of its own: a folder without `test` or `val` is one set."""
+    folder = _named_folder(spec) or Path(spec).expanduser()
+    return not folder.is_dir() or any((folder / name).is_dir() for name in ("test", "val"))
+
+
+def contexts_of(spec: str) -> list[str]:
+    """The two test sets by which a planted context is measured, [aligned, conflicting]; [] for other data."""
+    if not spec.startswith("planted:"):
+        return []
+    base, _ = _rho(spec.removeprefix("planted:"))
+    return [f"planted:{base}:{which}" for which in ("aligned", "conflicting")]
+
+
+def _rho(spec: str) -> tuple[str, str]:
+    """`mnist:0.9` -> ("mnist", "0.9"), and 0.95 where nothing is said."""
+    base, _, which = spec.rpartition(":")
+    if base and (which in ("aligned", "conflicting") or re.fullmatch(r"[\d.]+", which)):
+        return base, which
+    return spec, "0.95"
+
+
+def _planted(spec: str, split: str, labels: bool, image_shape: Shape | None, seed: int, crop: float) -> Images:
+    base, which = _rho(spec)
+    inner = image_shape if Path(base).expanduser().is_dir() else None
+    if base == "digits" and image_shape is not None:
+        inner = (1, *image_shape[1:])
+    images = load_images(base, split, True, inner, seed=seed, crop=crop)
+    if images.y is None:
+        raise DodistillError(f"planted:{spec}: {base} has no labels, with which a context could go.")
+    rho = {"aligned": 1.0, "conflicting": 0.0}.get(which)
+    if rho is None:
+        rho = float(which) if re.fullmatch(r"\d+(\.\d*)?|\.\d+", which) else 2.0
+        if not 0 <= rho <= 1:
+            raise DodistillError(
+                f"planted:{spec}: {which} is no share; write 0.95, aligned or conflicting behind the data."
+            )
+        rho = 1 / images.num_classes if split == "test" else rho
+    generator = torch.Generator().manual_seed(2 * seed + (split == "test"))
+    shown = contexts(images.y, images.num_classes, rho, generator)
+    x = plant(images.x, shown, palette(images.num_classes))
+    if image_shape is not None and tuple(x.shape[1:]) != tuple(image_shape):
+        raise DodistillError(f"planted:{spec} holds images of shape {tuple(x.shape[1:])}, not {tuple(image_shape)}.")
+    return replace(images, x=x, y=images.y if labels else None)
+
+
+def minival(n: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices 0..n-1 in two seeded random parts: (train, minival), the second one `fraction` of n, rounded."""
+    if not 0 <= fraction < 1:
+        raise DodistillError(f"minival fraction is {fraction}; it must be in [0, 1).")
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    held = round(n * fraction)
+    return order[held:], order[:held]
+
+
+def _read(path: Path, *keys: str) -> dict[str, np.ndarray[Any, Any]]:
+    """The arrays `keys` of a .npz file, those it has; the array of a .npy file under ""."""
+    try:
+        with open(path, "rb") as file:  # not np.load(path), which forgets to close a broken file
+            found = np.load(file, allow_pickle=False)
+            if isinstance(found, np.ndarray):
+                return {"": found}
+            with found:
+                if keys[0] in found.files:
+                    return {k: found[k] for k in keys if k in found.files}
+                has = ", ".join(found.files) or "nothing"
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise DodistillError(f"{path} is no readable numpy file of numbers, or is cut short ({error}).") from error
+    raise DodistillError(f"{path} has no {keys[0]!r} (it has {has}); {_RECIPE}")
+
+
+def _npz(path: Path, split: str) -> Images:
+    key = f"x_{split}"
+    arrays = _read(path, key, f"y_{split}")
+    x, y = arrays[key], arrays.get(f"y_{split}")
+    pixels = _pixels(x, f"{path}:{key}")
+    if y is None:
+        return Images(pixels)
+    if y.ndim != 1 or len(y) != len(x) or y.dtype.kind not in "iu" or (len(y) and y.min() < 0):
+        raise DodistillError(
+            f"{path}: y_{split} has shape {y.shape} and type {y.dtype}; it must be {len(x)} class numbers from 0."
+        )
+    return Images(pixels, torch.from_numpy(y.astype(np.int64)))
+
+
+_RECIPE = "make one with numpy.savez(FILE, x_train=..., y_train=..., x_test=..., y_test=...), uint8 [n, H, W, C]."
+
+
+def _pixels(x: np.ndarray[Any, Any], where: str) -> Tensor:
+    """uint8 [n, H, W], [n, H, W, C] or [n, C, H, W] -> uint8 [n, C, H, W]."""
+    if x.dtype != np.uint8:
+        raise DodistillError(f"{where} is {x.dtype}; images must be uint8 (0..255).")
+    if x.ndim == 3:
+        x = x[..., None]
+    if x.ndim != 4 or 0 in x.shape:
+        raise DodistillError(f"{where} has shape {x.shape}; images must be [n, H, W] or [n, H, W, C], and not empty.")
+    if x.shape[1] in (1, 3) and x.shape[3] not in (1, 3):
+        return torch.from_numpy(np.ascontiguousarray(x))
+    return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
+
+
+def _named_folder(name: str) -> Path | None:
+    """`$DODISTILL_DATA/NAME/`, for the data sets that are kept as image files and where there is no NAME.npz."""
+    root = os.environ.get("DODISTILL_DATA", "")
+    if not root or name not in _NAMED or name in _TORCHVISION or (Path(root) / f"{name}.npz").is_file():
+        return None
+    folder = Path(root) / name
+    return folder if folder.is_dir() else None
+
+
+def _named(name: str, split: str) -> Images:
+    root = os.environ.get("DODISTILL_DATA", "")
+    if not root:
+        raise DodistillError(f"where is {name}? Set DODISTILL_DATA to the folder that holds {name}.npz; {_RECIPE}")
+    path = Path(root) / f"{name}.npz"
+    if path.is_file():
+        return _npz(path, split)
+    kept = _torchvision(name, root, split == "train")
+    if kept is None:
+        also = ", and no copy of it by torchvision there" if name in _TORCHVISION else f", nor a folder {name}/ there"
+        raise DodistillError(f"no {path}{also}; {_RECIPE}")
+    return kept
+
+
+_TORCHVISION = {"mnist": "MNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
+
+
+def _torchvision(name: str, root: str, train: bool) -> Images | None:
+    try:
+        from torchvision import datasets
+    except (ImportError, RuntimeError):
+        return None
+    if name not in _TORCHVISION:
+        return None
+    try:
+        found = getattr(datasets, _TORCHVISION[name])(root, train=train, download=False)
+    except RuntimeError:  # not there
+        return None
+    return Images(_pixels(np.asarray(found.data), name), torch.as_tensor(found.targets, dtype=torch.int64))
+
+
+def _sklearn() -> Any:
+    try:
+        from sklearn import datasets
+    except ImportError as error:
+        raise DodistillError("digits and photos come with scikit-learn: pip install 'dodistill[demo]'") from error
+    return datasets
+
+
+def _digits(split: str, labels: bool, image_shape: Shape | None) -> Images:
+    found = _sklearn().load_digits()
+    x = torch.from_numpy(found.images).float()[:, None] * (255 / 16)
+    c, h, w = image_shape or (1, 8, 8)
+    if (h, w) != (8, 8):
+        x = F.interpolate(x, (h, w), mode="bilinear", align_corners=False)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    part = order[:1297] if split == "train" else order[1297:]
+    pixels = x.round().to(torch.uint8).expand(-1, c, -1, -1)[part].contiguous()
+    return Images(pixels, torch.from_numpy(found.target).long()[part] if labels else None)
+
+
+def _strokes(x: Tensor, seed: int) -> Tensor:
+    """Each patch, inverted or not, stretched so that its p-th to 98th percentile of brightness becomes 0 to 255.
+
+    p is drawn from 30 to 90 for each patch: bright lines and blobs on black, as handwritten digits are.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    flat = x.flatten(1).float()
+    inverted = torch.rand(len(x), generator=generator) < 0.5
+    flat = torch.where(inverted[:, None], 255 - flat, flat)
+    steps = torch.quantile(flat, torch.linspace(0, 1, 51), dim=1)  # [51, n], every second percentile
+    p = 15 + (torch.rand(len(x), generator=generator) * 30).long()
+    low, high = steps.gather(0, p[None])[0][:, None], steps[49][:, None]
+    return ((flat - low) / (high - low + 1) * 255).round().clamp(0, 255).to(torch.uint8).view_as(x)
+
+
+def _photos(split: str, image_shape: Shape, n: int, seed: int) -> Images:
+    """Square patches: each photograph is shrunk by several factors, and patches are cut anywhere in each."""
+    if n < 1:
+        raise DodistillError(f"n is {n}; ask for at least one patch.")
+    c, h, w = image_shape
+    generator = torch.Generator().manual_seed(2 * seed + (split == "test"))
+    scales: list[Tensor] = []
+    for photo in _sklearn().load_sample_images().images:
+        image = torch.tensor(np.asarray(photo)).permute(2, 0, 1)[None].float()
+        if c == 1:
+            image = (image * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+        most = min(image.shape[2] / h, image.shape[3] / w)
+        for power in torch.linspace(0, 0.85, 6).tolist():  # from every pixel to half the height in one patch
+            size = [max(round(s / most**power), t) for s, t in zip(image.shape[2:], (h, w))]
+            scales.append(F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True)[0])
+    which = torch.randint(len(scales), (n,), generator=generator)
+    out = torch.empty((n, scales[0].shape[0], h, w), dtype=torch.uint8)
+    for k, scale in enumerate(scales):
+        mine = (which == k).nonzero()[:, 0]
+        top = torch.randint(scale.shape[1] - h + 1, (len(mine),), generator=generator)
+        left = torch.randint(scale.shape[2] - w + 1, (len(mine),), generator=generator)
+        rows, columns = top[:, None] + torch.arange(h), left[:, None] + torch.arange(w)
+        patches = scale[:, rows[:, :, None], columns[:, None, :]].transpose(0, 1)
+        out[mine] = patches.round().clamp(0, 255).to(torch.uint8)
+    if out.shape[1] != c:
+        raise DodistillError(f"photos have 1 or 3 channels; image_shape is {image_shape}.")
+    return Images(out)

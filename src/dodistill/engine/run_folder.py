@@ -1,0 +1,274 @@
+"""The run folder: what was asked for, what happened, and one checkpoint of everything.
+
+    config.json      the resolved config        metrics.jsonl   one JSON per line: log, eval, pool
+    checkpoint.pt    everything but the pool    pool-N.pt       the pool's version N, written only when it changed
+    previous.pt      the checkpoint before      summary.json    the outcome, once the run has ended
+
+Every file is written beside its final name and moved there, so a kill or a full disk leaves the old one whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+
+from ..config.tree import RUNTIME, Distill, difference
+from ..core.watch import Watcher
+from ..errors import DodistillError
+from ..files import claim, replacing
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write bytes in one move; see `files.replacing`."""
+    with replacing(path) as file:
+        file.write(data)
+
+
+def save_tensors(path: Path, state: Any) -> None:
+    """torch.save in one move; see `files.replacing`."""
+    with replacing(path) as file:
+        torch.save(state, file)
+
+
+def load_tensors(path: Path) -> Any:
+    """What `save_tensors` wrote: tensors and plain values, no code. Raises DodistillError for a damaged file."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of garbage, torch's reader can make any error
+        raise DodistillError(f"{path} is damaged or truncated ({str(error).partition(chr(10))[0]}).") from error
+
+
+def fingerprint(tensors: Iterable[Tensor], most: int = 1 << 26) -> str:
+    """16 hex digits of shapes, types and values, the same on every device. Of a tensor over `most` bytes: rows evenly
+    spaced."""
+    digest = hashlib.sha256()
+    for t in tensors:
+        digest.update(f"{tuple(t.shape)} {t.dtype}".encode())
+        some = t.detach()[:: -(-t.nbytes // most)] if t.nbytes > most else t.detach()
+        digest.update(some.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def check_writable(path: Path) -> None:
+    """Raises DodistillError now, if `path` could not be written later."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab"):
+            pass
+        if path.stat().st_size == 0:
+            path.unlink()
+    except OSError as error:
+        raise DodistillError(f"cannot write {path}: {error.strerror}; choose another --out.") from error
+
+
+def newest_pool(path: Path) -> dict[str, Any]:
+    """The pool of a run folder: {"x": uint8 [n, C, H, W], "logits": [n, K], ...}. Raises DodistillError without one."""
+    files = sorted(path.glob("pool-*.pt"), key=lambda p: int(p.stem.split("-")[1]))
+    if not files:
+        raise DodistillError(f"{path} holds no pool-N.pt; it is written with the first checkpoint.")
+    out: dict[str, Any] = load_tensors(files[-1])
+    return out
+
+
+#: What may lie in a folder without config.json: a recipe put there by the user, or the remains of a start killed early.
+_EARLY = ("config.yaml", ".config.json.tmp", ".lock")
+
+
+class NoFolder(Watcher):
+    """Where a run without a folder leaves its files: nowhere."""
+
+    keeps = False
+    path: Path | None = None
+    notes: tuple[str, ...] = ()
+
+    def load(self) -> None:
+        """No checkpoint."""
+
+    def due(self) -> bool:
+        """Never."""
+        return False
+
+    def save(self, state: Mapping[str, Any], pool: Mapping[str, Any], version: int) -> None:
+        """Nothing is kept."""
+
+    def summary(self) -> None:
+        """No outcome of an earlier start."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class RunFolder(Watcher):
+    """One run's files. Opening it again with the same config resumes; with another config it is refused.
+
+    As a watcher it writes metrics.jsonl.
+    """
+
+    keeps = True
+
+    def __init__(self, path: str | Path, config: Distill, create: bool = True) -> None:
+        """`create=False` only asks whether the folder could be used, and leaves no trace."""
+        self.path, self.config = Path(path), config
+        self.notes: list[str] = []  #: what the user should hear of (a damaged checkpoint that was passed over)
+        self._metrics: TextIO | None = None
+        self._unlock: Callable[[], object] | None = None
+        self._pools: set[int] = set()  #: pool versions that the two checkpoints refer to
+        self._saved = time.monotonic()
+        tree = config.to_tree()
+        known = self.path / "config.json"
+        there = next(p for p in (self.path, *self.path.absolute().parents) if os.path.exists(p))
+        if not os.path.isdir(there):
+            raise DodistillError(f"cannot make run folder {self.path}: {there} is a file; choose another --out.")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise DodistillError(f"cannot write to {there}: no permission; choose another --out.")
+        if known.exists():
+            try:
+                old = json.loads(known.read_text())
+            except (OSError, json.JSONDecodeError) as error:
+                raise DodistillError(f"{known} cannot be read ({error}); choose another --out.") from error
+            lines = [d for d in difference(old, tree) if d.split(":")[0].removeprefix("loop.") not in RUNTIME]
+            if lines:
+                raise DodistillError(
+                    f"run folder {self.path} belongs to another config; choose another --out, or repeat its own.\n  "
+                    + "\n  ".join(lines[:12])
+                )
+        elif self.path.is_dir() and any(p.name not in _EARLY for p in self.path.iterdir()):
+            raise DodistillError(f"{self.path} is not empty and holds no config.json; choose another --out.")
+        if not create:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DodistillError(
+                f"cannot make run folder {self.path}: {error.strerror}; choose another --out."
+            ) from error
+        # One process at a time: two would tear each other's checkpoints.
+        lock = claim(self.path / ".lock", f"run folder {self.path}")
+        if lock is not None:
+            self._unlock = weakref.finalize(self, os.close, lock)
+        write_atomically(known, json.dumps(tree, indent=1).encode())
+
+    # ------------------------------------------------------------------------------------------- metrics
+
+    def log(self, **values: Any) -> None:
+        """Append one line to metrics.jsonl."""
+        try:
+            if self._metrics is None:
+                self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+            self._metrics.write(json.dumps(values) + "\n")
+            self._metrics.flush()
+        except OSError as error:
+            raise DodistillError(f"cannot write {self.path / 'metrics.jsonl'}: {error.strerror}.") from error
+
+    def on_log(self, step: int, values: Mapping[str, float]) -> None:
+        self.log(kind="log", step=step, **values)
+
+    def on_eval(self, step: int, values: Mapping[str, float]) -> None:
+        self.log(kind="eval", step=step, **values)
+
+    def on_pool(self, step: int, values: Mapping[str, Any]) -> None:
+        self.log(kind="pool", step=step, **values)
+
+    def on_warning(self, step: int, symptom: str, text: str) -> None:
+        self.log(kind="warning", step=step, symptom=symptom, text=text)
+
+    def close(self) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+        if self._unlock is not None:
+            self._unlock()
+
+    # ---------------------------------------------------------------------------------------- checkpoint
+
+    def due(self) -> bool:
+        """Whether the last checkpoint is older than `loop.checkpoint_seconds`."""
+        return time.monotonic() - self._saved > self.config.loop.checkpoint_seconds
+
+    def save(self, state: Mapping[str, Any], pool: Mapping[str, Any], version: int) -> None:
+        """Write a checkpoint; the one before stays as previous.pt."""
+        file = self.path / f"pool-{version}.pt"
+        if not file.exists():
+            save_tensors(file, dict(pool))
+        metrics = self.path / "metrics.jsonl"
+        size = metrics.stat().st_size if metrics.exists() else 0
+        new, current, before = (self.path / name for name in (".next.pt", "checkpoint.pt", "previous.pt"))
+        save_tensors(new, {**state, "pool_version": version, "metrics_bytes": size})
+        try:
+            if current.exists():
+                os.replace(current, before)
+            os.replace(new, current)
+        except OSError as error:
+            raise DodistillError(
+                f"cannot write {current}: {error.strerror}. The checkpoint before is whole ({before.name}); "
+                "make the folder writable, then start the same command again."
+            ) from error
+        self._pools = {version, *sorted(self._pools)[-1:]}  # the two newest; older pools serve no checkpoint
+        for old in self.path.glob("pool-*.pt"):
+            if int(old.stem.split("-")[1]) < min(self._pools):
+                old.unlink(missing_ok=True)
+        self._saved = time.monotonic()
+
+    def load(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """The newest whole checkpoint and its pool, or None where there is none.
+
+        A damaged one is passed over with a note, and the previous one loads. Raises DodistillError when none is whole.
+        """
+        found = [p for p in (self.path / "checkpoint.pt", self.path / "previous.pt") if p.exists()]
+        for path in found:
+            try:
+                state = load_tensors(path)
+                pool = load_tensors(self.path / f"pool-{state['pool_version']}.pt")
+            except (DodistillError, KeyError) as error:
+                self.notes.append(f"{error} Falling back to the checkpoint before it.")
+                continue
+            self._pools = {state["pool_version"]}
+            self._forget_after(state["metrics_bytes"], state["pool_version"])
+            if path.name == "previous.pt":  # the next save must not push the damaged one over the whole one
+                os.replace(path, self.path / "checkpoint.pt")
+            return state, pool
+        if found:
+            raise DodistillError(
+                " ".join(self.notes) + f" No whole checkpoint is left in {self.path}; choose a new --out."
+            )
+        if self.summary() is None:  # a start that was killed before its first checkpoint
+            self._forget_after(0, 0)
+        return None
+
+    def _forget_after(self, metrics_bytes: int, pool_version: int) -> None:
+        """Drop what was written after a checkpoint, by a life of this run that ended before the next one."""
+        metrics = self.path / "metrics.jsonl"
+        if metrics.exists():
+            with open(metrics, "r+b") as file:
+                file.truncate(min(metrics_bytes, metrics.stat().st_size))
+        for pool in self.path.glob("pool-*.pt"):
+            if int(pool.stem.split("-")[1]) > pool_version:
+                pool.unlink(missing_ok=True)
+
+    def drop_checkpoints(self) -> None:
+        """Free the disk after a finished run; the student, metrics and report stay."""
+        for pattern in ("checkpoint.pt*", "previous.pt*", "pool-*.pt"):
+            for file in self.path.glob(pattern):
+                file.unlink(missing_ok=True)
+
+    # ------------------------------------------------------------------------------------------- outcome
+
+    def write_json(self, name: str, value: Any) -> None:
+        write_atomically(self.path / name, json.dumps(value, indent=1).encode())
+
+    def summary(self) -> dict[str, Any] | None:
+        """The outcome of a finished run, else None."""
+        path = self.path / "summary.json"
+        if not path.exists():
+            return None
+        out: dict[str, Any] = json.loads(path.read_text())
+        return out

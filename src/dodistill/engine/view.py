@@ -1,0 +1,64 @@
+"""The view: how the teacher is shown images during synthesis, given by the config or found without data.
+
+A teacher's BatchNorm statistics are those of its training images as augmented: shifted over a black border, reflected
+at the border, or cropped and resized. Under another view natural images do not have these statistics, and a generator
+that matches them learns something else. `auto` shows drawn pictures to the teacher in each candidate view. It takes the
+view under which the statistics come nearest to the teacher's.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..config import tree as config
+from ..errors import DodistillError
+from ..functional import losses
+from ..functional.augment import View, to_float
+from ..models.taps import batchnorm_inputs
+from ..models.teacher import Teacher
+from ..sources.shared.pictures import draw
+
+#: Pictures by which `auto` chooses, and how many.
+PICTURES = {"shapes": 256, "leaves": 256}
+
+
+def candidates(c: config.View, image_shape: tuple[int, int, int]) -> dict[str, View]:
+    """The views that the config leaves open, by name; one where it says `auto` nowhere."""
+    pad = c.pad or max(1, image_shape[1] // 8)
+    flip = image_shape[0] > 1 if c.flip is None else c.flip
+    out = {}
+    if c.crop in ("shift", "auto"):
+        for padding in ("zeros", "reflect", "none") if c.padding == "auto" else (c.padding,):
+            out[padding] = View("shift", padding, pad, flip, c.scale)
+    if c.crop in ("resized", "auto"):
+        out["resized"] = View("resized", "none", 0, flip, c.scale)
+    return out
+
+
+@torch.no_grad()
+def mismatch(view: View, teacher: Teacher, seed: int = 0) -> float:
+    """The BatchNorm loss of plain pictures under `view`: the distance from the teacher's running statistics, >= 0."""
+    device = next(teacher.parameters()).device
+    g = torch.Generator().manual_seed(seed)
+    total = 0.0
+    for kind, n in PICTURES.items():
+        x = to_float(draw({kind: n}, teacher.image_shape, g, teacher.image_shape[0] == 1))
+        x = view(x, torch.Generator().manual_seed(seed)).to(device)
+        with batchnorm_inputs(teacher) as taps:
+            teacher(x)
+            total += float(losses.bn_statistics(taps, taps.modules))
+    return total
+
+
+def choose_view(c: config.View, teacher: Teacher) -> View:
+    """The view of a run. Raises DodistillError for `auto` with a teacher that has no BatchNorm statistics."""
+    open_ = candidates(c, teacher.image_shape)
+    if len(open_) == 1:
+        return next(iter(open_.values()))
+    if not teacher.has_batchnorm:
+        raise DodistillError(
+            "view: auto compares BatchNorm statistics, and this teacher has none; give --view.crop shift "
+            "--view.padding zeros (or reflect, none)."
+        )
+    scores = {name: mismatch(view, teacher) for name, view in open_.items()}
+    return open_[min(scores, key=lambda name: scores[name])]

@@ -1,0 +1,101 @@
+"""What is measured of a classifier: accuracy where there are labels, agreement with the teacher where not; and of the
+images that it learned from: how far they lie from real ones."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.runtime import at_once
+from ..data.images import Images
+from ..errors import DodistillError
+from ..functional.augment import to_float
+from ..functional.memory_format import laid_out
+
+Autocast = Callable[[], AbstractContextManager[Any]]
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for the block; afterwards each submodule is in the mode it was in."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, x_uint8: Tensor, batch: int = 1000, autocast: Autocast = contextlib.nullcontext
+) -> Tensor:
+    """Logits fp32 [n, K], on the model's device, of images uint8 [n, C, H, W], without gradients and in eval mode."""
+    if len(x_uint8) == 0:
+        raise DodistillError("no images to evaluate.")
+    first = next(model.parameters(), None)
+    device = x_uint8.device if first is None else first.device
+    with evaluating(model):
+        parts = []
+        for part in x_uint8.split(at_once(device, batch)):
+            with autocast():
+                parts.append(model(laid_out(to_float(part.to(device, non_blocking=True)))).float())
+    return torch.cat(parts)
+
+
+def accuracy(model: nn.Module, images: Images, batch: int = 1000, autocast: Autocast = contextlib.nullcontext) -> float:
+    """Top-1 accuracy in percent. Raises DodistillError for images without labels."""
+    if images.y is None:
+        raise DodistillError("accuracy needs labels, and these images have none.")
+    return top1(predict(model, images.x, batch, autocast), images.y)
+
+
+def top1(logits: Tensor, y: Tensor) -> float:
+    """Share, in percent, of rows of logits [n, K] whose largest entry is at y [n]."""
+    return 100 * (logits.argmax(1) == y.to(logits.device)).float().mean().item()
+
+
+def agreement(logits_a: Tensor, logits_b: Tensor) -> float:
+    """Share, in percent, of rows on which two models name the same class."""
+    return top1(logits_a, logits_b.argmax(1))
+
+
+def class_shares(logits: Tensor) -> Tensor:
+    """Proportion [K] of rows of logits [n, K] that go to each class; sums to 1."""
+    return torch.bincount(logits.argmax(1), minlength=logits.shape[1]).float() / len(logits)
+
+
+def expected_calibration_error(logits: Tensor, y: Tensor, bins: int = 15) -> float:
+    """Mean |accuracy - confidence| over equal bins of confidence, weighted by their share of the rows; in [0, 1]."""
+    confidence, named = logits.float().softmax(1).max(1)
+    right = (named == y.to(logits.device)).float()
+    index = (confidence * bins).ceil().long().sub(1).clamp(0, bins - 1)  # bins are (lo, hi]
+    gap = torch.zeros(bins, device=logits.device).index_add_(0, index, right - confidence)
+    return (gap.abs().sum() / len(logits)).item()
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of two sets of features [n, d] and [m, d], each taken as a
+    Gaussian of mean m and covariance C (Heusel et al., NeurIPS 2017, eq. 6); >= 0, in float64.
+
+    It falls with the number of rows, so compare sets of one size only. Raises DodistillError for fewer than 2 rows, and
+    for features of two widths.
+    """
+    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+        raise DodistillError(
+            f"features have shapes {tuple(a.shape)} and {tuple(b.shape)}; two sets [n, d] of one width d are needed, "
+            "of 2 rows or more."
+        )
+    a, b = a.detach().cpu().double(), b.detach().cpu().double()
+    values, vectors = torch.linalg.eigh(torch.cov(a.T).reshape(a.shape[1], -1))
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T  # of C_a; its product with C_b has the same eigenvalues
+    C_b = torch.cov(b.T).reshape(b.shape[1], -1)
+    both = torch.linalg.eigvalsh(root @ C_b @ root).clamp_min(0).sqrt().sum()
+    distance = (a.mean(0) - b.mean(0)).square().sum() + values.clamp_min(0).sum() + C_b.trace() - 2 * both
+    return max(0.0, float(distance))

@@ -1,0 +1,97 @@
+"""What a student carries to where it was not trained: a linear probe on another data set, and its bias by context."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from ..core.runtime import at_once, generator
+from ..data.images import Images
+from ..errors import DodistillError
+from ..functional.augment import to_float
+from ..functional.memory_format import laid_out
+from ..models import heads
+from ..models.taps import classifier
+from .evaluate import Autocast, accuracy, evaluating, top1
+
+
+@torch.no_grad()
+def features(model: nn.Module, x: Tensor, batch: int = 1000, autocast: Autocast = contextlib.nullcontext) -> Tensor:
+    """fp32 [n, d], the penultimate features of images uint8 [n, C, H, W], in eval mode: BatchNorm is frozen too.
+
+    Of a student with a context head the plain features, not its contexts.
+    """
+    layer = heads.find(model) or classifier(model)[1]
+    device = next(model.parameters()).device
+    seen: list[Tensor] = []
+
+    def record(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        f: Tensor = args[0]
+        seen.append(f.flatten(2).mean(2).float() if f.dim() == 4 else f.float())
+
+    handle = layer.register_forward_pre_hook(record)
+    try:
+        with evaluating(model):
+            for part in x.split(at_once(device, batch)):
+                with autocast():
+                    model(laid_out(to_float(part.to(device))))
+    finally:
+        handle.remove()
+    return torch.cat(seen)
+
+
+def linear_probe(
+    model: nn.Module,
+    train: Images,
+    test: Images,
+    epochs: int = 30,
+    lr: float = 0.1,
+    batch: int = 256,
+    seed: int = 0,
+    autocast: Autocast = contextlib.nullcontext,
+) -> dict[str, float]:
+    """Accuracy (%) on `train` and `test` of a linear classifier on the frozen features of `model`.
+
+    As in the transfer experiments of CRD and CID nothing of the model moves, its BatchNorm included, and the classifier
+    has no weight decay. It begins at 0 and learns by SGD (momentum 0.9, cosine to 0) on features computed once, without
+    augmentation, and scaled to mean 0 and deviation 1 over `train`. Raises DodistillError without labels.
+    """
+    if train.y is None or test.y is None:
+        raise DodistillError("a probe learns from labels, and these images have none.")
+    f, g = features(model, train.x, autocast=autocast), features(model, test.x, autocast=autocast)
+    std, mean = torch.std_mean(f, 0, correction=0)
+    f, g = ((v - mean) / std.clamp_min(1e-6) for v in (f, g))
+    y = train.y.to(f.device)
+    linear = nn.utils.skip_init(nn.Linear, f.shape[1], max(train.num_classes, test.num_classes), device=f.device)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    optimizer = torch.optim.SGD(linear.parameters(), lr=lr, momentum=0.9)
+    stream, batch = generator(f.device, seed, "probe"), min(batch, len(f))
+    steps, step = epochs * (len(f) // batch), 0
+    for _ in range(epochs):
+        for index in torch.randperm(len(f), generator=stream, device=f.device).split(batch)[: len(f) // batch]:
+            optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+            optimizer.zero_grad()
+            nnf.cross_entropy(linear(f[index]), y[index]).backward()
+            optimizer.step()
+            step += 1
+
+    with torch.no_grad():
+        return {"train": top1(linear(f), y), "test": top1(linear(g), test.y)}
+
+
+def context_gap(
+    model: nn.Module, pair: Sequence[Images], autocast: Autocast = contextlib.nullcontext
+) -> dict[str, float]:
+    """Accuracy (%) on the two of `data.contexts_of`, aligned and conflicting, and the gap between them.
+
+    A network that does not read the context has a gap of 0; one that reads nothing else has 100.
+    """
+    a, c = (accuracy(model, images, autocast=autocast) for images in pair)
+    return {"aligned": a, "conflicting": c, "gap": a - c}

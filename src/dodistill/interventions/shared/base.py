@@ -1,0 +1,143 @@
+"""What an intervention is, and how several act together. It severs the path from the confounder Z (what the
+substitution data happens to be) to the student, at one or both of two places: on the draw, and on the predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ...core.batch import Batch
+from ...core.context import Context
+from ...models.taps import tapped
+from .dictionary import ConfounderDictionary
+
+
+class PoolLike(Protocol):
+    """What an intervention may know of the pool."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def logits(self) -> Tensor:
+        """The teacher's logits of the clean images, float [len(pool), K]."""
+        ...
+
+
+class Intervention(nn.Module):
+    """The defaults do nothing. Its parameters, if any, are trained by the distillation loss."""
+
+    name: str = ""  #: in the log
+    own_lr: float | None = None  #: an Adam of its own with this rate; None: the student's optimiser
+    decays: bool = False  #: whether the student's weight decay acts on its parameters too, in that optimiser
+    at_test: bool = False  #: whether `compensate` is part of the delivered student
+    needs: frozenset[str] = frozenset()  #: of both networks, for `batch`: `features` (the penultimate ones)
+
+    def weights(self, pool: PoolLike, dictionary: ConfounderDictionary | None) -> Tensor | None:
+        """On the draw: a weight >= 0 for each of the pool's images, [len(pool)], any scale; None: no opinion."""
+        return None
+
+    def compensate(self, s: Tensor, dictionary: ConfounderDictionary | None, batch: Batch | None = None) -> Tensor:
+        """On the student's logits [B, K], before they meet the teacher's. At test, `batch` has the student's features
+        alone."""
+        return s
+
+    def observe(self, t: Tensor, batch: Batch) -> None:
+        """Once per matching step, after its gradients: the place to remember something of the batch.
+
+        `compensate` may be called several times in a step, by updates that look ahead, and for replayed inputs.
+        """
+
+    def deliver(self, student: nn.Module, dictionary: ConfounderDictionary | None) -> nn.Module:
+        """What ships, of a part that is there `at_test`: a copy of the student with it built in, else a wrapper."""
+        return Compensated(student, self, dictionary)
+
+    def log(
+        self, s: Tensor, t: Tensor, dictionary: ConfounderDictionary | None, batch: Batch | None = None
+    ) -> dict[str, Tensor]:
+        """Scalars that tell what it does to a batch. Called at log points only; never reads them back to the host."""
+        return {}
+
+
+class Compensated(nn.Module):
+    """A student, and an intervention on its predictions that stays at test time; `student` is the network alone."""
+
+    def __init__(self, student: nn.Module, part: Intervention, dictionary: ConfounderDictionary | None) -> None:
+        super().__init__()
+        self.student, self.part, self.dictionary = student, part, dictionary
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] in [0, 1] -> compensated logits [B, K]."""
+        with tapped(self.student, self.part.needs) as own:
+            s = self.student(x).float()
+        where = torch.full((len(x),), -1, device=x.device)
+        return self.part.compensate(s, self.dictionary, Batch(where, s.argmax(1), s, 1.0, own))
+
+
+@dataclass(frozen=True)
+class InterventionConfig:
+    """The flags of an intervention. A file in this folder has one subclass of it, named `Config`."""
+
+    name: ClassVar[str]
+
+    @property
+    def needs_dictionary(self) -> bool:
+        return False
+
+    def build(self, context: Context) -> Intervention:
+        raise NotImplementedError
+
+
+class Interventions(nn.Module):
+    """Several as one: weights multiply, compensations follow each other in order, logs get the name as prefix."""
+
+    def __init__(self, parts: Iterable[Intervention] = ()):
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def __iter__(self) -> Iterator[Intervention]:
+        for part in self.parts:
+            assert isinstance(part, Intervention)
+            yield part
+
+    def weights(self, pool: PoolLike, dictionary: ConfounderDictionary | None) -> Tensor | None:
+        """[len(pool)] with mean 1, or None when no part has an opinion (every image alike)."""
+        product: Tensor | None = None
+        for part in self:
+            w = part.weights(pool, dictionary)
+            if w is not None:
+                product = w if product is None else product * w
+        return None if product is None else product / product.mean()
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset().union(*(part.needs for part in self))
+
+    def compensate(self, s: Tensor, dictionary: ConfounderDictionary | None, batch: Batch | None = None) -> Tensor:
+        for part in self:
+            s = part.compensate(s, dictionary, batch)
+        return s
+
+    def observe(self, t: Tensor, batch: Batch) -> None:
+        for part in self:
+            part.observe(t, batch)
+
+    def deliver(self, student: nn.Module, dictionary: ConfounderDictionary | None) -> nn.Module:
+        """The student with what stays in it at test time; by default nothing does, and it is itself."""
+        for part in self:
+            student = part.deliver(student, dictionary) if part.at_test else student
+        return student
+
+    @torch.no_grad()
+    def log(
+        self, s: Tensor, t: Tensor, dictionary: ConfounderDictionary | None, batch: Batch | None = None
+    ) -> dict[str, Tensor]:
+        """`name/quantity` -> scalar; each part sees what the parts before it made of s."""
+        logged: dict[str, Tensor] = {}
+        for part in self:
+            logged |= {f"{part.name}/{k}": v for k, v in part.log(s, t, dictionary, batch).items()}
+            s = part.compensate(s, dictionary, batch)
+        return logged

@@ -1,0 +1,183 @@
+"""The confounder dictionary: prototypes Z of the teacher's predictions on the substitution data, and their shares P(z).
+
+KDCI section 3.3: K-means++ with PCA over M = {m_j}; z_i = mean of the members of cluster i, P(z_i) = N_i / N_m.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ...core.context import Context
+from ...errors import DodistillError
+from ...functional import kmeans
+
+#: N and what it is made of, by kind of source (KDCI section 4.3).
+CLUSTERS = {"generator": 8, "inversion": 32, "sampler": 128, "data": 128}
+OF: dict[str, Literal["latest", "pool"]] = {
+    "generator": "latest",
+    "inversion": "latest",
+    "sampler": "pool",
+    "data": "pool",
+}
+FOREIGN = "foreign"  #: key in `Context.extra` of a model that predicts M in the teacher's place (KDCI Table 5)
+
+
+@dataclass(frozen=True)
+class DictionaryConfig:
+    name: ClassVar[str] = "dictionary"
+    clusters: int | None = None  #: N; None: by kind of source, generator 8, inversion 32, sampler and data 128
+    of: Literal["auto", "latest", "pool", "batch"] = (
+        "auto"  #: latest (newest acquisition) | pool (all of it) | batch (each distilled one) | auto (by source)
+    )
+    pca_dim: int | None = None  #: dims that clusters are assigned in; None: 32 where there are more classes; 0: no PCA
+    iterations: int = 10  #: of Lloyd
+    random: bool = False  #: ablation, Table 4 (3): z_i ~ N(0, 1) times the spread of M, instead of the cluster's mean
+
+    def resolve(self, kind: str) -> DictionaryConfig:
+        """With `clusters` and `of` filled in for a source of `kind`. Raises DodistillError for what makes no sense."""
+        if self.of not in ("auto", "latest", "pool", "batch"):
+            raise DodistillError(f"dictionary: of is {self.of!r}; use auto, latest, pool or batch.")
+        if kind not in CLUSTERS:
+            raise ValueError(f"kind of source {kind!r}, not one of {sorted(CLUSTERS)}")
+        clusters = CLUSTERS[kind] if self.clusters is None else self.clusters
+        for field, value, least in (("clusters", clusters, 1), ("iterations", self.iterations, 0)):
+            if value < least:
+                raise DodistillError(f"dictionary: {field} is {value}; it must be at least {least}.")
+        if self.pca_dim is not None and self.pca_dim < 0:
+            raise DodistillError(f"dictionary: pca_dim is {self.pca_dim}; use 0 for none, or a positive number.")
+        return replace(self, clusters=clusters, of=OF[kind] if self.of == "auto" else self.of)
+
+    def build(self, context: Context, kind: str) -> ConfounderDictionary:
+        """An empty dictionary for a source of `kind`; its generator is the run's stream `dictionary`."""
+        config = self.resolve(kind)
+        assert config.clusters is not None
+        return ConfounderDictionary(
+            config.clusters,
+            feature_dim(context),
+            context.generator("dictionary"),
+            pca_dim=self.pca_dim,
+            iterations=self.iterations,
+            random=self.random,
+            of=config.of,
+            foreign=context.extra.get(FOREIGN) is not None,
+        )
+
+
+def feature_dim(context: Context) -> int:
+    """d: the class count of the model that predicts M, the teacher or the foreign one in `context.extra`."""
+    model = context.extra.get(FOREIGN)
+    if model is None:
+        return context.num_classes
+    known = getattr(model, "num_classes", None)
+    if isinstance(known, int):
+        return known
+    with torch.no_grad():
+        probe = model(torch.zeros(1, *context.image_shape, device=context.device))
+    return int(probe.shape[1])
+
+
+class ConfounderDictionary(nn.Module):
+    """Z [N, d] and P [N] with sum 1, on the generator's device; a slot without members has P = 0 (see `valid`).
+
+    Shapes never change, so that a checkpoint fits however few distinct predictions there were. `assign` is exact: over
+    the logits it was built from, slot i is named N_m P_i times and z_i is the mean of those members.
+    """
+
+    Z: Tensor
+    P: Tensor
+    anchors: Tensor  #: [N, k] where slots are assigned from: their centres in the space of the clustering
+    alive: Tensor  #: [N], anchors that repeat no other
+    mean: Tensor  #: [d]
+    basis: Tensor | None  #: [d, k], or None without PCA
+    xi: Tensor  #: [N] standard normal, drawn anew by each build: for random weights (KDCI Table 4 (2))
+    noise: Tensor | None  #: [N, d] standard normal, drawn once: for random prototypes (Table 4 (3))
+
+    def __init__(
+        self,
+        clusters: int,
+        dim: int,
+        generator: torch.Generator,
+        *,
+        pca_dim: int | None = None,
+        iterations: int = 10,
+        random: bool = False,
+        of: str = "latest",
+        foreign: bool = False,
+    ):
+        super().__init__()
+        self.iterations, self.generator, self.built = iterations, generator, False
+        self.of = of  #: what the loop is to build it from: latest, pool or batch
+        self.foreign = foreign  #: whether M comes from another model than the teacher
+        dims = (0 if dim <= 32 else 32) if pca_dim is None else min(pca_dim, dim)
+        device = generator.device
+        self.register_buffer("Z", torch.zeros(clusters, dim, device=device))
+        self.register_buffer("P", torch.zeros(clusters, device=device))
+        self.register_buffer("anchors", torch.zeros(clusters, dims or dim, device=device))
+        self.register_buffer("alive", torch.zeros(clusters, dtype=torch.bool, device=device))
+        self.register_buffer("mean", torch.zeros(dim, device=device))
+        self.register_buffer("basis", torch.zeros(dim, dims, device=device) if dims else None)
+        self.register_buffer("xi", torch.zeros(clusters, device=device))
+        noise = torch.randn(clusters, dim, generator=generator, device=device) if random else None
+        self.register_buffer("noise", noise)
+
+    @property
+    def valid(self) -> Tensor:
+        """[N] bool: the slots that have members. The others have P = 0, and must not enter a softmax."""
+        return self.P > 0
+
+    def project(self, logits: Tensor) -> Tensor:
+        """[n, d] -> [n, k], the space in which clusters are assigned."""
+        centred = logits.float() - self.mean
+        return centred if self.basis is None else centred @ self.basis
+
+    @torch.no_grad()
+    def build(self, logits: Tensor) -> None:
+        """Replaces Z and P by the clusters of M = `logits` [n, d], n >= 1. No wait for the device but PCA's own."""
+        with torch.autocast(logits.device.type, enabled=False):
+            M = logits.float()
+            n, (N, _) = M.shape[0], self.Z.shape
+            if self.basis is None:
+                self.mean.copy_(M.mean(0))
+            else:
+                mean, basis = kmeans.pca(M, self.basis.shape[1])
+                self.mean.copy_(mean)
+                self.basis.copy_(basis)
+            anchors, alive, labels = kmeans.kmeans(self.project(M), N, self.generator, self.iterations)
+            self.anchors.copy_(anchors)
+            self.alive.copy_(alive)
+            total, count = self._members(M, labels)
+            self.P.copy_(count / n)
+            if self.noise is None:
+                self.Z.copy_(total / count.clamp_min(1)[:, None])
+            else:
+                self.Z.copy_(self.noise * M.std(0, correction=0) * self.valid[:, None])
+            self.xi.normal_(generator=self.generator)
+            self.built = True
+
+    def _members(self, M: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums [N, d] and counts [N] in double precision, part by part: the means of the original logits, exactly."""
+        N, d = self.Z.shape
+        total, count = M.new_zeros(N, d).double(), M.new_zeros(N).double()
+        for part, label in zip(M.split(kmeans.CHUNK), labels.split(kmeans.CHUNK)):
+            a, b = kmeans.sums(part.double(), label, N)
+            total += a
+            count += b
+        return total, count
+
+    @torch.no_grad()
+    def assign(self, logits: Tensor) -> Tensor:
+        """Slot [n] (long) of each of `logits` [n, d]."""
+        with torch.autocast(logits.device.type, enabled=False):
+            parts = logits.split(kmeans.CHUNK)
+            return torch.cat([kmeans.assign(self.project(m), self.anchors, self.alive) for m in parts])
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"generator": self.generator.get_state(), "built": self.built}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.generator.set_state(state["generator"].cpu())
+        self.built = bool(state["built"])

@@ -1,0 +1,108 @@
+"""The teacher: any classifier, frozen, and probed once so that what is wrong with it is said before the work begins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import DodistillError
+from .taps import batchnorms
+
+
+class Teacher(nn.Module):
+    """A frozen classifier of images [B, C, H, W] in [0, 1].
+
+    `model` is any module that gives logits [B, K]; it owns its normalisation (`models.Normalized`). It is frozen in
+    place: no gradients for its parameters, eval mode for good. Two random images are passed through it once.
+    Raises DodistillError when it returns no tensor, another shape, NaN or infinity, probabilities in place of logits,
+    another class count than `num_classes`, or does not take `image_shape` (C, H, W).
+    """
+
+    model: nn.Module
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    has_batchnorm: bool
+
+    def __init__(self, model: nn.Module, image_shape: tuple[int, int, int], num_classes: int | None = None) -> None:
+        super().__init__()
+        self.model = model.model if isinstance(model, Teacher) else model
+        self.image_shape = _checked_shape(image_shape)
+        self.requires_grad_(False)
+        self.train(False)
+        self.num_classes = self._probe(num_classes)
+        self.has_batchnorm = bool(batchnorms(self.model))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] in [0, 1] -> logits [B, K] in fp32, whatever autocast is active."""
+        logits: Tensor = self.model(x)
+        return logits.float()
+
+    def train(self, mode: bool = True) -> Teacher:
+        """A teacher does not train: always eval."""
+        super().train(False)
+        return self
+
+    def require(self, needs: Iterable[str], method: str, alternatives: Iterable[str]) -> None:
+        """Raise DodistillError, naming `alternatives`, if `method` needs what this teacher lacks (`batchnorm`)."""
+        if "batchnorm" in needs and not self.has_batchnorm:
+            others = ", ".join(sorted(alternatives)) or "none"
+            raise DodistillError(
+                f"{method!r} reads the statistics of BatchNorm layers, and this teacher "
+                f"({type(_bare(self.model)).__name__}) has none. Methods that work with it: {others}."
+            )
+
+    def _probe(self, num_classes: int | None) -> int:
+        shape = self.image_shape
+        parameter = next(self.model.parameters(), None)
+        device = torch.device("cpu") if parameter is None else parameter.device
+        x = torch.rand((2, *shape), generator=torch.Generator().manual_seed(0)).to(device)
+        try:
+            with torch.no_grad():
+                out = self.model(x)
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+            conv = next((m for m in self.model.modules() if isinstance(m, nn.Conv2d)), None)
+            takes = f" Its first convolution takes {conv.in_channels} channel(s)." if conv is not None else ""
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise DodistillError(
+                f"the teacher does not take images of shape {shape} (channels, height, width).{takes} "
+                f"Give the image_shape that it was trained on. It said: {reason}"
+            ) from error
+        if not isinstance(out, Tensor):
+            raise DodistillError(
+                f"the teacher returns a {type(out).__name__}, not a tensor of logits; wrap it in a module that returns "
+                "the logits alone."
+            )
+        if out.dim() != 2 or out.shape[0] != 2:
+            raise DodistillError(
+                f"the teacher returns shape {tuple(out.shape)} for 2 images; a classifier returns (2, classes)."
+            )
+        if not out.is_floating_point():
+            raise DodistillError(f"the teacher returns {out.dtype}; logits are floating point.")
+        classes = out.shape[1]
+        if num_classes is not None and classes != num_classes:
+            raise DodistillError(f"the teacher has {classes} classes, num_classes is {num_classes}; they must agree.")
+        if classes < 2:
+            raise DodistillError(f"the teacher has {classes} output(s); distillation needs at least 2 classes.")
+        if not bool(torch.isfinite(out).all()):
+            raise DodistillError(
+                "the teacher returns NaN or infinity for random images; are its weights loaded and sound?"
+            )
+        if bool((out >= 0).all()) and bool(torch.allclose(out.float().sum(1), torch.ones(2, device=out.device))):
+            raise DodistillError(
+                "the teacher returns probabilities (rows sum to 1), not logits; drop its last softmax."
+            )
+        return classes
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    inner = getattr(model, "model", None)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def _checked_shape(shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    if len(shape) != 3 or not all(isinstance(s, int) and s > 0 for s in shape):
+        raise DodistillError(f"image_shape is {shape!r}; it must be (channels, height, width), such as (3, 32, 32).")
+    c, h, w = shape
+    return c, h, w

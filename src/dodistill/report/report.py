@@ -1,0 +1,128 @@
+"""`report.html`: one page that opens offline and says what went in, what came out, and how."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from markupsafe import Markup
+
+from ..errors import DodistillError
+from ..evaluation.monitor import CURVES, UNITS, courses, read_metrics
+from . import svg
+from .card import BEST, LAST, compression, delivered, name_of, part, usage
+from .figures import INERT, Record, advice, curves, shares
+from .page import render
+
+
+def _json(path: Path) -> Record:
+    """What the file holds, {} where it is missing or half written."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _png(path: Path) -> Markup | None:
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    if not data.startswith(b"\x89PNG\r\n\x1a\n") or b"IEND" not in data[-16:]:
+        return None
+    return Markup("data:image/png;base64,{}").format(base64.b64encode(data).decode())
+
+
+def _flat(value: object, prefix: str = "") -> list[tuple[str, str]]:
+    """Nested config -> rows of (dotted key, value)."""
+    if isinstance(value, Mapping) and value:
+        return [row for k, v in value.items() for row in _flat(v, f"{prefix}.{k}" if prefix else str(k))]
+    return [(prefix, value if isinstance(value, str) and value else json.dumps(value, default=str))]
+
+
+def _dictionary(found: Record) -> Record | None:
+    P, Z = found.get("P"), found.get("Z")
+    if not isinstance(P, list) or not P:
+        return None
+    sizes = shares(P)
+    heat = svg.heatmap(Z, x_label="class", y_label="cluster") if isinstance(Z, list) else None
+    bars = svg.bars([("P(z), share of the pool in each cluster", P)], x_label="cluster", reference=("even", 1 / len(P)))
+    return {
+        "n": len(P),
+        "bars": bars,
+        "heat": heat,
+        "effective": sizes.effective if sizes else None,
+        "empty": len(sizes.missing) if sizes else len(P),
+    }
+
+
+def write_report(run_folder: str | Path) -> Path:
+    """Write `report.html` into a run folder, finished or not, from whatever lies there. Returns its path."""
+    folder = Path(run_folder)
+    if not folder.is_dir():
+        raise DodistillError(f"there is no run folder {str(folder)!r}; give the folder that `dodistill distill` wrote")
+    config, summary = _json(folder / "config.json"), _json(folder / "summary.json")
+    metrics = read_metrics(folder / "metrics.jsonl")
+    if not config and not summary and not any(metrics.values()):
+        raise DodistillError(f"{str(folder)!r} holds no run: neither config.json nor metrics.jsonl can be read")
+    last_eval: Record = metrics["eval"][-1] if metrics["eval"] else {}
+    reached = max((r["step"] for records in metrics.values() for r in records), default=0)
+    test = summary.get("student_accuracy", last_eval.get("test"))
+    tests = [r["test"] for r in metrics["eval"] if isinstance(r.get("test"), int | float)]
+    pool_record: Record = metrics["pool"][-1] if metrics["pool"] else {}
+    pool, drawn = shares(pool_record.get("class_shares")), shares(pool_record.get("drawn_shares"))
+    intervention = str(config.get("intervention") or "none")
+    tone, sentences = advice(pool, drawn, intervention)
+    groups = [(name, s.values) for name, s in (("pool", pool), ("as drawn for the student", drawn)) if s is not None]
+    dictionary = _dictionary(_json(folder / "dictionary.json"))
+    agreements = [v for k in ("agreement", "agreement_ema") if isinstance(v := last_eval.get(k), int | float)]
+    times = [r["seconds"] for r in metrics["log"] if isinstance(r.get("seconds"), int | float)]
+    ratios = [r["kdci/F_over_S"] for r in metrics["log"] if isinstance(r.get("kdci/F_over_S"), int | float)]
+    place = os.path.relpath(folder)
+    place = folder.resolve().name if place.startswith("..") or place == "." else place
+    python, shell = usage(place.replace(os.sep, "/"))
+    return render(
+        "report.html.j2",
+        folder / "report.html",
+        teacher=name_of(config, summary, "teacher"),
+        student=name_of(config, summary, "student"),
+        source=part(config, "source", "name") or "unknown source",
+        intervention=intervention,
+        summary=summary,
+        finished=bool(summary),
+        reached=reached,
+        steps=part(config, "loop", "steps"),
+        test=test,
+        best=summary.get("best_on_test", max(tests, default=None)),
+        agreement=summary.get("agreement", max(agreements, default=None)),
+        seconds=summary.get("seconds", max(times, default=None)),
+        compression=compression(summary),
+        test_delivered=summary.get("delivered_accuracy") if summary.get("delivered") == "ema" else None,
+        delivered=delivered(summary),
+        labels={"last": LAST, "best": BEST},
+        python=python,
+        shell=shell,
+        command=str(summary.get("command") or config.get("command") or ""),
+        curves=curves(metrics, summary, dictionary["n"] if dictionary else 0),
+        courses=[c for c in courses(metrics["eval"]) if c["n"] > 1],
+        course_names=CURVES,
+        units=UNITS,
+        samples=_png(folder / "samples.png"),
+        pool=pool,
+        drawn=drawn,
+        pool_size=pool_record.get("size"),
+        tone=tone,
+        advice=sentences,
+        share_plot=svg.bars(groups, x_label="class", reference=("even", 1 / len(pool.values))) if pool else None,
+        dictionary=dictionary,
+        inert=bool(ratios) and ratios[-1] < INERT,
+        last_ratio=ratios[-1] if ratios else None,
+        config=_flat(config) if config else [],
+        versions=summary.get("versions") if isinstance(summary.get("versions"), Mapping) else {},
+        warnings=summary.get("warnings") or [],
+        name=folder.resolve().name,
+    )

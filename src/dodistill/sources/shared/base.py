@@ -1,0 +1,139 @@
+"""What every source is: a frozen dataclass of its hyper-parameters, and the thing that makes or finds inputs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ...core.context import Context
+from ...core.runtime import at_once
+from ...errors import DodistillError
+from ...functional.augment import to_float
+
+Kind = Literal["generator", "inversion", "sampler", "data"]
+
+
+@dataclass(frozen=True)
+class SourceConfig(ABC):
+    """Base of every source's `Config`.
+
+    Class attributes:
+        name: its file's name.
+        kind: decides the paper's dictionary size (KDCI Sec. 4.3: 8 generator, 32 inversion, 128 sampler).
+        needs: of the teacher or the user: `batchnorm`, `unlabeled`.
+        reads_labels: whether it hands over true labels, where the user's images have them.
+        generates: whether one generator goes on through the run, so that `Source.makes_with` has something to say.
+        presets: named partial configs over all axes, e.g. {"desk": {"source": {"K": 5}, "optim": {"lr": 0.1}}}.
+        origin: preset name -> where its numbers come from (`ours` where the papers leave a gap).
+        trains, keeps: for `dodistill methods`: what it trains, and what it keeps in memory beside the pool.
+    """
+
+    warmup: int = 0  #: acquisitions before the first matching step
+    every: int = 400  #: matching steps per acquisition; 0 acquires once, before the first step
+
+    name: ClassVar[str]
+    kind: ClassVar[Kind]
+    needs: ClassVar[frozenset[str]] = frozenset()
+    reads_labels: ClassVar[bool] = False
+    generates: ClassVar[bool] = False
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}
+    origin: ClassVar[dict[str, str]] = {}
+    trains: ClassVar[str] = "nothing"
+    keeps: ClassVar[str] = "nothing"
+
+    def teacher_passes(self) -> tuple[float, float]:
+        """Forwards and backwards of the teacher for each image that joins the pool, its labelling included."""
+        return 1.0, 0.0
+
+    @abstractmethod
+    def build(self, context: Context) -> Source: ...
+
+
+def at_least(config: SourceConfig, least: int, *fields: str) -> None:
+    """Raise DodistillError for the first of the config's `fields` that is below `least`."""
+    for name in fields:
+        if getattr(config, name) < least:
+            raise DodistillError(f"source.{name} is {getattr(config, name)}; it must be at least {least}.")
+
+
+def balanced_labels(n: int, classes: int, generator: torch.Generator) -> Tensor:
+    """[n] long: every class equally often, in order; of more classes than n a random choice, each once."""
+    device = generator.device
+    if n < classes:
+        return torch.randperm(classes, generator=generator, device=device)[:n]
+    return torch.arange(n, device=device) % classes
+
+
+@dataclass
+class Acquired:
+    """A batch of substitution inputs: float in [0, 1] or uint8, [n, C, H, W], and what is already known of them."""
+
+    images: Tensor
+    logits: Tensor | None = None  #: the teacher's, [n, K]
+    labels: Tensor | None = None  #: true classes, long [n], where the data have them
+    #: other inputs that stand for the substitution data: the dictionary is built from them instead (a sampler's: once)
+    reference: Acquired | None = None
+
+    def take(self, index: Tensor) -> Acquired:
+        """The inputs at `index`, each tensor from the device where it lies."""
+        parts = (None if v is None else v[index.to(v.device)] for v in (self.images, self.logits, self.labels))
+        images, logits, labels = parts
+        assert images is not None
+        return Acquired(images, logits, labels)
+
+
+class Source(ABC):
+    """Makes or finds substitution inputs. All that changes while it does so is in its state."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.generator = context.generator("source")
+        #: the loss terms of the last acquisition (tensors, unsynced), for the log
+        self.terms: dict[str, Tensor] = {}
+        #: sentences for the summary and the model card: what the user must know of these inputs
+        self.notes: list[str] = []
+
+    @abstractmethod
+    def acquire(self, student: nn.Module, round: int) -> Acquired:
+        """The inputs of acquisition number `round` (from 0). The student is in eval mode and gets no gradients."""
+
+    def makes_with(self) -> tuple[nn.Module, int, int] | None:
+        """The generator that goes on through the run, from z ~ N(0, I) [B, d] to images in [0, 1] [B, C, H, W]; d; and
+        its steps per acquisition. None where there is none."""
+        return None
+
+    def parts(self) -> dict[str, Any]:
+        """Name -> anything with state_dict/load_state_dict, or a tensor, that changes between acquisitions."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"generator": self.generator.get_state()}
+        for name, part in self.parts().items():
+            state[name] = part if isinstance(part, Tensor) else part.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.generator.set_state(state["generator"].cpu())
+        for name, part in self.parts().items():
+            if isinstance(part, Tensor):
+                with torch.no_grad():
+                    part.copy_(state[name])
+            else:
+                part.load_state_dict(state[name])
+
+
+@torch.no_grad()
+def ask(context: Context, chunk: int = 512) -> tuple[Tensor, Tensor]:
+    """The unlabelled images (uint8 [n, C, H, W]) and the teacher's logits [n, K] of them, on the run's device."""
+    x, chunks = context.unlabeled, []
+    assert x is not None  # `needs` was checked before the run began
+    chunk = at_once(context.device, chunk)
+    for start in range(0, len(x), chunk):
+        with context.autocast():
+            chunks.append(context.teacher(to_float(x[start : start + chunk].to(context.device))))
+        context.progress("asking the teacher", min(start + chunk, len(x)), len(x))
+    return x, torch.cat(chunks)

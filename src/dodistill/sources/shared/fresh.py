@@ -1,0 +1,125 @@
+"""What the sources of fresh batches share: a generator that learns a little, and hands over what it makes now.
+
+Per acquisition the generator G makes `g_steps` steps of Adam on a loss of x = G(z), z ~ N(0, I), and then hands over
+`fresh` batches of newly drawn z; the student matches on them for `every` steps, and they leave the pool with the next
+acquisition (the presets set its capacity to one acquisition, see `pooled`). A method is the loss; it is in the method's
+own file.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ...config.tree import Pool
+from ...core.context import Context
+from ...core.runtime import seeded
+from ...errors import DodistillError
+from ...functional.augment import to_uint8
+from ...functional.memory_format import place
+from .base import Acquired, Source, SourceConfig, at_least
+from .generators import ConvGenerator, normalised_space
+
+
+def pooled(images: int) -> int:
+    """How many of an acquisition of `images` join the pool, the default share being held back.
+
+    A pool of that capacity has the newest acquisition and nothing else.
+    """
+    return images - max(1, round(images * Pool().holdout))
+
+
+@dataclass(frozen=True)
+class FreshConfig(SourceConfig):
+    """The settings that all of them have."""
+
+    warmup: int = 0
+    every: int = 5
+    fresh: int = 5  #: new batches handed over per acquisition; 0: the batch of the generator's own last step
+    batch: int = 256  #: images per step of the generator, and per batch handed over
+    g_steps: int = 1  #: steps of the generator per acquisition
+    lr_g: float = 1e-3  #: Adam's rate of the generator, constant
+    betas: tuple[float, float] = (0.5, 0.999)
+    latent: int = 256  #: size of z
+    width: int = 64  #: channels of the generator's last hidden layer
+    base: int = 0  #: channels of its first map; 0: twice the width
+    eps: float = 1e-5  #: of the generator's hidden BatchNorms
+    output: Literal["sigmoid", "standardised"] = "sigmoid"  #: pixels, or the teacher's normalised coordinates
+
+    generates: ClassVar[bool] = True
+    trains: ClassVar[str] = "a generator"
+    keeps: ClassVar[str] = "1 generator, Adam"
+
+    @property
+    def handed(self) -> int:
+        """Batches handed over per acquisition."""
+        return max(self.fresh, 1)
+
+    def teacher_passes(self) -> tuple[float, float]:
+        own = self.g_steps / self.handed
+        return own + (1.0 if self.fresh else 0.0), own  # its last step's images come with the teacher's answers
+
+
+class Fresh(Source):
+    """A generator, its Adam, and the loop of one acquisition. `_losses` is the method."""
+
+    def __init__(self, config: FreshConfig, context: Context) -> None:
+        super().__init__(context)
+        self.fresh = config
+        at_least(config, 1, "latent", "width", "g_steps")
+        at_least(config, 0, "fresh", "base")
+        at_least(config, 2, "batch")
+        if not config.lr_g > 0 or not config.eps > 0:
+            raise DodistillError(f"source.lr_g is {config.lr_g} and source.eps {config.eps}; both must be above 0.")
+        space = normalised_space(context.teacher.model) if config.output == "standardised" else None
+        args = (config.latent, context.image_shape, config.width, config.base, config.eps, space)
+        self.net = place(seeded(ConvGenerator, self.generator, *args), context.device)
+        self.opt = torch.optim.Adam(self.net.parameters(), lr=config.lr_g, betas=config.betas, fused=True)
+
+    @abstractmethod
+    def _losses(self, x: Tensor, student: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
+        """The weighted terms of the generator's loss at its images x [B, C, H, W], and the teacher's logits of x."""
+
+    def acquire(self, student: nn.Module, round: int) -> Acquired:
+        c = self.fresh
+        for _ in range(c.g_steps):
+            x, t = self._step(student)
+        if c.fresh:
+            return Acquired(torch.cat([self._make(net) for _ in range(c.fresh) for net in self._nets()]))
+        return Acquired(to_uint8(x), t.detach())
+
+    def _step(self, student: nn.Module) -> tuple[Tensor, Tensor]:
+        """One step of the generator: its images and the teacher's logits of them, from before the step."""
+        with self.context.autocast():
+            x: Tensor = self.net(self._z())
+        terms, t = self._losses(x, student)
+        self.opt.zero_grad()
+        loss = torch.stack(list(terms.values())).sum()
+        loss.backward(inputs=list(self.net.parameters()))  # the student gets no gradients, nor pays for them
+        self.opt.step()
+        self.terms = {name: value.detach() for name, value in terms.items()}
+        return x, t
+
+    def makes_with(self) -> tuple[nn.Module, int, int]:
+        return self.net, self.fresh.latent, self.fresh.g_steps
+
+    def _nets(self) -> list[nn.Module]:
+        """The networks that each hand over `fresh` batches."""
+        return [self.net]
+
+    def _z(self) -> Tensor:
+        c = self.fresh
+        return torch.randn(c.batch, c.latent, generator=self.generator, device=self.context.device)
+
+    @torch.no_grad()
+    def _make(self, net: nn.Module) -> Tensor:
+        """One new batch of `net`, uint8: what the pool keeps, and what the engine asks the teacher about."""
+        with self.context.autocast():
+            return to_uint8(net(self._z()))
+
+    def parts(self) -> dict[str, Any]:
+        return {"net": self.net, "opt": self.opt}

@@ -1,0 +1,98 @@
+"""What `fast`, `fast_imagenet` and `nayer` share: a generator descends on one batch, guided by the teacher.
+
+    L = bn * sum_l (|| mu_l - E_l ||_2 + || var_l - V_l ||_2)  +  oh * CE(T(x), y)  +  adv * L_adv
+
+with the batch statistics of the BatchNorm inputs smoothed over batches (momentum `bn_momentum`), and
+L_adv = -mean(1[argmax s = argmax t] * KL(t || s)), the decision-adversarial term. How x comes about, and what remains
+of the descent, is in the method's own file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from ...core.context import Context
+from ...functional import losses
+from ...models.taps import batchnorm_inputs
+from .base import Source, SourceConfig
+
+
+@dataclass(frozen=True)
+class GuidedConfig(SourceConfig):
+    """The weights of the loss."""
+
+    bn: float = 10.0  #: weight of the BatchNorm statistics
+    oh: float = 0.4  #: weight of the cross-entropy to the drawn labels
+    adv: float = 1.1  #: weight of the decision-adversarial term
+    bn_momentum: float = 0.9  #: smoothing of batch statistics over batches (0: none)
+
+
+class Guided(Source):
+    """The smoothed statistics, and the descent."""
+
+    def __init__(self, config: GuidedConfig, context: Context) -> None:
+        super().__init__(context)
+        self.guided = config
+        #: smoothed BatchNorm input statistics, one (mean, var) per layer; empty until the first batch
+        self.ema: list[tuple[Tensor, Tensor]] = []
+
+    def _descend(
+        self,
+        make: Callable[[], Tensor],
+        y: Tensor,
+        student: nn.Module | None,
+        opt: torch.optim.Optimizer,
+        leaves: Sequence[Tensor],
+        steps: int,
+        each: Callable[[], None] = lambda: None,
+        last: bool = False,
+    ) -> Tensor:
+        """The images of lowest loss among `steps` of `opt` on what `make` makes, [n, C, H, W] in [0, 1].
+
+        Gradients reach `leaves` and nothing else. `student`: whom the adversarial term is about, None for none.
+        `each` is called between a backward pass and the step. `last`: the images of the last step instead.
+        """
+        c, ctx = self.guided, self.context
+        best = torch.empty(0)
+        lowest = torch.full((), float("inf"), device=ctx.device)
+        with batchnorm_inputs(ctx.teacher) as taps:
+            for k in range(steps):
+                with ctx.autocast():
+                    x = make()
+                    xa = ctx.view(x, self.generator)
+                    t = ctx.teacher(xa)
+                terms = {
+                    "bn": c.bn * losses.bn_statistics(taps, taps.modules, self.ema or None, c.bn_momentum),
+                    "ce": c.oh * nnf.cross_entropy(t, y),
+                }
+                if student is not None:
+                    with ctx.autocast():
+                        s = student(xa)
+                    terms["adv"] = c.adv * losses.adversarial(s.float(), t)
+                loss = torch.stack(list(terms.values())).sum()
+                with torch.no_grad():
+                    better = loss < lowest
+                    best = torch.where(better, x, best) if k and not last else x.detach().clone()
+                    lowest = torch.minimum(loss, lowest)
+                opt.zero_grad()
+                loss.backward(inputs=list(leaves))  # the student gets no gradients, nor pays for them
+                each()
+                opt.step()
+            if c.bn_momentum > 0:
+                self.ema = losses.bn_average(self.ema or None, taps, c.bn_momentum)
+        self.terms = {name: value.detach() for name, value in terms.items()}
+        return best.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"ema": [t for pair in self.ema for t in pair]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        flat = [t.to(self.context.device) for t in state["ema"]]
+        self.ema = list(zip(flat[::2], flat[1::2]))
