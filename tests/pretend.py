@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dodistill.commands import look
-from dodistill.core import runtime
+from dodistill.core import context, runtime
 from dodistill.engine import job, teach
 from dodistill.evaluation import probe
 
@@ -130,7 +130,7 @@ def pretended(patch: pytest.MonkeyPatch) -> Iterator[None]:
 
     for user in (job, look, runtime):
         patch.setattr(user, "pick_device", lambda _="auto": THERE)
-    for module in (runtime, teach, probe):
+    for module in (context, runtime, teach, probe):
         patch.setattr(module, "generator", generator)
     patch.setattr(torch, "autocast", autocast)
     patch.setattr(torch, "is_autocast_enabled", lambda kind: kind != THERE.type and asked(kind))

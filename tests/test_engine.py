@@ -273,7 +273,9 @@ def test_the_loop_knows_no_method_by_name() -> None:
     names = {n for axis in registry.AXES for n in registry.names(axis)} - set(registry.AXES)
     assert {"fast", "deepinv", "dfnd", "kdci", "stratified", "kl", "adaptation"} <= names
     words: set[str] = set()
-    lines = [line for p in sorted(Path(engine.__file__).parent.glob("*.py")) for line in p.read_text().splitlines()]
+    folder = Path(engine.__file__).parent
+    parts = [folder / f"{name}.py" for name in ("loop", "job", "acquire", "match", "meter", "score")]
+    lines = [line for p in parts for line in p.read_text().splitlines()]
     source = "\n".join(line for line in lines if not line.startswith("from "))  # folders may bear a method's name
     previous = tokenize.NEWLINE
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -289,7 +291,7 @@ def test_the_loop_knows_no_method_by_name() -> None:
         if token.type != tokenize.COMMENT:
             previous = token.type
     assert "acquire" in words
-    assert not names & words - set(keyword.kwlist)
+    assert names & words <= set(keyword.kwlist)
 
 
 @pytest.mark.parametrize("net", ["tiny4", "mobilenetv2"])

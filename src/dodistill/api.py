@@ -316,6 +316,7 @@ def _summary(it: Distiller, which: str, notes: list[str]) -> dict[str, Any]:
         "agreement_last": score["agreement"],
         "delivered": which,
         "view": str(it.context.view),
+        "views": acquirer.views.reason,
         "teacher_name": _name(config.teacher, job.teacher),
         "student_name": _name(config.student, it.matcher.student),
         "student_parameters": parameters(it.matcher.student),

@@ -79,6 +79,8 @@ class Augment:
     pad: int = 4  #: random crop after padding by this many pixels (0: none)
     flip: bool = True  #: random horizontal flip
     padding: Literal["zeros", "reflect"] = "zeros"  #: what the crop brings in from outside the image
+    views: int = 0  #: views of each image that the teacher answers once, when it enters the pool (0: each at its draw)
+    views_gb: float = 2.0  #: most memory for these answers, in GB; fewer views are kept where they do not fit
 
 
 @dataclass(frozen=True)
@@ -332,6 +334,11 @@ def _check(config: Distill) -> None:
         raise DodistillError(
             f"update {config.update.name} has {wants}use for replayed inputs; replay is {config.replay.name}: {fix}."
         )
+    augment = config.augment
+    if augment.views < 0:
+        raise DodistillError(f"augment.views is {augment.views}; it must be at least 0 (0: new views at each draw).")
+    if not augment.views_gb > 0:
+        raise DodistillError(f"augment.views_gb is {augment.views_gb}; it must be above 0, as in 2.")
     view = config.view
     if view.pad < 0:
         raise DodistillError(f"view.pad is {view.pad}; it must be at least 0 (0: an eighth of the height).")

@@ -76,8 +76,11 @@ class Pool:
             fresh[: self.size] = old[: self.size]
             setattr(self, name, fresh)
 
-    def add(self, images: Tensor, logits: Tensor, generator: torch.Generator, labels: Tensor | None = None) -> None:
-        """Take in images (float in [0, 1] or uint8, [n, C, H, W]), their teacher logits [n, K] and true labels [n]."""
+    def add(self, images: Tensor, logits: Tensor, generator: torch.Generator, labels: Tensor | None = None) -> Tensor:
+        """Take in images (float in [0, 1] or uint8, [n, C, H, W]), their teacher logits [n, K] and true labels [n].
+
+        Returns the slots (long, ascending) that now hold one of them.
+        """
         labels = logits.argmax(1) if labels is None else labels
         images = images if images.dtype == torch.uint8 else to_uint8(images)
         n = len(images)
@@ -104,6 +107,7 @@ class Pool:
         self.size = min(self.size + n, self.capacity)
         self.seen += n
         self.version += 1
+        return slots
 
     def state_dict(self) -> dict[str, Any]:
         # Copies: a view would be saved with all the room behind it that nothing has been written to.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 from ..config.tree import Distill
 from ..core.context import Context
 from ..core.pool import Draw, Pool
+from ..core.views import Views
 from ..errors import DodistillError
 from ..evaluation.collapse import vital_signs
 from ..evaluation.evaluate import predict
-from ..functional.augment import crop_flip, to_float, to_uint8
+from ..functional.augment import to_uint8
 from ..functional.memory_format import laid_out
 from ..interventions.shared.base import Interventions
 from ..interventions.shared.dictionary import FOREIGN, ConfounderDictionary
@@ -66,6 +68,7 @@ class Acquirer:
         #: inputs that the student never sees; it is judged by them
         self.holdout = Pool(config.pool.holdout_capacity, shape, classes, device, "reservoir")
         self.sampler = Draw()
+        self.views = Views(self.pool, config.augment, context.generator("views"))
         self.generators = {name: context.generator(name) for name in ("pool", "draw", "augment")}
         self.round = 0  #: acquisitions done
         self.seconds = 0.0  #: spent on them
@@ -101,8 +104,13 @@ class Acquirer:
         got = self._labelled(got)
         held, kept = self._split(got)
         g = self.generators["pool"]
-        for pool, part in ((self.holdout, held), (self.pool, kept)):
-            pool.add(part.images, part.logits, g, part.labels)  # type: ignore[arg-type]
+        if self.round == 1:
+            self.views.plan(*self._draws(len(kept.images)), asked_each_time=bool(self.needs))
+        assert held.logits is not None
+        assert kept.logits is not None
+        self.holdout.add(held.images, held.logits, g, held.labels)
+        slots = self.pool.add(kept.images, kept.logits, g, kept.labels)
+        self._sound &= self.views.fill(slots, self._ask_floats)
         self.replay.observe(kept.images, kept.logits, self.round - 1)
         some = slice(None, None, max(1, len(got.images) // 512))
         self.signs = vital_signs(got.images[some], got.logits[some])  # type: ignore[index]
@@ -144,6 +152,15 @@ class Acquirer:
         order = torch.randperm(n, generator=self.generators["pool"], device=self.context.device)
         return got.take(order[:held]), got.take(order[held:])
 
+    def _draws(self, n: int) -> tuple[float, int]:
+        """Draws of one image, on average over the run, and images that the pool will hold, at `n` an acquisition."""
+        source, loop, capacity = self.config.source, self.config.loop, self.config.pool.capacity
+        rounds = source.warmup + max(1, math.ceil(loop.steps / source.every) if source.every else 1)
+        joining: float = min(n, capacity) * rounds
+        if self.config.pool.eviction == "reservoir":  # of acquisition k each image stays with probability capacity / kn
+            joining = sum(min(n, capacity / k) for k in range(1, rounds + 1))
+        return loop.steps * loop.batch / joining, min(n * rounds, capacity)
+
     def _rebuild(self, got: Acquired) -> None:
         """Rebuild the dictionary from the newest inputs or the pool, then let the interventions weigh the draw.
 
@@ -164,6 +181,12 @@ class Acquirer:
         """The teacher's logits of uint8 images."""
         return predict(self.context.teacher, images, autocast=self.context.autocast)
 
+    def _ask_floats(self, x: Tensor) -> Tensor:
+        """The teacher's logits of images in [0, 1]."""
+        with torch.no_grad(), self.context.autocast():
+            logits: Tensor = self.context.teacher(laid_out(x))
+        return logits
+
     def _features(self, x: Tensor, t: Tensor) -> Tensor:
         """M [n, d] of images x (uint8): the teacher's logits t, unless another model makes the dictionary."""
         foreign = self.context.extra.get(FOREIGN)
@@ -173,11 +196,8 @@ class Acquirer:
 
     def draw(self) -> Drawn:
         """The next batch. Nothing here waits for the device."""
-        aug, g = self.config.augment, self.generators
-        index = self.sampler(self.config.loop.batch, g["draw"])
-        x = to_float(crop_flip(self.pool.x[index], aug.pad, g["augment"], aug.flip, aug.padding))
-        # Without augmentation the inputs are those that the teacher has answered already.
-        known = None if aug.pad or aug.flip else self.pool.logits[index]
+        index = self.sampler(self.config.loop.batch, self.generators["draw"])
+        x, known = self.views(index, self.generators["augment"])
         drawn = self.answered(x, known, self.pool.labels[index], index)
         if self.dictionary is not None and self.dictionary.of == "batch":
             self.dictionary.build(self._features(self.pool.x[index], drawn.t))
@@ -208,6 +228,7 @@ class Acquirer:
         """The pool's size, and the class shares of what is in it and of what is drawn."""
         line: dict[str, Any] = {
             "size": len(self.pool),
+            "views": self.views.count,
             "class_shares": [round(v, 5) for v in self.pool.class_shares().tolist()],
             "drawn_shares": [round(v, 5) for v in self.sampler.shares(self.pool).tolist()],
         }
@@ -232,8 +253,14 @@ class Acquirer:
             "round": self.round, "seconds": self.seconds,
         }  # fmt: skip
 
+    def pool_state(self) -> dict[str, Any]:
+        """The pool with its views."""
+        return {**self.pool.state_dict(), "views": self.views.state_dict()}
+
     def load_state_dict(self, state: dict[str, Any], pool: dict[str, Any]) -> None:
+        """`pool` is a `pool_state`."""
         self.pool.load_state_dict(pool)
+        self.views.load_state_dict(pool["views"])
         self.source.load_state_dict(state["source"])
         self.replay.load_state_dict(state["replay"])
         if self.dictionary is not None:

@@ -18,7 +18,7 @@ from .run_folder import NoFolder, RunFolder
 from .score import Scorer
 
 #: The layout of a checkpoint's state; another one is refused.
-FORMAT = 2
+FORMAT = 3
 
 
 class Distiller:
@@ -122,7 +122,7 @@ class Distiller:
         if bad := self.matcher.infinite():
             raise Diverged("the student's weights are not finite", self.meter.infinite() or bad[:3])
         if folder.keeps:
-            folder.save(self.state_dict(), self.acquirer.pool.state_dict(), self.acquirer.pool.version)
+            folder.save(self.state_dict(), self.acquirer.pool_state(), self.acquirer.pool.version)
 
     # --------------------------------------------------------------------------------------------- state
 

@@ -1,0 +1,150 @@
+"""The views of a pool's images: how the student sees them, and what the teacher says of each view.
+
+A run draws an image of the pool up to hundreds of times. With `augment.views = V` the teacher answers V views of each
+image when it enters the pool, and no step of the student calls the teacher. With V = 0 each draw is a new view, which
+the teacher answers.
+
+FKD (Shen and Xing, ECCV 2022) keeps the teacher's answers to crops in the same way. It keeps the largest few
+probabilities of each; here are all logits, in fp16.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config.tree import Augment
+from ..functional.augment import crop_flip, shift_flip, to_float
+from .pool import Pool
+from .runtime import at_once
+
+#: Bytes beside the logits of a view: two shifts (int16) and whether it is mirrored.
+_DRAW = 5
+
+
+class Views:
+    """The views of the images in `pool`. Each belongs to a slot, and is drawn anew when the slot gets another image.
+
+    Attributes:
+        count: V, the views of each image that the teacher has answered; 0: new ones at each draw.
+        reason: one sentence on how the views come about, for the summary.
+        t: fp16 [slots, V, K], the teacher's logits of the views.
+
+    Args:
+        pool: whose images are seen.
+        augment: the student's augmentation, with `views`, the V that is asked for, and `views_gb`, its room.
+        generator: the stream that the views are drawn from, on the pool's device.
+    """
+
+    def __init__(self, pool: Pool, augment: Augment, generator: torch.Generator) -> None:
+        self.pool, self.augment, self.generator = pool, augment, generator
+        self.count = 0
+        self.reason = ""
+        device, K = pool.device, pool.num_classes
+        self.shift = torch.empty(0, 0, 2, dtype=torch.int16, device=device)
+        self.mirrored = torch.empty(0, 0, dtype=torch.bool, device=device)
+        self.t = torch.empty(0, 0, K, dtype=torch.float16, device=device)
+
+    def _reserve(self, slots: int) -> None:
+        """Room for `slots` images (it grows by doubling, up to the pool's capacity); what is there stays."""
+        have = len(self.t)
+        if have >= slots:
+            return
+        new = min(self.pool.capacity, max(slots, 2 * have))
+
+        def longer(old: Tensor) -> Tensor:
+            fresh = old.new_empty(new, self.count, *old.shape[2:])
+            fresh[:have] = old
+            return fresh
+
+        self.shift, self.mirrored, self.t = longer(self.shift), longer(self.mirrored), longer(self.t)
+
+    def plan(self, draws: float, most: int, asked_each_time: bool = False) -> None:
+        """Settle V, once, before the first image is seen.
+
+        Args:
+            draws: how often a run draws one image, on average.
+            most: images that the pool will hold at once.
+            asked_each_time: whether the teacher has to see each batch anyway, for its features.
+        """
+        wanted, a = self.augment.views, self.augment
+        each = self.pool.num_classes * 2 + _DRAW
+        fit = math.floor(a.views_gb * 1e9 / (max(most, 1) * each))
+        V = min(wanted, fit)
+        if not (a.pad or a.flip):
+            self.reason = "without augmentation an image has one view, and the teacher answers it once"
+        elif not wanted:
+            self.reason = "new views at each draw; the teacher answers each (augment.views is 0)"
+        elif asked_each_time:
+            self.reason = "new views at each draw: the criterion or an intervention reads the teacher's features"
+        elif V < 1:
+            self.reason = f"new views at each draw: not one of each image fits in augment.views_gb = {a.views_gb:g} GB"
+        elif draws < V:
+            self.reason = f"new views at each draw: an image is drawn {draws:.3g} times, which is less than {V} views"
+        else:
+            self.count = V
+            short = f"; {wanted} do not fit in augment.views_gb = {a.views_gb:g} GB" if wanted > V else ""
+            self.reason = (
+                f"the teacher answers {V} view{'s' * (V > 1)} of each image once ({V * each * most / 1e6:.3g} MB), "
+                f"and an image is drawn {draws:.3g} times{short}"
+            )
+            self.shift, self.mirrored, self.t = (
+                v.new_empty(0, V, *v.shape[2:]) for v in (self.shift, self.mirrored, self.t)
+            )
+
+    @torch.no_grad()
+    def fill(self, slots: Tensor, ask: Callable[[Tensor], Tensor]) -> Tensor:
+        """Draw the views of the images in `slots` (long [n]) and `ask` for the teacher's logits of them.
+
+        Returns whether all answers are finite in fp16, as an unsynced bool scalar.
+        """
+        sound = torch.ones((), dtype=torch.bool, device=self.pool.device)
+        if not self.count or not len(slots):
+            return sound
+        self._reserve(len(self.pool))
+        pad, n, g, device = self.augment.pad, len(slots), self.generator, self.pool.device
+        self.shift[slots] = torch.randint(-pad, pad + 1, (n, self.count, 2), device=device, generator=g).to(torch.int16)
+        self.mirrored[slots] = (torch.rand((n, self.count), device=device, generator=g) < 0.5) & self.augment.flip
+        which = torch.arange(self.count, device=device)
+        for part in slots.split(max(1, at_once(device, 1000) // self.count)):
+            index, view = part.repeat_interleave(self.count), which.repeat(len(part))
+            answers = ask(self._pixels(index, view)).to(torch.float16)
+            sound &= torch.isfinite(answers).all()
+            self.t[index, view] = answers
+        return sound
+
+    def _pixels(self, index: Tensor, view: Tensor) -> Tensor:
+        """View `view` [B] of the images in slots `index` [B]: float in [0, 1], [B, C, H, W]."""
+        dy, dx = self.shift[index, view].long().T
+        x = shift_flip(self.pool.x[index], dy, dx, self.mirrored[index, view], self.augment.padding, self.augment.pad)
+        return to_float(x)
+
+    def __call__(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        """One view each of the images in slots `index` [B].
+
+        Returns x, float in [0, 1], [B, C, H, W], and the teacher's logits [B, K] of it, or None where the teacher has
+        not been asked. `generator` draws which view, or a new one.
+        """
+        a = self.augment
+        if self.count:
+            view = torch.randint(self.count, (len(index),), device=index.device, generator=generator)
+            return self._pixels(index, view), self.t[index, view].float()
+        x = to_float(crop_flip(self.pool.x[index], a.pad, generator, a.flip, a.padding))
+        return x, None if a.pad or a.flip else self.pool.logits[index]
+
+    def state_dict(self) -> dict[str, Any]:
+        size = len(self.pool) if self.count else 0
+        return {
+            "count": self.count, "reason": self.reason, "generator": self.generator.get_state(),
+            "shift": self.shift[:size].clone(), "mirrored": self.mirrored[:size].clone(), "t": self.t[:size].clone(),
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        device = self.pool.device
+        self.count, self.reason = state["count"], state["reason"]
+        self.generator.set_state(state["generator"].cpu())
+        self.shift, self.mirrored, self.t = (state[k].to(device) for k in ("shift", "mirrored", "t"))

@@ -1,0 +1,275 @@
+"""Views: the teacher answers V views of an image once, each step draws one of them, and nothing else changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dodistill.api import distill
+from dodistill.config.tree import Augment, resolve
+from dodistill.core.pool import Pool
+from dodistill.core.views import Views
+from dodistill.data.images import Images
+from dodistill.engine import Distiller
+from dodistill.engine.run_folder import RunFolder
+from dodistill.errors import DodistillError
+from dodistill.functional.augment import shift_flip, to_float
+from helpers import SHAPE, SOURCES, config, job, same, student, tree
+from test_resume import stopped_at
+
+CPU = torch.device("cpu")
+ON: dict[str, Any] = {"augment": {"views": 2, "flip": True}}
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def answer(x: Tensor) -> Tensor:
+    """Three numbers that tell views of an image apart."""
+    ramp = torch.linspace(0, 1, x[0].numel()).view(1, *x.shape[1:])
+    return torch.stack([x.sum((1, 2, 3)), (x * ramp).sum((1, 2, 3)), (x * ramp**2).sum((1, 2, 3))], 1)
+
+
+class Asked:
+    """`answer`, and how many images it was asked."""
+
+    def __init__(self) -> None:
+        self.images = 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.images += len(x)
+        return answer(x)
+
+
+def views(
+    V: int = 4, capacity: int = 6, eviction: str = "oldest", padding: str = "zeros", draws: float = 99.0
+) -> tuple[Pool, Views]:
+    pool = Pool(capacity, SHAPE, 3, CPU, eviction)
+    augment = Augment(pad=2, flip=True, padding=padding, views=V)  # type: ignore[arg-type]
+    seen = Views(pool, augment, rng(1))
+    seen.plan(draws, capacity)
+    return pool, seen
+
+
+def put(pool: Pool, seen: Views, n: int, seed: int = 0) -> int:
+    """`n` random images join; how many views the teacher was asked for."""
+    ask = Asked()
+    images = torch.rand(n, *SHAPE, generator=rng(seed))
+    assert bool(seen.fill(pool.add(images, torch.zeros(n, 3), rng(seed)), ask))
+    return ask.images
+
+
+# ------------------------------------------------------------------------------------------- what is drawn
+
+
+@pytest.mark.parametrize("padding", ["zeros", "reflect"])
+@pytest.mark.parametrize("eviction", ["oldest", "reservoir"])
+def test_each_view_comes_with_the_answer_to_its_own_pixels(padding: str, eviction: str) -> None:
+    pool, seen = views(padding=padding, eviction=eviction)
+    for i, n in enumerate((3, 2, 4, 5, 9)):  # within the room, beyond it, over it twice
+        put(pool, seen, n, seed=i)
+        index = torch.arange(len(pool)).repeat(20)
+        x, t = seen(index, rng(i))
+        assert t is not None
+        torch.testing.assert_close(t, answer(x), rtol=2e-3, atol=2e-3)
+        assert len(t.unique(dim=0)) > len(pool)  # several views of each, told apart
+
+
+def test_a_view_is_a_shift_and_a_flip_of_its_image() -> None:
+    pool, seen = views(V=50)
+    put(pool, seen, 1)
+    x, _ = seen(torch.zeros(300, dtype=torch.long), rng())
+    whole, pixels = torch.arange(-2, 3), set()
+    for dy in whole:
+        for dx in whole:
+            for mirrored in (False, True):
+                view = shift_flip(pool.x, dy[None], dx[None], torch.tensor([mirrored]), "zeros", 2)
+                pixels.add(to_float(view).numpy().tobytes())
+    drawn = {v[None].numpy().tobytes() for v in x}
+    assert drawn <= pixels
+    assert 20 < len(drawn) <= 50
+
+
+def test_the_teacher_is_asked_once_for_what_joins_and_never_by_a_draw() -> None:
+    pool, seen = views(V=4, capacity=6)
+    assert [put(pool, seen, n, i) for i, n in enumerate((3, 3, 2))] == [12, 12, 8]  # each image that joins, four times
+    before = seen.t.clone()
+    seen(torch.arange(6), rng())
+    assert torch.equal(seen.t, before)
+
+
+def test_a_reservoir_asks_only_for_the_survivors() -> None:
+    pool, seen = views(V=4, capacity=6, eviction="reservoir")
+    put(pool, seen, 6)
+    asked = put(pool, seen, 200, 1)
+    assert asked <= 4 * 6
+    assert asked % 4 == 0
+
+
+def test_an_answer_that_fp16_cannot_hold_is_noticed() -> None:
+    pool, seen = views()
+    slots = pool.add(torch.rand(2, *SHAPE, generator=rng()), torch.zeros(2, 3), rng())
+    assert not bool(seen.fill(slots, lambda x: answer(x) + 1e6))
+
+
+# ------------------------------------------------------------------------------------------- the arithmetic
+
+
+@pytest.mark.parametrize(
+    ("augment", "draws", "most", "features", "count", "says"),
+    [
+        ({"views": 16}, 365.0, 56_000, False, 16, "answers 16 views of each image once (22.4 MB)"),
+        ({"views": 16}, 15.9, 56_000, False, 0, "drawn 15.9 times, which is less than 16 views"),
+        ({"views": 0}, 365.0, 56_000, False, 0, "augment.views is 0"),
+        ({"views": 16}, 365.0, 56_000, True, 0, "reads the teacher's features"),
+        ({"views": 16, "pad": 0, "flip": False}, 365.0, 56_000, False, 0, "without augmentation"),
+        ({"views": 16, "pad": 0}, 365.0, 56_000, False, 16, "16 views"),
+        ({"views": 500, "views_gb": 0.001}, 1e9, 4_000, False, 10, "500 do not fit in augment.views_gb = 0.001 GB"),
+        ({"views": 16, "views_gb": 1e-6}, 1e9, 4_000, False, 0, "not one of each image fits"),
+    ],
+)
+def test_how_many_views_are_kept(
+    augment: dict[str, Any], draws: float, most: int, features: bool, count: int, says: str
+) -> None:
+    seen = Views(Pool(60_000, (3, 32, 32), 10, CPU), resolve({"augment": augment}).augment, rng())
+    seen.plan(draws, most, features)
+    assert seen.count == count
+    assert says in seen.reason
+
+
+def test_at_a_thousand_classes_it_says_how_many_fit() -> None:
+    seen = Views(Pool(65_536, (3, 32, 32), 1000, CPU), resolve({"augment": {"views": 16}}).augment, rng())
+    seen.plan(365.0, 65_536)
+    assert seen.count == 15
+    assert "15 views" in seen.reason
+    assert "16 do not fit" in seen.reason
+
+
+@pytest.mark.parametrize("source", ["fast", "dfnd", "adversarial"])
+@pytest.mark.parametrize("eviction", ["oldest", "reservoir"])
+@pytest.mark.parametrize("capacity", [40, 4000])
+def test_the_draws_of_an_image_are_counted_right(
+    source: str, eviction: str, capacity: int, teacher: nn.Module, digits: Images
+) -> None:
+    """draws * images that joined = steps * batch."""
+    cfg = config(source, steps=9, pool={"capacity": capacity, "eviction": eviction}, **ON)
+    it = job(teacher, cfg, digits.x[:300])
+    joined: list[int] = []
+    offered: list[int] = []
+    add = it.acquirer.pool.add
+
+    def count(*args: Any) -> Tensor:
+        offered.append(len(args[0]))
+        joined.append(len(slots := add(*args)))
+        return slots
+
+    it.acquirer.pool.add = count  # type: ignore[method-assign]
+    it.run()
+    draws, most = it.acquirer._draws(offered[0])
+    assert most == len(it.acquirer.pool)
+    assert draws * sum(joined) == pytest.approx(9 * 16, rel=0.2 if eviction == "reservoir" else 1e-6)
+
+
+# --------------------------------------------------------------------------------------------------- in a run
+
+
+class Counter(nn.Module):
+    """The teacher, and how many images it has answered."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.asked = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.asked += len(x)
+        out: Tensor = self.model(x)
+        return out
+
+
+def steps_ask(it: Distiller, counter: Counter) -> int:
+    """Images that the teacher answers in three steps of the student."""
+    while it.acquirer.due(it.step):
+        it.acquirer.acquire(it.matcher.student)
+    before = counter.asked
+    for _ in range(3):
+        it.match()
+    return counter.asked - before
+
+
+@pytest.mark.parametrize("intervention", ["none", "kdci", "stratified"])
+@pytest.mark.parametrize("source", sorted(SOURCES))
+def test_no_step_asks_the_teacher(source: str, intervention: str, teacher: nn.Module, digits: Images) -> None:
+    """Not in any source, with walks (small pools) and weighted draws."""
+    counter = Counter(teacher)
+    given = digits.x[:300]
+    for V, asked in ((0, 48), (1, 0)):
+        cfg = config(source, intervention, steps=40_000, augment={"views": V, "flip": True}, source={"every": 50_000})
+        it = job(counter, cfg, given)
+        assert steps_ask(it, counter) == asked, it.acquirer.views.reason
+
+
+def test_the_dictionary_of_a_batch_is_built_from_the_views_answers(teacher: nn.Module, digits: Images) -> None:
+    counter = Counter(teacher)
+    cfg = config("dfnd", "kdci", steps=400, dictionary={"of": "batch"}, **ON)
+    it = job(counter, cfg, digits.x[:300])
+    assert steps_ask(it, counter) == 0
+    assert it.acquirer.dictionary is not None
+    assert it.acquirer.dictionary.built
+
+
+def test_what_reads_features_asks_each_time_and_says_so(teacher: nn.Module, digits: Images) -> None:
+    counter = Counter(teacher)
+    cfg = config("dfnd", steps=400, criterion="fitnet", **ON)
+    it = job(counter, cfg, digits.x[:300])
+    assert steps_ask(it, counter) == 48
+    assert "features" in it.acquirer.views.reason
+
+
+@pytest.mark.parametrize("update", ["replay", "retain"])
+def test_replayed_inputs_are_untouched(update: str, teacher: nn.Module) -> None:
+    counter = Counter(teacher)
+    more = {"update": update, "replay": {"name": "bank", "size": 8, "first": 1, "every": 1}}
+    it = job(counter, config("pre", steps=400, source={"every": 0, "warmup": 1}, **more, **ON))
+    assert steps_ask(it, counter) == 0
+
+
+@pytest.mark.parametrize("source", ["fast", "dfnd", "deepinv"])
+@pytest.mark.parametrize("eviction", ["oldest", "reservoir"])
+def test_stopped_at_each_step_it_ends_in_the_same_bits(
+    source: str, eviction: str, teacher: nn.Module, digits: Images, tmp_path: Path
+) -> None:
+    cfg = config(source, "kdci+stratified", steps=6, loop={"batch": 64},
+                 pool={"capacity": 50, "eviction": eviction}, **ON)  # fmt: skip
+    whole = job(teacher, cfg, digits.x[:300])
+    whole.run()
+    assert whole.acquirer.views.count == 2
+    for step in range(1, 6):
+        assert not stopped_at(job(teacher, cfg, digits.x[:300]), RunFolder(tmp_path / str(step), cfg),
+                              lambda it: it.step >= step)  # fmt: skip  # noqa: B023
+        again = job(teacher, cfg, digits.x[:300], seed=7)
+        folder = RunFolder(tmp_path / str(step), cfg)
+        again.run(folder)
+        folder.close()
+        same(again.matcher.state_dict(), whole.matcher.state_dict())
+        same(again.acquirer.pool_state(), whole.acquirer.pool_state())
+
+
+def test_the_summary_says_which_was_chosen(teacher: nn.Module, digits: Images) -> None:
+    settings = {k: v for k, v in tree("dfnd", **ON).items() if k not in ("source", "intervention")}
+    for batch, says in ((16, "less than 2 views"), (128, "answers 2 views")):
+        settings["loop"] = {**settings["loop"], "batch": batch}
+        out = distill(teacher, student(), SOURCES["dfnd"], image_shape=SHAPE, unlabeled=digits.x[:300], verbose=False,
+                      **settings)  # fmt: skip
+        assert says in out.summary["views"]
+
+
+@pytest.mark.parametrize(("bad", "says"), [({"views": -1}, "views is -1"), ({"views_gb": 0}, "views_gb is 0")])
+def test_bad_values_are_refused(bad: dict[str, Any], says: str) -> None:
+    with pytest.raises(DodistillError, match=says):
+        resolve({"augment": bad})
