@@ -196,7 +196,7 @@ def test_resumed_with_an_averaged_generator(teacher: nn.Module) -> None:
     while first.step < 3:
         first.acquire(Watcher()) if first.acquirer.due(first.step) else first.match()
     second = job(teacher, cfg, seed=9)
-    second.load_state_dict(copy.deepcopy(first.state_dict()), copy.deepcopy(first.acquirer.pool.state_dict()))
+    second.load_state_dict(copy.deepcopy(first.state_dict()), copy.deepcopy(first.acquirer.pool_state()))
     second.run()
     same(whole.matcher.student.state_dict(), second.matcher.student.state_dict())
     same(whole.acquirer.source.state_dict(), second.acquirer.source.state_dict())

@@ -387,7 +387,7 @@ def test_killed_and_resumed_to_the_same_bits(
         while first.acquirer.due(first.step):
             first.acquire(Watcher())
         first.match()
-    second.load_state_dict(copy.deepcopy(first.state_dict()), copy.deepcopy(first.acquirer.pool.state_dict()))
+    second.load_state_dict(copy.deepcopy(first.state_dict()), copy.deepcopy(first.acquirer.pool_state()))
     assert second.run()
     for part in ("student", "ema", "interventions", "criterion"):
         same(getattr(whole.matcher, part).state_dict(), getattr(second.matcher, part).state_dict(), part)

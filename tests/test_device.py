@@ -58,7 +58,7 @@ def run(
     first = made()
     while first.step < 2:
         first.acquire(Watcher()) if first.acquirer.due(first.step) else first.match()
-    state, pool = bare(first.state_dict()), bare(first.acquirer.pool.state_dict())
+    state, pool = bare(first.state_dict()), bare(first.acquirer.pool_state())
     second = made()
     second.load_state_dict(state, pool)
     assert second.run()

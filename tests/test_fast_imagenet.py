@@ -276,7 +276,7 @@ def test_a_run_with_a_generator_per_class_goes_on(teacher: nn.Module, digits: Im
     while first.step < 3:
         first.acquire(Watcher()) if first.acquirer.due(first.step) else first.match()
     second = job(teacher, cfg)
-    second.load_state_dict(copy.deepcopy(first.state_dict()), copy.deepcopy(first.acquirer.pool.state_dict()))
+    second.load_state_dict(copy.deepcopy(first.state_dict()), copy.deepcopy(first.acquirer.pool_state()))
     assert second.run()
     same(whole.acquirer.source.state_dict(), second.acquirer.source.state_dict())
     same(whole.matcher.student.state_dict(), second.matcher.student.state_dict())

@@ -294,10 +294,10 @@ def test_a_run_stopped_in_between_ends_in_the_same_bits(teacher: nn.Module, stro
     whole = run(job(teacher, cfg, strokes), 8)
     first = run(job(teacher, cfg, strokes), 4)
     second = job(teacher, cfg, strokes, seed=9)
-    second.load_state_dict(copy.deepcopy(first.state_dict()), copy.deepcopy(first.acquirer.pool.state_dict()))
+    second.load_state_dict(copy.deepcopy(first.state_dict()), copy.deepcopy(first.acquirer.pool_state()))
     run(second, 8)
     same(untimed(whole.state_dict()), untimed(second.state_dict()))
-    same(whole.acquirer.pool.state_dict(), second.acquirer.pool.state_dict())
+    same(whole.acquirer.pool_state(), second.acquirer.pool_state())
     assert whole.acquirer.round == 3
 
 

@@ -81,11 +81,11 @@ def test_saved_and_resumed_ends_in_the_same_bits(source: str, teacher: nn.Module
     while first.step < 2:
         first.acquire(Watcher()) if first.acquirer.due(first.step) else first.match()
     file = io.BytesIO()
-    torch.save((first.state_dict(), first.acquirer.pool.state_dict()), file)
+    torch.save((first.state_dict(), first.acquirer.pool_state()), file)
     second = made(teacher, digits, source, "kdci+stratified")
     second.load_state_dict(*torch.load(io.BytesIO(file.getvalue()), weights_only=True))
     assert second.run()
     same(whole.matcher.student.state_dict(), second.matcher.student.state_dict())
     same(whole.acquirer.source.state_dict(), second.acquirer.source.state_dict())
-    same(whole.acquirer.pool.state_dict(), second.acquirer.pool.state_dict())
+    same(whole.acquirer.pool_state(), second.acquirer.pool_state())
     same(whole.acquirer.holdout.state_dict(), second.acquirer.holdout.state_dict())

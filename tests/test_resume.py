@@ -82,7 +82,7 @@ def test_stopped_after_every_acquisition_and_step(
     assert lives == whole.acquirer.round + whole.step
     assert it.step == 9
     same(untimed(whole.state_dict()), untimed(it.state_dict()))
-    same(whole.acquirer.pool.state_dict(), it.acquirer.pool.state_dict())
+    same(whole.acquirer.pool_state(), it.acquirer.pool_state())
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
     assert len(metrics(tmp_path / "parts")) >= 9
 
@@ -300,7 +300,7 @@ def test_what_a_killed_life_wrote_after_its_checkpoint_is_forgotten(halfway: Any
     it, _ = finish(path, cfg, again)
     assert metrics(tmp_path / "whole") == metrics(path)
     pool = torch.load(path / f"pool-{it.acquirer.pool.version}.pt", weights_only=True)
-    same(dict(pool), whole.acquirer.pool.state_dict())
+    same(dict(pool), whole.acquirer.pool_state())
 
 
 def test_killed_before_the_first_checkpoint(teacher: nn.Module, tmp_path: Path) -> None:

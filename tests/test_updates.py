@@ -320,7 +320,7 @@ def test_the_exact_step_is_fp32_whatever_the_precision(order: str, alpha: float,
     same(left(plain), left(low))  # nothing to replay yet: the plain update, in bf16
     low.acquire(Watcher())
     assert low.acquirer.replay.ready
-    full.load_state_dict(low.state_dict(), low.acquirer.pool.state_dict())
+    full.load_state_dict(low.state_dict(), low.acquirer.pool_state())
     full.context.autocast = contextlib.nullcontext
     mine, right = left(low), left(full)
     gap = float((mine - right).norm() / right.norm())

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config.tree import Augment
-from ..functional.augment import View
-from .runtime import generator
+from ..functional.augment import View, to_float
+from ..functional.memory_format import laid_out
+from .runtime import at_once, generator
 
 if TYPE_CHECKING:
     from ..models.teacher import Teacher
@@ -47,6 +48,20 @@ class Context:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         return self.teacher.image_shape
+
+    def label(self, images: Tensor, chunk: int = 1000, what: str = "") -> Tensor:
+        """The teacher's logits [n, K], on the run's device, of images uint8 [n, C, H, W], without gradients.
+
+        `chunk` images at once, at most; `what` names the work for the progress display.
+        """
+        out, chunk = [], at_once(self.device, chunk)
+        for part in images.split(chunk):
+            with self.autocast():
+                x = laid_out(to_float(part.to(self.device, non_blocking=True)))
+                out.append(self.teacher.answers(x))
+            if what:
+                self.progress(what, min(len(out) * chunk, len(images)), len(images))
+        return torch.cat(out)
 
     def generator(self, purpose: str) -> torch.Generator:
         return generator(self.device, self.seed, purpose)

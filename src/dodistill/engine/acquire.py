@@ -110,7 +110,7 @@ class Acquirer:
         assert kept.logits is not None
         self.holdout.add(held.images, held.logits, g, held.labels)
         slots = self.pool.add(kept.images, kept.logits, g, kept.labels)
-        self._sound &= self.views.fill(slots, self._ask_floats)
+        self._sound &= self.views.fill(slots, self._ask)
         self.replay.observe(kept.images, kept.logits, self.round - 1)
         some = slice(None, None, max(1, len(got.images) // 512))
         self.signs = vital_signs(got.images[some], got.logits[some])  # type: ignore[index]
@@ -120,7 +120,7 @@ class Acquirer:
     def _labelled(self, got: Acquired) -> Acquired:
         """The same in uint8, with the teacher's logits, once they are known to be finite."""
         images = got.images if got.images.dtype == torch.uint8 else to_uint8(got.images)
-        logits = self._ask(images) if got.logits is None else got.logits
+        logits = self.context.label(images) if got.logits is None else got.logits
         whole = [got.images, logits] if got.images.is_floating_point() else [logits]
         self._sound &= torch.stack([torch.isfinite(v).all() for v in (*whole, *self.source.terms.values())]).all()
         if self.round == 1 or not self.frequent:
@@ -172,20 +172,15 @@ class Acquirer:
             if got.reference is not None:
                 x, t = got.reference.images, got.reference.logits
                 x = x if x.dtype == torch.uint8 else to_uint8(x)
-                t = self._ask(x) if t is None else t
+                t = self.context.label(x) if t is None else t
             assert t is not None
             self.dictionary.build(self._features(x, t))
         self.sampler.set(self.pool, self.interventions.weights(self.pool, self.dictionary))
 
-    def _ask(self, images: Tensor) -> Tensor:
-        """The teacher's logits of uint8 images."""
-        return predict(self.context.teacher, images, autocast=self.context.autocast)
-
-    def _ask_floats(self, x: Tensor) -> Tensor:
-        """The teacher's logits of images in [0, 1]."""
-        with torch.no_grad(), self.context.autocast():
-            logits: Tensor = self.context.teacher(laid_out(x))
-        return logits
+    def _ask(self, x: Tensor) -> Tensor:
+        """The teacher's logits [B, K] of a batch in [0, 1]."""
+        with self.context.autocast():
+            return self.context.teacher.answers(laid_out(x))
 
     def _features(self, x: Tensor, t: Tensor) -> Tensor:
         """M [n, d] of images x (uint8): the teacher's logits t, unless another model makes the dictionary."""
@@ -215,10 +210,13 @@ class Acquirer:
     ) -> Drawn:
         """A batch with the teacher's logits (asked for where `t` does not know them) and features (where needed)."""
         x, theirs = laid_out(x), Features()
-        if t is None or self.needs:
+        if t is None and not self.needs:
+            t = self._ask(x)
+        elif self.needs:
             with torch.no_grad(), self.context.autocast(), tapped(self.context.teacher, self.needs) as theirs:
                 asked = self.context.teacher(x)
             t = asked if t is None else t
+        assert t is not None
         index = torch.full((len(x),), -1, device=x.device) if index is None else index
         return Drawn(x, t, t.argmax(1) if labels is None else labels, index, theirs)
 

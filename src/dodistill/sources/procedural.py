@@ -32,7 +32,6 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from ..core.context import Context
-from ..core.runtime import at_once
 from ..errors import DodistillError
 from ..functional.augment import to_float, to_uint8
 from .dfnd import select
@@ -109,7 +108,7 @@ class Procedural(Source):
         stretch = ctx.image_shape[0] == 1 if c.stretch == "auto" else c.stretch == "on"
         x = draw(shares(c.mix, c.candidates), ctx.image_shape, g, stretch)
         x = x[torch.randperm(len(x), generator=g, device=x.device)]
-        t = self._ask(x)
+        t = self._label(x)
         mixed = int(c.mixup * c.n)
         keep = choose(t, c.n - mixed, c.select, g)
         self.terms = {"drawn_entropy": evenness(t), "kept_entropy": evenness(t[keep])}
@@ -118,17 +117,11 @@ class Procedural(Source):
             a, b = parents(t, mixed, g)
             lam = uniform(g, mixed, 1, 1, 1)
             both = to_uint8(to_float(x[a]) * lam + to_float(x[b]) * (1 - lam))
-            x, t = torch.cat([x, both]), torch.cat([t, self._ask(both)])
+            x, t = torch.cat([x, both]), torch.cat([t, self._label(both)])
         return Acquired(x, t)
 
-    def _ask(self, x: Tensor) -> Tensor:
-        """The teacher's logits [n, K] of uint8 images."""
-        out, chunk = [], at_once(x.device, self.config.chunk)
-        for part in x.split(chunk):
-            with self.context.autocast():
-                out.append(self.context.teacher(to_float(part)))
-            self.context.progress("asking the teacher", min(len(out) * chunk, len(x)), len(x))
-        return torch.cat(out)
+    def _label(self, x: Tensor) -> Tensor:
+        return self.context.label(x, self.config.chunk, "asking the teacher")
 
 
 def choose(t: Tensor, n: int, rule: str, g: torch.Generator) -> Tensor:

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.context import Context
-from ...core.runtime import at_once
 from ...errors import DodistillError
-from ...functional.augment import to_float
 
 Kind = Literal["generator", "inversion", "sampler", "data"]
 
@@ -126,14 +124,8 @@ class Source(ABC):
                 part.load_state_dict(state[name])
 
 
-@torch.no_grad()
 def ask(context: Context, chunk: int = 512) -> tuple[Tensor, Tensor]:
     """The unlabelled images (uint8 [n, C, H, W]) and the teacher's logits [n, K] of them, on the run's device."""
-    x, chunks = context.unlabeled, []
+    x = context.unlabeled
     assert x is not None  # `needs` was checked before the run began
-    chunk = at_once(context.device, chunk)
-    for start in range(0, len(x), chunk):
-        with context.autocast():
-            chunks.append(context.teacher(to_float(x[start : start + chunk].to(context.device))))
-        context.progress("asking the teacher", min(start + chunk, len(x)), len(x))
-    return x, torch.cat(chunks)
+    return x, context.label(x, chunk, "asking the teacher")
