@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dodistill.commands.compare import cells, compare, duration, find, read_recipe, stored, teach_missing
+from dodistill.commands.compare import cells, compare, find, read_recipe, seconds_of, stored, teach_missing
 from dodistill.engine.run_folder import RunFolder
 from dodistill.errors import DodistillError
 
@@ -178,7 +178,7 @@ def test_the_committed_results_are_those_of_the_committed_recipes(name: str) -> 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("25m", 1500), ("1.5h", 5400), ("7", 7)])
 def test_durations(text: str, seconds: float) -> None:
-    assert duration(text) == seconds
+    assert seconds_of(text) == seconds
 
 
 def test_mistakes_are_named(recipe: Path, tmp_path: Path) -> None:

@@ -285,7 +285,7 @@ def _again(it: Distiller, folder: RunFolder | NoFolder, done: dict[str, Any], re
     if saved is not None and saved[0].get("format") == FORMAT:
         it.load_state_dict(*saved)
         if report and not (folder.path / "report.html").exists():  # stopped while it was written
-            write_report(folder.path)
+            write_report(folder.path, pdf=False)
         return Result(it.scorer.complete(done["delivered"]).eval(), done, folder.path)
     if kept.exists():  # its checkpoints were deleted, or an older version of dodistill wrote them
         load_saved(it.matcher.student, kept)
@@ -374,7 +374,7 @@ def _deliver(it: Distiller, best: nn.Module, folder: RunFolder, summary: dict[st
     write_atomically(path / "README.md", model_card(config, summary).encode())
     folder.write_json("summary.json", summary)
     if report:
-        write_report(path)
+        write_report(path, pdf=False)
 
 
 def shell_command(arguments: list[str]) -> str:

@@ -59,7 +59,7 @@ class Cell:
         return re.sub(r"[^A-Za-z0-9_.+-]+", "_", f"{words}-{self.key}")
 
 
-def duration(text: str | None) -> float:
+def seconds_of(text: str | None) -> float:
     """`90s`, `25m`, `2h` or plain seconds -> seconds; None is for ever."""
     if text is None:
         return math.inf
@@ -203,7 +203,7 @@ def compare(path: Path, out: Path | None, jobs: int = 1, budget: str | None = No
     """
     recipe = read_recipe(path)
     out = out or Path("runs") / str(recipe.get("name", path.stem))
-    deadline = time.monotonic() + duration(budget)
+    deadline = time.monotonic() + seconds_of(budget)
     if jobs < 1:
         raise DodistillError(f"jobs is {jobs}; it must be at least 1.")
     if not (table or dry_run) and not teach_missing(recipe, out / "teachers", deadline):
@@ -343,7 +343,8 @@ def record_of_summary(label: Mapping[str, str], summary: Mapping[str, Any]) -> d
 
 
 def _report(recipe: Tree, chosen: list[Cell], out: Path, against: str = "", show: Sequence[str] = ()) -> int:
-    from ..report.tables import markdown_table, paired_table, write_compare
+    from ..report.compare_page import write_compare
+    from ..report.tables import markdown_table, paired_table
 
     known = stored(out)
     records: list[Tree] = []

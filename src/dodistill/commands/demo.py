@@ -20,8 +20,8 @@ from ..data.images import load_images
 from ..engine.teach import Teach, teach
 from ..evaluation.evaluate import predict, top1
 from ..models import load_model, save_model
+from ..report.compare_page import write_compare
 from ..report.progress import Progress
-from ..report.tables import write_compare
 from .compare import record_of_summary
 
 SHAPE = (1, 16, 16)

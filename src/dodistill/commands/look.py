@@ -1,16 +1,17 @@
-"""`dodistill look`: what the missing data did, seen with real images at hand after all. KDCI's Figures 1, 5 and 6.
+"""`dodistill look`: runs on real images, if there are some. KDCI's Figures 1, 5 and 6.
 
-Figure 1, how far the substitute lies from the data: the Frechet distance between them, and the class shares of both.
-Figure 5, what a student makes of the classes: t-SNE of its penultimate features, and their silhouette.
-Figure 6, the images on which two students differ: those that only one of them names rightly.
+Figure 1: the Frechet distance between substitution data and real images, and the class shares of both.
+Figure 5: t-SNE of each network's penultimate features, and the silhouette of the classes in them.
+Figure 6: the images on which only one of two students is right.
 
-Deviations. (1) The paper's distance is the FID, of an ImageNet network's features; ours is of the run's own teacher:
-nothing to download, and at home at 16 or 32 pixels, but comparable under one teacher only. (2) Beside it stands the
-distance between two halves of the real images, of as many each: what is left where there is no shift. (3) A map of
-points persuades too easily; the silhouette (Rousseeuw 1987, from -1 to 1, in the features' own space) says it as a
-number. (4) The paper shows images that +KDCI mends; here those that it breaks stand beside them, with both counts.
+Deviations. (1) The paper's distance is the FID, in the features of an ImageNet network. Ours is in the features of the
+run's own teacher: it needs no download and fits images of 16 or 32 pixels, but compares only runs of one teacher.
+(2) We add the distance between two halves of the real images, of the same size: the value without any shift.
+(3) A map of points is easily misread; the silhouette (Rousseeuw 1987, from -1 to 1, in the space of the features) is
+the same as a number. (4) The paper shows the images that +KDCI corrects. We also show those that it breaks, and count
+both.
 
-Labels are read to show something, never to choose. A run of `compare` has no pool left, so it has no distance.
+Labels are only shown; nothing is chosen by them. `compare` deletes the pool of a run, so such a run has no distance.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from markupsafe import Markup
 from torch import Tensor, nn
 
 from ..api import load_teacher
@@ -36,45 +36,47 @@ from ..errors import DodistillError
 from ..evaluation.evaluate import agreement, class_shares, frechet_distance, predict, top1
 from ..evaluation.probe import features
 from ..models import load_model
-from ..report import svg
+from ..report import plots
+from ..report.canvas import Plot
 from ..report.images import grid
-from ..report.page import render
+from ..report.page import render, write_figures
 from ..report.progress import Progress
 
-SHOWN = 12  #: images of each kind that a comparison shows
-MOST = 10_000  #: images of each side that a distance is taken over
+SHOWN = 12  #: images shown of each kind of difference
+MOST = 10_000  #: most images on each side of a distance
 
 
 @dataclass
 class Seen:
-    """What the page says of one network."""
+    """One network on the page."""
 
     name: str
     accuracy: float  #: % of the real images
     silhouette: float  #: of the classes in its penultimate features, -1..1
-    map: Markup
+    map: Plot
     agreement: float | None = None  #: % of the real images on which it names the teacher's class
-    distance: float | None = None  #: of its pool to the real images, in its teacher's features
-    floor: float | None = None  #: the same between two halves of the real images
-    images: int = 0  #: that each side of the distance has
+    distance: float | None = None  #: from its pool to the real images, in its teacher's features
+    floor: float | None = None  #: between two halves of the real images
+    images: int = 0  #: on each side of the distance
     samples: str = ""  #: of the pool, a data URI
-    shares: Markup | None = None
+    shares: Plot | None = None
 
 
 @dataclass
 class Differ:
-    """The real images that one of two students alone names rightly."""
+    """The real images on which only one of two students is right."""
 
     name: str
     counts: tuple[int, int]  #: right only in the first run, right only in this one
-    images: tuple[list[tuple[str, str]], list[tuple[str, str]]]  #: (data URI, caption), the clearest cases of both
+    images: tuple[list[tuple[str, str]], list[tuple[str, str]]]  #: (data URI, caption), the clearest cases first
 
 
 def look(runs: Sequence[str | Path], test: str, out: str | Path, teacher: str = "", n: int = 1000) -> list[Seen]:
-    """Write the page `out` on these run folders and the labelled images `test`; the maps have `n` points.
+    """Write the page `out` about these run folders and the labelled images `test`; the maps have `n` points.
 
-    `teacher` is needed where a run was given its teacher in memory. The teacher comes first in what is returned. Raises
-    DodistillError for what is not there, for images without labels, and for runs under teachers of several kinds.
+    Each figure is also written to `figures/` beside the page (page.py). `teacher` is needed for a run that was given
+    its teacher in memory. The teacher is first in the returned list. Raises DodistillError for missing files, for
+    images without labels, and for runs of several teachers.
     """
     tsne, silhouette = _sklearn()
     folders = [Path(r) for r in runs]
@@ -104,7 +106,8 @@ def look(runs: Sequence[str | Path], test: str, out: str | Path, teacher: str = 
     def seen(name: str, logits: Tensor, inner: Tensor) -> Seen:
         f = inner.cpu().numpy()
         flat = tsne(n_components=2, init="pca", perplexity=min(30, (len(y) - 1) / 3), random_state=0).fit_transform(f)
-        points = svg.scatter(flat[:, 0], flat[:, 1], y.tolist(), label=f"features of {name}, by class")
+        label = f"t-SNE of the features of {name} on {len(y)} real images, coloured by class"
+        points = plots.points(f"map-{name}", flat[:, 0], flat[:, 1], y.tolist(), label=label)
         return Seen(name, top1(logits, real.y), float(silhouette(f, y.numpy())), points)  # type: ignore[arg-type]
 
     with Progress(1 + len(folders), f"look at {len(folders)} runs on {len(real):,} images") as progress:
@@ -119,10 +122,11 @@ def look(runs: Sequence[str | Path], test: str, out: str | Path, teacher: str = 
             _shift(found[-1], folder, model, inside, real)
             progress.update(i)
     differ = [_differ(f.name, real, answers[1], a) for f, a in zip(folders[1:], answers[2:])]
-    render(
+    page = render(
         "look.html.j2", Path(out), seen=found, differ=differ, first=folders[0].name, real=_uri(real.x[:32], 8),
         test=test, count_real=len(real), points=len(y), notes=notes,
     )  # fmt: skip
+    write_figures(page, (plot for s in found for plot in (s.shares, s.map)))
     return found
 
 
@@ -142,7 +146,7 @@ def _config(folder: Path) -> Distill:
 
 
 def _one_teacher(folders: Sequence[Path], configs: Sequence[Distill]) -> None:
-    """Refuse runs that do not all name one teacher."""
+    """Refuse runs of more than one teacher."""
     named = {c.teacher.spec: f for f, c in zip(folders, configs)}
     if "" in named:
         raise DodistillError(f"{named['']} was given its teacher in memory; say which one it was with --teacher FILE.")
@@ -151,7 +155,7 @@ def _one_teacher(folders: Sequence[Path], configs: Sequence[Distill]) -> None:
 
 
 def _strangers(folder: Path, model: nn.Module) -> list[str]:
-    """A sentence if the run says that it had another teacher than this one."""
+    """A warning if the run's teacher had other weights than this one."""
     summary = json.loads((folder / "summary.json").read_text()) if (folder / "summary.json").exists() else {}
     began = summary.get("made_of", {}).get("teacher")
     if began in (None, fingerprint([*model.parameters(), *model.buffers()])):
@@ -160,7 +164,7 @@ def _strangers(folder: Path, model: nn.Module) -> list[str]:
 
 
 def _shift(it: Seen, folder: Path, teacher: nn.Module, inside: Tensor, real: Images) -> None:
-    """Fill in how far the pool of a run lies from the real images, where the pool is still there."""
+    """Fill in the distance from the pool of a run to the real images, if the pool is still there."""
     try:
         pool = newest_pool(folder)
     except DodistillError:
@@ -175,7 +179,7 @@ def _shift(it: Seen, folder: Path, teacher: nn.Module, inside: Tensor, real: Ima
     classes = pool["logits"].shape[1]
     true = torch.bincount(real.y, minlength=classes).float() / len(real)
     groups = [("pool", class_shares(pool["logits"]).tolist()), ("real", true.tolist())]
-    it.shares = svg.bars(groups, x_label="class", reference=("even", 1 / classes))
+    it.shares = plots.bars(f"class-shares-{it.name}", groups, x_label="class", reference=("even", 1 / classes))
 
 
 def _differ(name: str, real: Images, a: Tensor, b: Tensor) -> Differ:

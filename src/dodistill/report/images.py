@@ -1,4 +1,4 @@
-"""Pictures of a pool: one grid to look at, or one PNG per image."""
+"""Images of a pool, as one grid or as one PNG file each."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ TILE = 64
 LARGEST = 96
 
 
-def _pixels(x: Tensor) -> npt.NDArray[np.uint8]:
-    """[n, C, H, W], uint8 or float in [0, 1] -> uint8 [n, H, W, 3]; other than 3 channels shows the first as grey."""
+def _as_rgb(x: Tensor) -> npt.NDArray[np.uint8]:
+    """[n, C, H, W], uint8 or float in [0, 1] -> uint8 [n, H, W, 3]. Without 3 channels, the first is shown as grey."""
     if x.ndim != 4:
         raise ValueError(f"images must have the shape [n, C, H, W], got {tuple(x.shape)}")
     x = x.detach().cpu()
@@ -41,7 +41,7 @@ def grid(x: Tensor, columns: int | None = None, scale: int | None = None) -> Ima
             size = [max(1, s * LARGEST // side) for s in x.shape[-2:]]
             x = torch.nn.functional.interpolate(x.detach().cpu().float(), size, mode="area").to(x.dtype)
         scale = max(1, round(TILE / side))
-    tiles = _pixels(x)
+    tiles = _as_rgb(x)
     n, height, width = tiles.shape[:3]
     if n == 0:
         return Image.new("RGBA", (1, 1), (0, 0, 0, 0))
@@ -58,7 +58,7 @@ def grid(x: Tensor, columns: int | None = None, scale: int | None = None) -> Ima
 
 
 def save_grid(x: Tensor, path: str | Path, columns: int | None = None, scale: int | None = None) -> Path:
-    """Write `grid(x)` as PNG; a reader never sees half a file."""
+    """Write `grid(x)` as PNG, in one move."""
     path = Path(path)
     with replacing(path) as file:
         grid(x, columns, scale).save(file, format="PNG")
@@ -78,7 +78,7 @@ def export_images(pool_x: Tensor, folder: str | Path, labels: Tensor | Sequence[
     made: set[Path] = set()
     for start in range(0, n, 512):
         grey = pool_x.shape[1] != 3
-        for i, tile in enumerate(_pixels(pool_x[start : start + 512]), start):
+        for i, tile in enumerate(_as_rgb(pool_x[start : start + 512]), start):
             where = folder if names is None else folder / str(names[i])
             if where not in made:
                 where.mkdir(exist_ok=True)

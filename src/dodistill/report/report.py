@@ -1,4 +1,4 @@
-"""`report.html`: one page that opens offline and says what went in, what came out, and how."""
+"""`report.html`: the inputs, the result and the course of one run, on one offline page."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from markupsafe import Markup
 
 from ..errors import DodistillError
 from ..evaluation.monitor import CURVES, UNITS, courses, read_metrics
-from . import svg
+from . import plots
 from .card import BEST, LAST, compression, delivered, name_of, part, usage
-from .figures import INERT, Record, advice, curves, shares
-from .page import render
+from .figures import INERT, Record, curves
+from .page import render, write_figures
+from .shares import advice, shares
 
 
 def _json(path: Path) -> Record:
-    """What the file holds, {} where it is missing or half written."""
+    """The object in the file; {} if it is missing or half written."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -49,19 +50,24 @@ def _dictionary(found: Record) -> Record | None:
     if not isinstance(P, list) or not P:
         return None
     sizes = shares(P)
-    heat = svg.heatmap(Z, x_label="class", y_label="cluster") if isinstance(Z, list) else None
-    bars = svg.bars([("P(z), share of the pool in each cluster", P)], x_label="cluster", reference=("even", 1 / len(P)))
+    heat = plots.heatmap("dictionary-Z", Z, x_label="class", y_label="cluster", value="mean logit")
+    bars = plots.bars(
+        "dictionary-P", [("P(z)", P)], x_label="cluster", y_label="share of the pool, %", reference=("even", 1 / len(P))
+    )
     return {
         "n": len(P),
         "bars": bars,
-        "heat": heat,
+        "heat": heat if isinstance(Z, list) else None,
         "effective": sizes.effective if sizes else None,
         "empty": len(sizes.missing) if sizes else len(P),
     }
 
 
-def write_report(run_folder: str | Path) -> Path:
-    """Write `report.html` into a run folder, finished or not, from whatever lies there. Returns its path."""
+def write_report(run_folder: str | Path, pdf: bool = True) -> Path:
+    """Write `report.html` into a run folder, finished or not, from the files that are there. Returns its path.
+
+    With `pdf`, each figure is also written to `figures/` in the run folder (page.py).
+    """
     folder = Path(run_folder)
     if not folder.is_dir():
         raise DodistillError(f"there is no run folder {str(folder)!r}; give the folder that `dodistill distill` wrote")
@@ -77,7 +83,9 @@ def write_report(run_folder: str | Path) -> Path:
     pool, drawn = shares(pool_record.get("class_shares")), shares(pool_record.get("drawn_shares"))
     intervention = str(config.get("intervention") or "none")
     tone, sentences = advice(pool, drawn, intervention)
-    groups = [(name, s.values) for name, s in (("pool", pool), ("as drawn for the student", drawn)) if s is not None]
+    groups = [(name, s.values) for name, s in (("pool", pool), ("as drawn", drawn)) if s is not None]
+    even = ("even", 1 / len(pool.values)) if pool else None
+    share_plot = plots.bars("class-shares", groups, x_label="class", reference=even) if pool else None
     dictionary = _dictionary(_json(folder / "dictionary.json"))
     agreements = [v for k in ("agreement", "agreement_ema") if isinstance(v := last_eval.get(k), int | float)]
     times = [r["seconds"] for r in metrics["log"] if isinstance(r.get("seconds"), int | float)]
@@ -85,7 +93,8 @@ def write_report(run_folder: str | Path) -> Path:
     place = os.path.relpath(folder)
     place = folder.resolve().name if place.startswith("..") or place == "." else place
     python, shell = usage(place.replace(os.sep, "/"))
-    return render(
+    figures = curves(metrics, summary, dictionary["n"] if dictionary else 0)
+    page = render(
         "report.html.j2",
         folder / "report.html",
         teacher=name_of(config, summary, "teacher"),
@@ -107,7 +116,7 @@ def write_report(run_folder: str | Path) -> Path:
         python=python,
         shell=shell,
         command=str(summary.get("command") or config.get("command") or ""),
-        curves=curves(metrics, summary, dictionary["n"] if dictionary else 0),
+        curves=figures,
         courses=[c for c in courses(metrics["eval"]) if c["n"] > 1],
         course_names=CURVES,
         units=UNITS,
@@ -117,7 +126,7 @@ def write_report(run_folder: str | Path) -> Path:
         pool_size=pool_record.get("size"),
         tone=tone,
         advice=sentences,
-        share_plot=svg.bars(groups, x_label="class", reference=("even", 1 / len(pool.values))) if pool else None,
+        share_plot=share_plot,
         dictionary=dictionary,
         inert=bool(ratios) and ratios[-1] < INERT,
         last_ratio=ratios[-1] if ratios else None,
@@ -125,4 +134,9 @@ def write_report(run_folder: str | Path) -> Path:
         versions=summary.get("versions") if isinstance(summary.get("versions"), Mapping) else {},
         warnings=summary.get("warnings") or [],
         name=folder.resolve().name,
+        pdf=pdf,
     )
+    if pdf:
+        of_dictionary = (dictionary["bars"], dictionary["heat"]) if dictionary else ()
+        write_figures(page, (share_plot, *(f.plot for f in figures), *of_dictionary))
+    return page

@@ -1,4 +1,4 @@
-"""A grid of runs as a table: one row per setting, mean and standard deviation over its seeds; Markdown and HTML."""
+"""A grid of runs as a Markdown table: a row for each setting, mean and standard deviation over its seeds."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from .format import duration, number, percent
-from .page import render
 
-Cell = Mapping[str, Any]
+Run = Mapping[str, Any]  #: what one run of the grid measured, under its labels
 
 MEASURES: tuple[tuple[str, str], ...] = (
     ("last", "last epoch"),
@@ -23,15 +21,15 @@ MEASURES: tuple[tuple[str, str], ...] = (
     ("seconds", "time"),
 )
 FOOTNOTE = (
-    "* chosen on the test set, as the literature reports; it flatters. Mean ± standard deviation over the seeds. "
+    "* chosen on the test set, as in the literature; it is biased upwards. Mean ± standard deviation over the seeds. "
     "Agreement: with the teacher, on held-back substitution data. "
-    "Class max:min: the most frequent class of the substitution data beside the least."
+    "Class max:min: the most frequent class of the substitution data to the least frequent."
 )
 
 
 @dataclass(frozen=True)
-class Row:
-    """One setting; `values` holds what its finished cells measured, per measure."""
+class Setting:
+    """A row of the table; `values` holds what its finished runs measured, per measure."""
 
     label: dict[str, str]
     seeds: int
@@ -61,12 +59,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Grouped:
-    """`shared` are the labels that all rows have in common, `columns` those that tell them apart."""
+    """`shared` are the labels that all rows have in common; `columns` are those that differ."""
 
     shared: dict[str, str]
     columns: list[str]
     measures: list[tuple[str, str]]
-    rows: list[Row]
+    rows: list[Setting]
 
 
 def _number(value: object) -> float | None:
@@ -75,12 +73,12 @@ def _number(value: object) -> float | None:
     return float(value)
 
 
-def _logged(cell: Cell, name: str) -> float | None:
+def _logged(cell: Run, name: str) -> float | None:
     """A value that the run logged at its last step."""
     return _number(((cell.get("summary") or {}).get("log") or {}).get(name))
 
 
-def group(cells: Sequence[Cell], show: Sequence[str] = ()) -> Grouped:
+def group(cells: Sequence[Run], show: Sequence[str] = ()) -> Grouped:
     """Group over the label "seed". A cell without "last" and "agreement" is unfinished: it is counted, not averaged.
 
     `show` adds columns of what the runs logged at their last step, as in `kdci/F_over_S`.
@@ -88,12 +86,12 @@ def group(cells: Sequence[Cell], show: Sequence[str] = ()) -> Grouped:
     names: list[str] = []
     for cell in cells:
         names += [k for k in cell["label"] if k != "seed" and k not in names]
-    buckets: dict[tuple[str, ...], list[Cell]] = {}
+    buckets: dict[tuple[str, ...], list[Run]] = {}
     for cell in cells:
         label = cell["label"]
         key = tuple("–" if label.get(k) is None else str(label[k]) for k in names)
         buckets.setdefault(key, []).append(cell)
-    rows: list[Row] = []
+    rows: list[Setting] = []
     for key, members in buckets.items():
         done = [c for c in members if any(_number(c.get(k)) is not None for k in ("last", "agreement"))]
         values = {}
@@ -103,7 +101,7 @@ def group(cells: Sequence[Cell], show: Sequence[str] = ()) -> Grouped:
             values[measure] = [v for v in found if v is not None]
         for name in show:
             values[name] = [v for c in done if (v := _logged(c, name)) is not None]
-        rows.append(Row(dict(zip(names, key)), len(done), len(members) - len(done), values))
+        rows.append(Setting(dict(zip(names, key)), len(done), len(members) - len(done), values))
     shared = {k: rows[0].label[k] for k in names if len({r.label[k] for r in rows}) == 1} if len(rows) > 1 else {}
     columns = [k for k in names if k not in shared]
     always = ("last", "best", "agreement")
@@ -129,7 +127,7 @@ def _aligned(lines: Sequence[Sequence[str]], text_columns: int) -> list[str]:
     return [show(lines[0]), rule, *map(show, lines[1:])]
 
 
-def markdown_table(cells: Sequence[Cell], show: Sequence[str] = ()) -> str:
+def markdown_table(cells: Sequence[Run], show: Sequence[str] = ()) -> str:
     """The grid as Markdown: a row per setting."""
     if not cells:
         return "No runs yet."
@@ -144,7 +142,7 @@ def markdown_table(cells: Sequence[Cell], show: Sequence[str] = ()) -> str:
     return "\n".join([*table, *notes, FOOTNOTE.replace("*", "\\*", 1)])
 
 
-def paired_table(cells: Sequence[Cell], base: Mapping[str, str], show: Sequence[str] = ()) -> str:
+def paired_table(cells: Sequence[Run], base: Mapping[str, str], show: Sequence[str] = ()) -> str:
     """ "last epoch" of every arm minus that of the arm `base` (axis -> label) with the same other labels and seed.
 
     `show` adds the same for what the runs logged at their last step. Pairing takes out what the seeds share (initial
@@ -184,35 +182,3 @@ def _change(differences: Sequence[float]) -> str:
         return "–"
     spread = f" ± {statistics.stdev(differences):.2f}" if len(differences) > 1 else ""
     return f"{statistics.fmean(differences):+.2f}{spread}"
-
-
-def strips(rows: Sequence[Row]) -> tuple[list[list[float]], list[float | None], tuple[float, float]]:
-    """Places in [0, 100] of every seed's "last" and of the published number on one common axis, and that axis' ends."""
-    values = [v for r in rows for k in ("last", "published") for v in r.values[k] if math.isfinite(v)]
-    if not values:
-        return [[] for _ in rows], [None for _ in rows], (0.0, 0.0)
-    low, high = min(values), max(values)
-    pad = (high - low) * 0.08 or 1.0
-    low, high = low - pad, high + pad
-
-    def place(v: float) -> float:
-        return 100 * (v - low) / (high - low)
-
-    dots = [[place(v) for v in r.values["last"] if math.isfinite(v)] for r in rows]
-    marks = [place(r.values["published"][0]) if r.values["published"] else None for r in rows]
-    return dots, marks, (low, high)
-
-
-def write_compare(cells: Sequence[Cell], path: str | Path, title: str = "Comparison of runs") -> Path:
-    """The grid as one self-contained HTML page."""
-    found = group(cells) if cells else Grouped({}, [], [], [])
-    dots, marks, ends = strips(found.rows)
-    return render(
-        "compare.html.j2",
-        Path(path),
-        title=title,
-        table=found,
-        strips=list(zip(dots, marks)),
-        ends=ends,
-        footnote=FOOTNOTE,
-    )

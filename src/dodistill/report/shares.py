@@ -1,0 +1,81 @@
+"""How evenly the classes appear in the substitution data, and what to do about it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .format import number
+
+SKEWED = 5.0  #: max:min above which a reader is warned
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How evenly classes appear. `effective` is exp(entropy): K if all K are equal, 1 if there is only one."""
+
+    values: list[float]
+    ratio: float
+    effective: float
+    missing: list[int]
+
+    @property
+    def skewed(self) -> bool:
+        return bool(self.missing) or self.ratio > SKEWED
+
+    @property
+    def ratio_text(self) -> str:
+        return "∞" if math.isinf(self.ratio) else f"{number(self.ratio, 3)}:1"
+
+
+def shares(values: object) -> Shares | None:
+    """Normalised proportions; None if `values` holds none."""
+    if not isinstance(values, Sequence) or isinstance(values, str) or not values:
+        return None
+    kept = [float(v) if isinstance(v, int | float) and math.isfinite(v) and v > 0 else 0.0 for v in values]
+    total = sum(kept)
+    if total <= 0:
+        return None
+    kept = [v / total for v in kept]
+    entropy = -sum(v * math.log(v) for v in kept if v > 0)
+    ratio = max(kept) / min(kept) if min(kept) > 0 else math.inf
+    return Shares(kept, ratio, math.exp(entropy), [k for k, v in enumerate(kept) if v == 0])
+
+
+def advice(pool: Shares | None, drawn: Shares | None, intervention: str) -> tuple[str, list[str]]:
+    """(tone, sentences) about the class shares of the pool and of the draws."""
+    if pool is None:
+        return "quiet", []
+    seen = drawn or pool
+    says: list[str] = []
+    if pool.missing:
+        some = ", ".join(map(str, pool.missing[:8])) + (", …" if len(pool.missing) > 8 else "")
+        which = f"{len(pool.missing)} of {len(pool.values)} classes never appear ({some})"
+        which = f"Class {some} never appears" if len(pool.missing) == 1 else which
+        says.append(
+            f"{which} in the substitution data. No draw can make up for that: the student learns about a missing class "
+            "only from the teacher's probabilities on other inputs. Run longer, or try another source."
+        )
+    present = [v for v in seen.values if v > 0]
+    ratio = max(present) / min(present)
+    if ratio > SKEWED:
+        most, least = seen.values.index(max(present)), seen.values.index(min(present))
+        says.append(
+            f"The student's inputs are skewed: class {most} came up {number(ratio, 3)} times as often as class {least}."
+        )
+        if "stratified" not in intervention:
+            also = "" if intervention in ("", "none", "plain") else intervention + "+"
+            says.append(
+                f"Try `--intervention {also}stratified`: it draws the classes evenly, so that rare ones are seen."
+            )
+        else:
+            says.append(
+                "The stratified draw is already on; its cap on rare classes leaves this skew. A larger or more "
+                "varied pool helps."
+            )
+    if says:
+        return "warn", says
+    if pool.skewed and drawn is not None:
+        return "good", [f"The pool is skewed ({pool.ratio_text}), but the draw evened it out ({drawn.ratio_text})."]
+    return "good", ["The classes are even enough; there is nothing to do."]
