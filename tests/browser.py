@@ -57,8 +57,13 @@ class Browser:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._process.terminate()
-        self._process.wait(20)
+        try:
+            self._tab = ""
+            self._ask("Browser.close")
+            self._process.wait(20)
+        except (OSError, RuntimeError, TimeoutError, subprocess.TimeoutExpired):
+            self._process.kill()
+            self._process.wait(20)
         os.close(self._to)
         os.close(self._from)
 

@@ -20,7 +20,6 @@ from dodistill.engine.run_folder import RunFolder
 from dodistill.errors import DodistillError
 from dodistill.evaluation.evaluate import predict
 from dodistill.models import Normalized, load_model, save_model
-from dodistill.report import svg
 from helpers import assert_offline, tree
 
 pytest.importorskip("sklearn")
@@ -57,7 +56,11 @@ def test_the_page_says_what_is_so(
     shown = re.findall(r'alt="(\d), not (\d)"', text)
     assert len(shown) == sum(min(12, int(v.sum())) for v in (long & ~short, short & ~long))
     assert all(a != b for a, b in shown)
-    assert text.count("<circle") == 3 * 120
+    assert sum(part.count("<use ") for part in re.findall(r'<g class="points">.*?</g></g>', text)) == 3 * 120
+    assert {p.name for p in (tmp_path / "figures").iterdir()} == {
+        "look-map-teacher.pdf", "look-map-short.pdf", "look-map-long.pdf", "look-class-shares-short.pdf",
+        "look-class-shares-long.pdf",
+    }  # fmt: skip
 
     teacher, *students = look(runs, "digits", out, n=60)
     assert teacher.distance is None
@@ -106,17 +109,3 @@ def test_mistakes(runs: list[Path], teacher_file: Path, tmp_path: Path) -> None:
             look([runs[1], run], "digits", out)
     assert not out.exists()
     assert look([run], "digits", out, str(teacher_file), n=60)[1].name == "run"
-
-
-def test_scatter() -> None:
-    plot = svg.scatter([0, 10, 20], [0, 0, 5], [0, 1, 1], label="three")
-    places = [(float(a), float(b)) for a, b in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', plot)]
-    (x0, y0), (x1, y1), (x2, y2) = places
-    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2)
-    assert y0 == y1
-    assert (y1 - y2) == pytest.approx((x2 - x1) / 2, abs=0.2)  # one scale, and up is up
-    assert len(set(re.findall(r'fill="([^"]+)"', plot))) == 2
-    assert len(re.findall("<text", plot)) == 2
-    many = svg.scatter(list(range(30)), [0.0] * 30, list(range(30)), label="thirty")
-    assert "<text" not in many
-    assert "Nothing to draw" in svg.scatter([], [], [], label="none")

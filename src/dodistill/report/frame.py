@@ -46,12 +46,13 @@ def tick(value: float) -> str:
 
 
 def locator(most: int, whole: bool = False) -> Any:
+    """Ticks at round numbers, with at most `most` intervals between them."""
     from matplotlib.ticker import MaxNLocator
 
     return MaxNLocator(most, steps=ROUND, integer=whole)
 
 
-def set_ticks(ax: Axes, log: bool, most: int = 5) -> None:
+def set_ticks(ax: Axes, log: bool, most: int = 6) -> None:
     """Round numbers inside the axes. A logarithmic axis has powers of ten; with 2 and 5 where fewer than two fit."""
     from matplotlib.ticker import FixedLocator, NullLocator
 
@@ -66,7 +67,7 @@ def set_ticks(ax: Axes, log: bool, most: int = 5) -> None:
         ax.yaxis.set_major_locator(FixedLocator(ticks))
         ax.yaxis.set_minor_locator(NullLocator())
     else:
-        ax.yaxis.set_major_locator(locator(5))
+        ax.yaxis.set_major_locator(locator(6))
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter(lambda v, _: tick(v))
 

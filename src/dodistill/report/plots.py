@@ -162,7 +162,7 @@ def dots(
     seen = [[v for v in r.values if math.isfinite(v)] for r in rows]
     if not any(seen):
         return Plot(name, "No run has finished yet.")
-    labels = [textwrap.wrap(shortened(r.name, 54), 20) for r in rows]
+    labels = [textwrap.wrap(shortened(r.name, 60), 22) for r in rows]
     left = max(len(t) for label in labels for t in label) * CHARACTER + 12
     tall = [13.0 * len(label) + 7 for label in labels]
     places = [math.fsum(tall[:i]) + tall[i] / 2 for i in range(len(rows))]
@@ -190,7 +190,7 @@ def dots(
                 entries.append(what)
         ax.set_yticks(places, ["\n".join(label) for label in labels], linespacing=1.05)
         ax.tick_params(axis="y", labelcolor=LIGHT["ink"], pad=6)
-        ax.xaxis.set_major_locator(locator(4))
+        ax.xaxis.set_major_locator(locator(5))
         ax.xaxis.set_major_formatter(lambda v, _: tick(v))
         finish(fig, ax, x_label, "")
         add_legend(fig, handles, entries, 3)
@@ -218,8 +218,9 @@ def points(name: str, x: Sequence[float], y: Sequence[float], kinds: Sequence[in
     px, py, kind = np.asarray(x, float), np.asarray(y, float), np.asarray(kinds)
     shown = np.unique(kind)
     with drawing():
-        fig = new_figure(WIDTH)
-        ax = fig.add_axes((0.02, 0.02, 0.96, 0.96))
+        above = 14  # for a number over the highest points
+        fig = new_figure(WIDTH + above)
+        ax = fig.add_axes((0, 0, 1, WIDTH / (WIDTH + above)))
         ax.set_axis_off()
         side = max(float(np.ptp(px)), float(np.ptp(py)), 1e-9) * 0.53
         ax.set_xlim((px.max() + px.min()) / 2 - side, (px.max() + px.min()) / 2 + side)
@@ -228,9 +229,11 @@ def points(name: str, x: Sequence[float], y: Sequence[float], kinds: Sequence[in
             mine = kind == k
             ax.plot(px[mine], py[mine], "o", ms=4, mew=0, alpha=0.75, color=colour, clip_on=False, gid="class points")
         for k in shown if len(shown) <= 20 else ():
-            where = float(np.median(px[kind == k])), float(np.quantile(py[kind == k], 0.9))
+            mine = py[kind == k]
+            top = min(mine.max(), np.median(mine) + 1.9 * np.median(np.abs(mine - np.median(mine))))
             ax.annotate(
-                str(k), where, (0, 5), textcoords="offset points", ha="center", va="bottom", weight="bold",
+                str(k), (float(np.median(px[kind == k])), float(top)), (0, 5), textcoords="offset points",
+                ha="center", va="bottom", weight="bold",
                 bbox={"boxstyle": "round,pad=0.1", "fc": LIGHT["page"], "ec": "none", "alpha": 0.7},
             )  # fmt: skip
     return Plot(name, label, fig)
@@ -269,11 +272,12 @@ def heatmap(name: str, table: Any, *, x_label: str, y_label: str, value: str) ->
             side.set_visible(True)
         finish(fig, ax, x_label, y_label)
         high = fig.get_figheight() * 72
-        ramp = fig.add_axes((LEFT / WIDTH, 1 - 11 / high, 90 / WIDTH, 8 / high))
+        row = 1 - 11 / high
+        ramp = fig.add_axes((LEFT / WIDTH, row, 90 / WIDTH, 8 / high))
         ramp.imshow(_signed(np.linspace(-1, 1, 65)[None]), aspect="auto", interpolation="none", clip_on=False)
         ramp.set_axis_off()
-        said = f"{value}: {number(-size, 3)} (blue) to +{number(size, 3)} (orange)"
-        fig.text((LEFT + 97) / WIDTH, 1 - 11 / high, said, va="baseline", color=LIGHT["quiet"])
+        fig.text((LEFT - 6) / WIDTH, row, number(-size, 3), ha="right", va="baseline", color=LIGHT["quiet"])
+        fig.text((LEFT + 96) / WIDTH, row, f"{number(size, 3)}   {value}", va="baseline", color=LIGHT["quiet"])
     return Plot(name, f"{value} by {y_label} and {x_label}, from {number(-size, 3)} to {number(size, 3)}", fig)
 
 
