@@ -80,20 +80,18 @@ class Acquirer:
     @property
     def warming(self) -> bool:
         """Whether the source still warms up: the student learns nothing yet."""
-        return self.round <= int(self.config.source.warmup)
+        return self.round <= self.config.source.warmup
 
     def due(self, step: int) -> bool:
         """Whether the next thing to do, after `step` matching steps, is an acquisition."""
         source = self.config.source
-        due: bool = source.every > 0 and step >= (self.round - source.warmup) * source.every
-        return self.warming or due
+        return self.warming or (source.every > 0 and step >= (self.round - source.warmup) * source.every)
 
     @property
     def frequent(self) -> bool:
         """Whether acquisitions lie between nearly all steps. They are then checked at the first one and at log points,
         because the host has to wait for a check."""
-        every: int = self.config.source.every
-        return 0 < every < 10
+        return 0 < self.config.source.every < 10
 
     def acquire(self, student: nn.Module) -> None:
         """One acquisition, into pool, held-back inputs, replay and dictionary."""
