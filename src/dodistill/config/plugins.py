@@ -93,9 +93,8 @@ def label(name: str) -> str:
 
 
 def same(a: object, b: object) -> bool:
-    """Whether two choices, each by name, path, class or object, are one."""
+    """Whether two choices, each by name, path or class, are one."""
     if not (isinstance(a, str) and isinstance(b, str)):
-        a, b = (v if isinstance(v, str | type) else type(v) for v in (a, b))
         return a is b
     if is_path(a) and is_path(b):
         return os.path.abspath(tidy(a)) == os.path.abspath(tidy(b))

@@ -45,19 +45,19 @@ def own(axis: str, name: str) -> Method:
     return Method(axis, name, importlib.import_module(f"dodistill.{AXES[axis]}.{name}").Config)
 
 
-def find(axis: str, what: object, allow: Allow = False, code: str = "") -> Method:
-    """The choice on `axis` that `what` stands for: a name, a path, a config class or a config.
+def find(axis: str, what: str | type, allow: Allow = False, code: str = "") -> Method:
+    """The choice on `axis` that `what` stands for: a name, a path or a config class.
 
     Args:
         allow: which paths may be run; see `plugins.refuse`.
         code: the fingerprint that its file must have; empty: any.
     """
     if not isinstance(what, str):
-        cls = what if isinstance(what, type) else type(what)
-        if cls.__module__.startswith(f"dodistill.{AXES[axis]}."):
-            return own(axis, cls.__module__.rpartition(".")[2])
-        method = plugins.from_class(axis, cls, code)
-        _require_free(axis, method.name, f"{axis} {cls.__qualname__}")
+        folder, _, file = what.__module__.rpartition(".")
+        if folder == f"dodistill.{AXES[axis]}" and file in names(axis) and own(axis, file).config is what:
+            return own(axis, file)
+        method = plugins.from_class(axis, what, code)
+        _require_free(axis, method.name, f"{axis} {what.__qualname__}")
         return method
     if plugins.is_path(what):
         plugins.refuse(what, f"--{axis} {what}", allow)

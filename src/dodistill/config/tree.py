@@ -309,11 +309,37 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
 
 
 def _labelled(part: str, value: Any) -> Any:
-    """A choice that stands alone, as a mapping that its settings can join: "fast" -> {"name": "fast"}."""
+    """A choice that stands alone, as a mapping that its settings can join: "fast" -> {"name": "fast"}. A config is
+    its class and its settings."""
     if part in ("teacher", "student"):
         return {"spec": value} if isinstance(value, str) else value
-    alone = isinstance(value, str | type) or dataclasses.is_dataclass(value)
-    return {"name": value} if alone else value
+    given = {"name": value} if isinstance(value, str | type) or _is_config(value) else value
+    if isinstance(given, Mapping) and _is_config(given.get("name")):
+        return {**_own(given["name"]), **given, "name": type(given["name"])}
+    return given
+
+
+def _is_config(value: object) -> bool:
+    """Whether a config of some choice stands in a tree for the choice's name."""
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def _own(config: Any) -> Tree:
+    """The settings of a config."""
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
+
+
+def _unpacked(tree: Tree) -> Tree:
+    """An expanded tree in which each intervention that is a config has become its class and its settings."""
+    given = tree.get("intervention")
+    several = given if isinstance(given, tuple) else (given,)
+    if not any(map(_is_config, several)):
+        return tree
+    out = {**tree, "intervention": tuple(type(g) if _is_config(g) else g for g in several)}
+    for act in several:
+        if _is_config(act) and isinstance(act, plugins.Named):
+            out[act.name] = {**_own(act), **tree.get(act.name, {})}
+    return out
 
 
 def resolve(*trees: Mapping[str, Any], allow_code: Allow = False) -> Distill:
@@ -324,7 +350,7 @@ def resolve(*trees: Mapping[str, Any], allow_code: Allow = False) -> Distill:
     """
     tree: Tree = {}
     for t in trees:
-        tree = merge(tree, expand(t))
+        tree = merge(tree, _unpacked(expand(t)))
     config = _resolve(tree, allow_code)
     for method in config.methods:
         if method.axis == "source":
@@ -359,26 +385,15 @@ def chosen(tree: Mapping[str, Any], axis: str, default: str = "", allow_code: Al
     settings = dict(given)
     what, code = settings.pop("name", None) or default, str(settings.pop("code", ""))
     settings.pop("preset", None)
-    if not isinstance(what, str | type) and not dataclasses.is_dataclass(what):
-        what = str(what)
-    return registry.find(axis, what, allow_code, code), {**_own(what), **settings}
-
-
-def _own(what: object) -> Tree:
-    """The settings of a config that stands in a tree for its choice."""
-    if isinstance(what, str | type) or not dataclasses.is_dataclass(what):
-        return {}
-    return {f.name: getattr(what, f.name) for f in dataclasses.fields(what) if f.init}
+    what = what if isinstance(what, str | type) else str(what)
+    return registry.find(axis, what, allow_code, code), settings
 
 
 def interventions(tree: Mapping[str, Any], allow_code: Allow = False) -> list[tuple[Method, Tree]]:
     """The interventions of an expanded tree, in order, and the settings given for each."""
     given = tree.get("intervention") or ()
-    alone = isinstance(given, str | type) or dataclasses.is_dataclass(given)
-    several: Any = (given,) if alone else given
-    if not isinstance(several, tuple) or not all(
-        isinstance(g, str | type) or dataclasses.is_dataclass(g) for g in several
-    ):
+    several: Any = (given,) if isinstance(given, str | type) else given
+    if not isinstance(several, tuple) or not all(isinstance(g, str | type) for g in several):
         raise DodistillError(f"intervention is {given!r}; name them, as in none, kdci or kdci+stratified.")
     out: list[tuple[Method, Tree]] = []
     for what in [n for g in several for n in (plugins.names_in(g) if isinstance(g, str) else [g])]:
@@ -389,7 +404,7 @@ def interventions(tree: Mapping[str, Any], allow_code: Allow = False) -> list[tu
         method = registry.find("intervention", what, allow_code, code)
         settings = tree.get(method.config.name, {})
         if isinstance(settings, Mapping):
-            settings = {**_own(what), **{k: v for k, v in settings.items() if k != "code"}}
+            settings = {k: v for k, v in settings.items() if k != "code"}
         out.append((method, settings))
     names = [m.config.name for m, _ in out]
     if len(set(names)) < len(names):
