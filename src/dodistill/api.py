@@ -252,7 +252,7 @@ def run(
     folder = NoFolder() if out is None else RunFolder(out, config)
     if (done := folder.summary()) is not None:
         return _again(it, folder, done, report)
-    said = [*job.notes, *it.acquirer.source.notes]
+    said = [*job.notes, *config.clashes, *it.acquirer.source.notes]
     if emulated(it.context.device, config.loop.precision):
         said.append("bf16 is emulated on this CPU, some ten times slower than fp32; use --loop.precision fp32.")
     try:

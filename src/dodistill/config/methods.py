@@ -224,6 +224,9 @@ def _installed() -> tuple[list[Method], list[str]]:
     found, wrong = [], []
     for axis in registry.AXES:
         for name in plugins.offered(axis):
+            if said := registry.clash(axis, name):
+                wrong.append(said)
+                continue
             try:
                 found.append(registry.find(axis, name))
             except DodistillError as error:

@@ -192,31 +192,26 @@ def _run(file: Path, text: bytes, path: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses, type hints and pickling look there
+    parent = ModuleType(package)
+    parent.__path__ = []
+    sys.modules |= {package: parent, name: module}  # dataclasses, type hints and pickling look there
     try:
-        exec(compile(text, str(file), "exec"), vars(module))
-    except SyntaxError as error:
-        del sys.modules[name]
-        where = path if error.filename == str(file) else error.filename
-        raise DodistillError(f"{where}, line {error.lineno}: {error.msg}; correct the file.") from error
-    except ImportError as error:
-        del sys.modules[name]
-        if error.name and error.name.startswith(package):
-            raise DodistillError(
-                f"{path}, line {_line(error, file)}: a file of its own has no neighbours to import from; write `from "
-                "dodistill.sources import ...` with the full name."
-            ) from error
-        raise DodistillError(f"{path}, line {_line(error, file)}: {type(error).__name__}: {error}") from error
+        exec(compile(text, str(file), "exec", dont_inherit=True), vars(module))
     except Exception as error:
-        del sys.modules[name]
-        raise DodistillError(f"{path}, line {_line(error, file)}: {type(error).__name__}: {error}") from error
+        del sys.modules[name], sys.modules[package]
+        raise DodistillError(f"{path}, {_reason(error, file, package)}") from error
     return module
 
 
-def _line(error: Exception, file: Path) -> int:
-    """The last line of `file` in an error's traceback."""
+def _reason(error: Exception, file: Path, package: str) -> str:
+    """Why a file does not import, and where in it."""
+    if isinstance(error, SyntaxError) and error.filename == str(file):
+        return f"line {error.lineno}: {error.msg}; correct the file."
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
-    return lines[-1] or 1 if lines else 1
+    what = f"{type(error).__name__}: {error}"
+    if isinstance(error, ImportError) and (error.name or "").startswith(package):
+        what = "a file of its own has no neighbours; write `from dodistill.sources import ...`, with the full name."
+    return f"line {lines[-1] if lines else 1}: {what}"
 
 
 def from_class(axis: str, cls: type, began: str = "") -> Method:

@@ -62,18 +62,12 @@ def find(axis: str, what: str | type, allow: Allow = False, code: str = "") -> M
     if plugins.is_path(what):
         plugins.refuse(what, f"--{axis} {what}", allow)
         return load(what, axis, code)
-    rivals = plugins.offered(axis).get(what, ())
     if what in names(axis):
-        if rivals:
-            raise DodistillError(
-                f"{axis} {what} is part of dodistill, and {plugins.packages(rivals)} offers another {what}. The name "
-                "stays dodistill's: rename the entry point, or uninstall the package."
-            )
         if code:
             raise DodistillError(f"{axis} {what} is part of dodistill and has no file of its own; remove `code`.")
         return own(axis, what)
-    if rivals:
-        _require_free(axis, what, f"{axis} {what} of {plugins.packages(rivals)}")
+    if points := plugins.offered(axis).get(what):
+        _require_free(axis, what, f"{axis} {what} of {plugins.packages(points)}")
         return plugins.load_entry_point(axis, what, code)
     if code:
         raise DodistillError(
@@ -81,6 +75,17 @@ def find(axis: str, what: str | type, allow: Allow = False, code: str = "") -> M
             f"or in Python the object, {axis}=...; {nearest(what, known(axis), axis)}"
         )
     raise DodistillError(nearest(what, known(axis), axis))
+
+
+def clash(axis: str, name: str) -> str:
+    """A sentence where an installed package offers a name of this package, which stays ours; else empty."""
+    rivals = plugins.offered(axis).get(name, ()) if name in names(axis) else ()
+    if not rivals:
+        return ""
+    return (
+        f"{axis} {name} is dodistill's own. {plugins.packages(rivals)} offers another {name}, which cannot be chosen: "
+        "rename its entry point."
+    )
 
 
 def load(path: str, axis: str = "", code: str = "") -> Method:

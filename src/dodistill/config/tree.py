@@ -182,6 +182,12 @@ class Distill:
                 return method.name, {"code": method.code}
         return choice.name, {}
 
+    @property
+    def clashes(self) -> list[str]:
+        """A sentence for each of its choices whose name an installed package wants too."""
+        named = [*self._chosen().items(), *(("intervention", i) for i in self.interventions)]
+        return [said for axis, choice in named if (said := registry.clash(axis, choice.name))]
+
     def choices(self) -> Tree:
         """The tree of the same choices with their default settings."""
         acts = tuple(type(i) for i in self.interventions)
