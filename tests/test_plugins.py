@@ -715,6 +715,32 @@ def test_every_axis_wants_a_build(here: Path, axis: str, text: str, said: str) -
     assert f"mine.py: {said}" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("axis", "text", "old", "new", "said"),
+    [
+        ("source", SOURCE, "return Grey(self, context)", "...", "Config.build must return Source, not NoneType"),
+        ("source", SOURCE, "return Acquired((", "return ((", "mine: acquire returned Tensor; it must return Acquired"),
+        ("source", SOURCE, "*self.context.image_shape", "3, 4, 4", "shape (20, 3, 4, 4); they must be [n, 1, 8, 8]"),
+        ("intervention", ACT, "return Shift(self.by)", "return 1", "Config.build must return Intervention, not int"),
+        ("criterion", CRITERION, "return Cubed(self.power)", "...", "Config.build must return Criterion, not NoneType"),
+        ("update", UPDATE, "return Clipped(self.most)", "...", "Config.build must return Update, not NoneType"),
+        ("replay", REPLAY, "return Last(self, context)", "...", "Config.build must return Replay, not NoneType"),
+    ],
+)  # fmt: skip
+def test_what_is_built_is_checked(
+    here: Path, teacher: nn.Module, axis: str, text: str, old: str, new: str, said: str
+) -> None:
+    Path("mine.py").write_text(change(old, new, text))
+    more = {
+        "update": {"update": "mine.py", "replay": "last.py"},
+        "replay": {"update": "clipped.py", "replay": "mine.py"},
+    }
+    with pytest.raises(DodistillError) as error:
+        run(teacher, "run", allow_code=True, **{"source": "grey.py", axis: "mine.py", **more.get(axis, {})})
+    assert "mine: " in str(error.value)
+    assert said in str(error.value)
+
+
 @pytest.mark.parametrize("name", ["loop", "source", "preset", "kdci"])
 def test_an_intervention_is_not_called_like_a_part_of_the_config(here: Path, name: str) -> None:
     Path(f"{name}.py").write_text(ACT)

@@ -22,7 +22,9 @@ from ..functional.memory_format import laid_out
 from ..interventions.shared.base import Interventions
 from ..interventions.shared.dictionary import FOREIGN, ConfounderDictionary
 from ..models.taps import Features, tapped
-from ..sources.shared.base import Acquired
+from ..replay.shared.base import Replay
+from ..sources.shared.base import Acquired, Source
+from .job import require_kind
 from .meter import Diverged
 
 
@@ -45,6 +47,19 @@ class Drawn:
     theirs: Features = field(default_factory=Features)
 
 
+def _require_images(got: object, source: str, shape: tuple[int, int, int]) -> None:
+    """Refuse what is no acquisition, or has images that the teacher does not read."""
+    if not isinstance(got, Acquired):
+        raise DodistillError(
+            f"source {source}: acquire returned {type(got).__name__}; it must return Acquired(images)."
+        )
+    if got.images.ndim != 4 or tuple(got.images.shape[1:]) != shape:
+        raise DodistillError(
+            f"source {source}: acquire made images of shape {tuple(got.images.shape)}; they must be [n, "
+            f"{', '.join(map(str, shape))}], as the teacher reads them."
+        )
+
+
 class Acquirer:
     """Owns source, pool, held-back inputs, replay, dictionary and draw. It alone asks the teacher.
 
@@ -58,10 +73,12 @@ class Acquirer:
         self.config, self.context = config, context
         self.interventions, self.needs = interventions, needs
         self.source = config.source.build(context)
+        require_kind(self.source, Source, config.source)
         self.dictionary: ConfounderDictionary | None = None
         if any(i.needs_dictionary for i in config.interventions):
             self.dictionary = config.dictionary.build(context, config.source.kind)
         self.replay = config.replay.build(context)
+        require_kind(self.replay, Replay, config.replay)
         self.replay.follow(self.source)
         shape, classes, device = context.image_shape, context.num_classes, context.device
         self.pool = Pool(config.pool.capacity, shape, classes, device, config.pool.eviction)
@@ -98,6 +115,7 @@ class Acquirer:
         start = time.perf_counter()
         student.eval()
         got = self.source.acquire(student, self.round)
+        _require_images(got, self.config.source.name, self.context.image_shape)
         self.round += 1
         got = self._labelled(got)
         held, kept = self._split(got)

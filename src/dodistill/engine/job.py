@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import registry
-from ..config.contracts import SourceSettings
+from ..config.contracts import Settings, SourceSettings
 from ..config.methods import Choice
 from ..config.tree import Distill
 from ..core.context import Context
@@ -127,6 +127,12 @@ def _check_source(source: SourceSettings, teacher: Teacher, has_unlabeled: bool)
             f"source {source.name} needs unlabelled images; give --data.unlabeled FOLDER (or .npz, .npy), or in Python "
             "distill(..., unlabeled=images)."
         )
+
+
+def require_kind(made: object, kind: type, settings: Settings) -> None:
+    """Refuse what a choice's `Config.build` returned if it is of another kind."""
+    if not isinstance(made, kind):
+        raise DodistillError(f"{settings.name}: Config.build must return {kind.__name__}, not {type(made).__name__}.")
 
 
 def _check_student(student: nn.Module, teacher: Teacher, device: torch.device) -> None:
