@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from . import __version__
 from .config import methods
+from .config.contracts import InterventionSettings, SourceSettings
+from .config.plugins import Allow
 from .config.tree import Distill, Model, Tree, expand, resolve
 from .core.runtime import emulated
 from .core.watch import Watcher
@@ -113,8 +115,8 @@ def _pixels(x: Tensor, what: str) -> Tensor:
 def distill(
     teacher: nn.Module,
     student: nn.Module,
-    source: str | Mapping[str, Any] = "fast",
-    intervention: str | None = None,
+    source: str | Mapping[str, Any] | SourceSettings | type[SourceSettings] = "fast",
+    intervention: str | InterventionSettings | tuple[str | InterventionSettings, ...] | None = None,
     *,
     image_shape: Shape | None = None,
     unlabeled: Tensor | None = None,
@@ -124,6 +126,7 @@ def distill(
     out: str | Path | None = None,
     verbose: bool = True,
     watchers: Sequence[Watcher] = (),
+    allow_code: Allow = False,
     **settings: Any,
 ) -> Result:
     """Distil `teacher` into `student` without the teacher's training data.
@@ -132,8 +135,10 @@ def distill(
         teacher: any module from images [B, C, H, W] in [0, 1] to logits [B, K]. Frozen in place.
         student: likewise; trained in place. `models.Normalized(net, mean, std)` gives a network its normalisation.
         source: a source's name, or {"name": ..., setting: value}; `preset="desk"` in `settings` picks its preset.
+            A config of your own, as in MySource(K=3), or its class; or the path of a file, with allow_code=True.
             "auto" or {"name": "auto", "seconds": 600}: one is chosen by teacher, images and time; the summary says why.
-        intervention: none, kdci, stratified, cid, or several joined by +; None: what the preset says, else none.
+        intervention: none, kdci, stratified, cid, or several joined by +; None: what the preset says, else none. Or a
+            config of your own, or a tuple of configs and names.
         image_shape: (C, H, W); needed unless the teacher came from `load_model`.
         unlabeled: [n, C, H, W] images for a sampler, or the data set itself for source `data`.
         labels: [n] their true classes, for source `data`; without them the teacher's answers stand in.
@@ -142,7 +147,10 @@ def distill(
         out: the run folder; without one nothing is written, and nothing can be resumed.
         verbose: show progress on stderr.
         watchers: your own `Watcher`s, which hear of every log, evaluation, pool and warning.
-        settings: the rest of the config tree, as in loop={"steps": 500}, kdci={"scale": 2.0}, preset="desk".
+        allow_code: whether files of code that `source` and `settings` name may run: all (True), or those at these
+            paths.
+        settings: the rest of the config tree, as in loop={"steps": 500}, kdci={"scale": 2.0}, preset="desk",
+            criterion=MyCriterion(), update="retain".
 
     Returns:
         Result with the student to ship (in eval mode), the summary and the folder.
@@ -156,7 +164,7 @@ def distill(
         teacher = Teacher(teacher, image_shape or shape_of(teacher))
         tree, choice = settle(tree, teacher, unlabeled is not None)
         image_shape = teacher.image_shape
-    config = resolve(tree)
+    config = resolve(tree, allow_code=allow_code)
     shape = image_shape or shape_of(teacher)
     pixels = None if unlabeled is None else _pixels(unlabeled, "unlabelled")
     if labels is not None and not config.source.reads_labels:
@@ -175,10 +183,12 @@ def settle(
     return methods.settle(tree, teacher.has_batchnorm, unlabeled, seconds, teacher.image_shape, begun)
 
 
-def choose_source(tree: Mapping[str, Any], seconds: float, out: str | None) -> tuple[Tree, methods.Choice]:
+def choose_source(
+    tree: Mapping[str, Any], seconds: float, out: str | None, allow_code: Allow = False
+) -> tuple[Tree, methods.Choice]:
     """The same for a tree alone, as the CLI has it: the teacher is loaded to be looked at."""
     others = {k: v for k, v in expand(tree).items() if k not in ("source", "preset")}
-    look = resolve(others)
+    look = resolve(others, allow_code=allow_code)
     teacher = Teacher(*load_teacher(look.teacher, look.data.image_shape))
     return settle(tree, teacher, bool(look.data.unlabeled), seconds, out)
 
@@ -242,7 +252,7 @@ def run(
     folder = NoFolder() if out is None else RunFolder(out, config)
     if (done := folder.summary()) is not None:
         return _again(it, folder, done, report)
-    said = [*job.notes, *it.acquirer.source.notes]
+    said = [*job.notes, *config.clashes, *it.acquirer.source.notes]
     if emulated(it.context.device, config.loop.precision):
         said.append("bf16 is emulated on this CPU, some ten times slower than fp32; use --loop.precision fp32.")
     try:

@@ -79,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         "--show", action="append", default=[], metavar="NAME", help="also a value logged at the end: kdci/F_over_S"
     )
     compare.add_argument("--dry-run", action="store_true", help="list the cells and what is done")
+    compare.add_argument("--allow-code", action="store_true", help="let files of code that the recipe names run")
 
     report = add("report", "write report.html of a run folder again")
     report.add_argument("run")
@@ -97,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("target", help="a folder for the images, or FILE.onnx")
 
     methods = add("methods", "the sources: what they need, train, keep and cost; and the other axes")
+    methods.add_argument("files", nargs="*", metavar="FILE.py", help="also the methods in these files, which are run")
     methods.add_argument("--cards", metavar="FOLDER", help="bring the cards in this folder up to date (docs/methods)")
     add("doctor", "what this machine has, and what is wrong with it")
     return top
@@ -191,6 +193,7 @@ def _recipe(path: str | None) -> dict[str, Any]:
 
 def _distill(given: Given, every: list[str]) -> int:
     from ..config.methods import asks
+    from ..config.plugins import paths
     from ..config.tree import expand, merge, resolve
 
     if given.help:
@@ -199,12 +202,14 @@ def _distill(given: Given, every: list[str]) -> int:
     start = time.monotonic()
     out, quiet = given.own("out", None), given.own("quiet", False)
     report, seconds = not given.own("no_report", False), float(given.own("max_seconds", math.inf))
-    tree, choice = merge(expand(_recipe(given.word)), expand(given.tree())), None
+    anything, typed = bool(given.own("allow_code", False)), expand(given.tree())
+    allowed = anything or paths(typed)  # code runs from a path that was typed, not from one that a recipe names
+    tree, choice = merge(expand(_recipe(given.word)), typed), None
     if asks(tree):
         from ..api import choose_source
 
-        tree, choice = choose_source(tree, seconds, out)
-    config = resolve(tree)
+        tree, choice = choose_source(tree, seconds, out, allowed)
+    config = resolve(tree, allow_code=allowed)
     from ..api import distill_config, shell_command
 
     out = str(out or f"runs/{config.source.name}-{config.intervention}-{config.key()}")
@@ -245,40 +250,26 @@ def _distill_help(given: dict[str, Any]) -> None:
 
     print(
         "usage: dodistill distill [RECIPE.yaml] [--out DIR] [--quiet] [--no-report] "
-        "[--max-seconds S] [--PART.FIELD VALUE ...]"
+        "[--max-seconds S] [--allow-code] [--PART.FIELD VALUE ...]"
     )
     print(f"\n{_DISTILL}\n")
     print("short   " + "  ".join(f"--{k}" for k in flags.SHORT))
-    print(f"--source        auto, {', '.join(registry.names('source'))}        --preset NAME")
-    print(f"--intervention  none, {', '.join(registry.names('intervention'))}, or several joined by +")
-    print(f"--criterion     {', '.join(registry.names('criterion'))}")
-    print(f"--update        {', '.join(registry.names('update'))}")
-    print(f"--replay        {', '.join(registry.names('replay'))}\n")
+    print(f"--source        auto, {', '.join(registry.known('source'))}        --preset NAME")
+    print(f"--intervention  none, {', '.join(registry.known('intervention'))}, or several joined by +")
+    print(f"--criterion     {', '.join(registry.known('criterion'))}")
+    print(f"--update        {', '.join(registry.known('update'))}")
+    print(f"--replay        {', '.join(registry.known('replay'))}")
+    print("or on each of these, the path of your own file: --source my_method.py (docs/tutorial.md)\n")
     if asks(given):
         print(choosing())
         return
-    parts: list[tuple[str, type]] = [("teacher.", c.Model), ("student.", c.Model), ("data.", c.Data)]
-    source = str(given.get("source", "fast"))
-    parts.append(("source.", registry.config("source", source)))
-    chosen = [n for n in str(given.get("intervention", "none")).split("+") if n not in ("", "none")]
-    parts += [(f"{n}.", registry.config("intervention", n)) for n in chosen]
-    for axis, default in (("criterion", "kl"), ("update", "plain"), ("replay", "none")):
-        parts.append((f"{axis}.", registry.config(axis, str(given.get(axis, default)))))
-    parts += [
-        ("dictionary.", registry.dictionary()),
-        ("optim.", c.Optim),
-        ("pool.", c.Pool),
-        ("augment.", c.Augment),
-        ("view.", c.View),
-        ("loop.", c.Loop),
-    ]
-    for prefix, cls in parts:
-        text = flags.help_of(cls, prefix)
+    source, _ = c.chosen(c.expand(given), "source", "fast", allow_code=True)
+    for part, cls in c.parts(given, allow_code=True).items():  # what was typed may run
+        text = flags.help_of(cls, f"{part}.")
         if text:
-            print(f"{prefix[:-1]}{f' {source}' if prefix == 'source.' else ''}\n{text}\n")
-    presets: dict[str, Any] = registry.config("source", source).presets  # type: ignore[attr-defined]
-    origin: dict[str, str] = registry.config("source", source).origin  # type: ignore[attr-defined]
-    print("presets of source " + source + "\n" + "\n".join(f"  {p}: {origin.get(p, '')}" for p in presets))
+            print(f"{part}{f' {source.name}' if part == 'source' else ''}\n{text}\n")
+    presets, origin = c.config_of(source).presets, c.config_of(source).origin
+    print(f"presets of source {source.name}\n" + "\n".join(f"  {p}: {origin.get(p, '')}" for p in presets))
 
 
 def _teach(given: Given, _every: list[str]) -> int:
@@ -442,7 +433,7 @@ def _compare(known: argparse.Namespace) -> int:
 
     return compare(
         Path(known.recipe), Path(known.out) if known.out else None, known.jobs, known.budget, known.only, known.table,
-        known.dry_run, known.against, known.show,
+        known.dry_run, known.against, known.show, known.allow_code,
     )  # fmt: skip
 
 
@@ -494,7 +485,7 @@ def _methods(known: argparse.Namespace) -> int:
     from ..config.methods import pages, table
 
     if known.cards is None:
-        print(table())
+        print(table(known.files))
         return 0
     if not Path(known.cards).is_dir():
         raise DodistillError(f"--cards {known.cards}: no such folder; give that of the method cards, docs/methods.")

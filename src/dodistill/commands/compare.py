@@ -35,7 +35,9 @@ from typing import Any
 
 import yaml
 
-from ..config.tree import RUNTIME, Distill, Tree, expand, merge, resolve
+from ..config import plugins
+from ..config.plugins import Allow
+from ..config.tree import RUNTIME, Distill, Tree, expand, merge, portable, resolve
 from ..engine.run_folder import write_atomically
 from ..errors import STOPPED, Busy, DodistillError, nearest
 from ..files import claimed
@@ -100,8 +102,9 @@ def _file_hash(path: str) -> str:
 
 
 def identity(tree: Mapping[str, Any]) -> Tree:
-    """What decides a result: the config, with weights by content, and without where it runs or where files lie."""
-    out: Tree = json.loads(json.dumps(tree))
+    """What decides a result: the config, with weights and code by content, and without where it runs or where files
+    lie."""
+    out = portable(json.loads(json.dumps(tree)))
     out["loop"] = {k: v for k, v in out["loop"].items() if k not in RUNTIME}
     for part in (out["teacher"], out["student"], out["data"]["foreign"]):
         for field in ("spec", "weights"):
@@ -130,11 +133,10 @@ def find(cell: Cell, known: list[tuple[Tree, Tree]]) -> Tree | None:
     setting at its default: a new flag must not throw old results away.
     """
     mine = identity(cell.config.to_tree())
+    default = resolve(cell.config.choices()).to_tree() if known else {}
     for its, record in known:
         if its == mine:
             return record
-        choices = {axis: mine[axis]["name"] for axis in ("source", "criterion", "update", "replay")}
-        default = resolve({**choices, "intervention": mine["intervention"]}).to_tree()
         if _grown(its, mine, default):
             return record
     return None
@@ -156,8 +158,8 @@ def _grown(old: Mapping[str, Any], new: Mapping[str, Any], default: Mapping[str,
     return True
 
 
-def cells(recipe: Tree, teachers: Path) -> Iterator[Cell]:
-    """The grid's cells, in the order in which they run."""
+def cells(recipe: Tree, teachers: Path, allow_code: Allow = False) -> Iterator[Cell]:
+    """The grid's cells, in the order in which they run. `allow_code`: see `resolve`."""
     axes = {axis: _options(axis, values) for axis, values in recipe["grid"].items()}
     base = _fill(recipe.get("base") or {}, teachers)
     for combination in itertools.product(*axes.values()):
@@ -171,7 +173,7 @@ def cells(recipe: Tree, teachers: Path) -> Iterator[Cell]:
             if _matches(rule["where"], label):
                 tree = merge(tree, expand(_fill(rule["then"], teachers)))
         try:
-            config = resolve(tree)
+            config = resolve(tree, allow_code=allow_code)
         except DodistillError as error:
             raise DodistillError(f"cell {label}: {error}") from error
         published = next(
@@ -195,21 +197,21 @@ def _fill(tree: Any, teachers: Path) -> Any:
 
 def compare(path: Path, out: Path | None, jobs: int = 1, budget: str | None = None, only: list[str] | None = None,
             table: bool = False, dry_run: bool = False, against: str = "",
-            show: Sequence[str] = ()) -> int:  # fmt: skip
+            show: Sequence[str] = (), allow_code: bool = False) -> int:  # fmt: skip
     """Run what is not yet done, within the budget; print the table. 0 done, 75 when cells are left over.
 
     `against`, as in intervention=plain or replay=none,update=plain, adds the changes against that arm, paired by seed;
-    `show` adds columns to both.
+    `show` adds columns to both. `allow_code`: files of code that the recipe names may run.
     """
     recipe = read_recipe(path)
     out = out or Path("runs") / str(recipe.get("name", path.stem))
     deadline = time.monotonic() + seconds_of(budget)
     if jobs < 1:
         raise DodistillError(f"jobs is {jobs}; it must be at least 1.")
-    if not (table or dry_run) and not teach_missing(recipe, out / "teachers", deadline):
+    if not (table or dry_run) and not teach_missing(recipe, out / "teachers", deadline, allow_code):
         print("budget over while teachers learn; the same command goes on.", file=sys.stderr)
         return STOPPED
-    chosen = [c for c in cells(recipe, out / "teachers") if _chosen(c, only or [])]
+    chosen = [c for c in cells(recipe, out / "teachers", allow_code) if _chosen(c, only or [])]
     known = stored(out)
     todo = [c for c in chosen if find(c, known) is None]
     if dry_run:
@@ -231,11 +233,13 @@ def _chosen(cell: Cell, only: list[str]) -> bool:
     return all(cell.label[axis] in values for axis, values in wanted.items())
 
 
-def teach_missing(recipe: Tree, folder: Path, deadline: float) -> bool:
+def teach_missing(recipe: Tree, folder: Path, deadline: float, allow_code: bool = False) -> bool:
     """Train the recipe's teachers that are not there yet, one after the other. False when the budget ends before."""
     for name, settings in (recipe.get("teachers") or {}).items():
         target = folder / f"{name}.safetensors"
         settings = dict(settings)
+        if file := plugins.model_file(str(settings["model"])):
+            plugins.refuse(file, f"dodistill teach {settings['model']}", allow_code)
         command = [sys.executable, "-m", "dodistill", "teach", str(settings.pop("model")), "--out", str(target)]
         for key, value in settings.items():
             command += [f"--{key}", str(value)]
@@ -288,9 +292,12 @@ def _start(cell: Cell, out: Path, threads: int, deadline: float) -> tuple[Cell, 
     run = out / "runs" / cell.slug
     run.mkdir(parents=True, exist_ok=True)
     recipe = run.with_suffix(".yaml")
-    recipe.write_text(yaml.safe_dump(cell.config.to_tree()))
+    tree = cell.config.to_tree()
+    recipe.write_text(yaml.safe_dump(tree))
     command = [sys.executable, "-m", "dodistill", "distill", str(recipe), "--out", str(run), "--quiet", "--no-report",
                "--loop.threads", str(cell.config.loop.threads or threads)]  # fmt: skip
+    if plugins.paths(tree):  # what ran here, to read the config, runs there; its `code` says with which text
+        command.append("--allow-code")
     if math.isfinite(deadline):
         command += ["--max-seconds", f"{max(1.0, deadline - time.monotonic()):.1f}"]
     with open(run.with_suffix(".log"), "ab") as log:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from ..api import load_teacher
+from ..config import plugins
 from ..config.tree import Distill, resolve
 from ..core.runtime import pick_device
 from ..data.images import Images, load_images, refuse_one_class
@@ -82,9 +83,9 @@ def look(runs: Sequence[str | Path], test: str, out: str | Path, teacher: str = 
     folders = [Path(r) for r in runs]
     if n < 50:
         raise DodistillError(f"--n is {n}; a map needs at least 50 points.")
-    configs = [_config(f) for f in folders]
+    configs = [_config(f, bool(teacher)) for f in folders]
     if teacher:
-        part = resolve({"teacher": teacher}).teacher
+        part = resolve({"teacher": teacher}, allow_code=True).teacher  # it was typed
     else:
         _one_teacher(folders, configs)
         part = configs[0].teacher
@@ -139,10 +140,17 @@ def _sklearn() -> tuple[Any, Any]:
     return TSNE, silhouette_score
 
 
-def _config(folder: Path) -> Distill:
+def _config(folder: Path, typed: bool) -> Distill:
+    """What a run says of its teacher and its data. No code of its methods runs, nor of its teacher's file, unless the
+    teacher was typed."""
     if not (folder / "student.safetensors").is_file():
         raise DodistillError(f"{folder} holds no student.safetensors; give the folder of a finished run.")
-    return resolve(json.loads((folder / "config.json").read_text()))
+    tree = json.loads((folder / "config.json").read_text())
+    if not typed and plugins.model_file(tree["teacher"]["spec"]):
+        raise DodistillError(
+            f"{folder} asks to run {tree['teacher']['spec']}; code is run only when you name it: --teacher SPEC."
+        )
+    return resolve({"teacher": {} if typed else tree["teacher"], "data": tree["data"]}, allow_code=True)
 
 
 def _one_teacher(folders: Sequence[Path], configs: Sequence[Distill]) -> None:

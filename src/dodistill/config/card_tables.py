@@ -74,7 +74,7 @@ def described_in(cards: Path) -> dict[tuple[str, str], str]:
 
 def presets(source: str) -> str:
     """A column for each preset of a source, a row for each setting that any of them sets; then their origins."""
-    cls: Any = registry.config("source", source)
+    cls = registry.config("source", source)
     given = {name: _flat(tree) for name, tree in cls.presets.items()}
     values = {name: _resolved(source, name) | given[name] for name in given}
     plain = _resolved(source)
@@ -93,7 +93,7 @@ def settings(what: str) -> str:
     words, _, source = what.partition(" in ")
     axis, *names = words.split()
     if axis in PARTS and not names:
-        choices = {axis: type(getattr(config.resolve({}), axis))}
+        choices: dict[str, type] = {axis: {**config.PLAIN, "dictionary": registry.dictionary()}[axis]}
     elif axis in registry.AXES and names:
         choices = {name: registry.config(axis, name) for name in names}
     else:
@@ -134,8 +134,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def _presets(source: str) -> Iterator[tuple[str, Tree]]:
-    cls: Any = registry.config("source", source)
-    for name in cls.presets:
+    for name in registry.config("source", source).presets:
         yield name, _resolved(source, name)
 
 

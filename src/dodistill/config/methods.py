@@ -8,14 +8,16 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import DodistillError
-from . import card_tables, registry
-from .tree import Tree, build, expand, merge
+from . import card_tables, plugins, registry
+from .plugins import Method
+from .tree import Tree, build, config_of, expand, merge
 
 AUTO = "auto"
 MINUTE, HOUR = 60.0, 3600.0
@@ -139,7 +141,12 @@ def settle(
 
 def first_words(axis: str, name: str, most: int = 160) -> str:
     """What a choice's file says of itself: the sentences of its first paragraph, as many as fit, one at least."""
-    text = " ".join((registry.module(axis, name).__doc__ or "").strip().split("\n\n")[0].split())
+    return _about(registry.own(axis, name), most)
+
+
+def _about(method: Method, most: int = 160) -> str:
+    said = sys.modules[method.config.__module__].__doc__ or ""
+    text = " ".join(said.strip().split("\n\n")[0].split())
     sentences = re.split(r"(?<=\.)(?<!et al\.)(?<!\b[A-Z]\.) (?=[A-Z`])", text)
     out = sentences[0]
     for sentence in sentences[1:]:
@@ -165,16 +172,17 @@ class Row:
     about: str
 
 
-def rows() -> Iterator[Row]:
-    """Every source, described by its own code. Costs and slots are those of its `desk` preset, where it has one."""
-    for name in registry.names("source"):
-        config: Any = registry.config("source", name)
-        preset: Tree = config.presets.get("desk") or next(iter(config.presets.values()), {})
-        settings: Any = build(config, {k: v for k, v in preset.get("source", {}).items() if k != "name"}, "source")
+def rows(others: Iterable[Method] = ()) -> Iterator[Row]:
+    """Every source of this package, and `others`, described by its own code. Costs and slots are those of its `desk`
+    preset, where it has one."""
+    for method in [*(registry.own("source", name) for name in registry.names("source")), *others]:
+        config = config_of(method)
+        preset: Tree = expand(config.presets.get("desk") or next(iter(config.presets.values()), {}))
+        settings = build(config, {k: v for k, v in preset.get("source", {}).items() if k != "name"}, "source")
         forwards, backwards = settings.teacher_passes()
         yield Row(
-            name, config.kind, "batchnorm" in config.needs, "unlabeled" in config.needs, config.trains, config.keeps,
-            f"{forwards:.3g} + {backwards:.3g}", _slots(preset), tuple(config.presets), first_words("source", name),
+            method.name, config.kind, "batchnorm" in config.needs, "unlabeled" in config.needs, config.trains,
+            config.keeps, f"{forwards:.3g} + {backwards:.3g}", _slots(preset), tuple(config.presets), _about(method),
         )  # fmt: skip
 
 
@@ -205,15 +213,36 @@ def _cells(row: Row) -> tuple[str, ...]:
 OTHERS = ("intervention", "criterion", "update", "replay")
 
 
-def _choices(axis: str) -> Iterator[tuple[str, str]]:
+def _choices(axis: str, others: Iterable[Method] = ()) -> Iterator[tuple[str, str]]:
     """(name, what its file says) of each choice on an axis; the name is not said twice."""
-    for name in registry.names(axis):
-        yield name, re.sub(rf"^`{re.escape(name)}`:? ?", "", first_words(axis, name))
+    for method in [*(registry.own(axis, name) for name in registry.names(axis)), *others]:
+        yield method.name, re.sub(rf"^`{re.escape(method.name)}`:? ?", "", _about(method))
 
 
-def table() -> str:
-    """The table as plain text, and the other axes by name."""
-    every = [HEAD, *(_cells(row) for row in rows())]
+def _installed() -> tuple[list[Method], list[str]]:
+    """The methods that installed packages offer, and what is wrong with those that do not load."""
+    found, wrong = [], []
+    for axis in registry.AXES:
+        for name in plugins.offered(axis):
+            if said := registry.clash(axis, name):
+                wrong.append(said)
+                continue
+            try:
+                found.append(registry.find(axis, name))
+            except DodistillError as error:
+                wrong.append(str(error))
+    return found, wrong
+
+
+def table(files: Sequence[str] = ()) -> str:
+    """The table as plain text, and the other axes by name; with what installed packages offer and what is in `files`.
+
+    Runs the files.
+    """
+    found, wrong = _installed()
+    found += [registry.load(file) for file in files]
+    of = {axis: [m for m in found if m.axis == axis] for axis in registry.AXES}
+    every = [HEAD, *(_cells(row) for row in rows(of["source"]))]
     widths = [max(len(line[i]) for line in every) for i in range(len(HEAD))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in every]
     lines += [
@@ -223,8 +252,8 @@ def table() -> str:
         "auto picks one of them by teacher, images and time: dodistill distill --source auto --help",
     ]
     for axis in OTHERS:
-        lines += ["", axis, *(f"  {name:<14}{about}" for name, about in _choices(axis))]
-    return "\n".join(lines)
+        lines += ["", axis, *(f"  {name:<14}{about}" for name, about in _choices(axis, of[axis]))]
+    return "\n".join([*lines, *(["", "left out", *(f"  {text}" for text in wrong)] if wrong else [])])
 
 
 def pages(cards: Path) -> Iterator[tuple[Path, str]]:

@@ -5,7 +5,7 @@ A tree is a nested dict of plain values, for instance
     {"source": {"name": "fast", "K": 5}, "intervention": "kdci+stratified", "kdci": {"scale": 2.0}, "loop": {"seed": 1}}
 
 `resolve` fills in the preset and the defaults, refuses what it does not know by naming the nearest key, and checks
-types.
+types. In place of a choice's name a tree may hold the path of a file, a config class or a config: see `plugins`.
 No torch here, except through the methods that a tree names.
 """
 
@@ -22,7 +22,17 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from ..errors import DodistillError, nearest
-from . import registry
+from . import plugins, registry
+from .contracts import (
+    CriterionSettings,
+    DictionarySettings,
+    InterventionSettings,
+    ReplaySettings,
+    Settings,
+    SourceSettings,
+    UpdateSettings,
+)
+from .plugins import Allow, Method
 
 Tree = dict[str, Any]
 C = TypeVar("C")
@@ -117,47 +127,102 @@ RUNTIME = ("device", "threads", "log_every", "checkpoint_seconds")
 
 @dataclass(frozen=True)
 class Distill:
-    """A resolved run: every field is a dataclass whose fields are the flags `--part.field`."""
+    """A resolved run: every field is a dataclass whose fields are the flags `--part.field`.
+
+    `methods` are those of its choices that are not part of this package.
+    """
 
     teacher: Model
     student: Model
     data: Data
-    source: Any
-    criterion: Any
-    update: Any
-    replay: Any
-    dictionary: Any
-    interventions: tuple[Any, ...]
+    source: SourceSettings
+    criterion: CriterionSettings
+    update: UpdateSettings
+    replay: ReplaySettings
+    dictionary: DictionarySettings
+    interventions: tuple[InterventionSettings, ...]
     optim: Optim
     pool: Pool
     augment: Augment
     view: View
     loop: Loop
     preset: str = ""
+    methods: tuple[Method, ...] = ()
 
     @property
     def intervention(self) -> str:
         return "+".join(i.name for i in self.interventions) or "none"
 
     def to_tree(self) -> Tree:
-        """The tree that resolves to this config."""
-        plain = ("teacher", "student", "data", "dictionary", "optim", "pool", "augment", "view", "loop")
-        tree: Tree = {part: dataclasses.asdict(getattr(self, part)) for part in plain}
-        for axis in ("source", "criterion", "update", "replay"):
-            choice = getattr(self, axis)
-            tree[axis] = {"name": choice.name, **dataclasses.asdict(choice)}
-        tree["intervention"] = self.intervention
-        for choice in self.interventions:
-            tree[choice.name] = dataclasses.asdict(choice)
+        """The tree that resolves to this config, in plain values."""
+        plain: dict[str, Any] = {
+            "teacher": self.teacher, "student": self.student, "data": self.data, "dictionary": self.dictionary,
+            "optim": self.optim, "pool": self.pool, "augment": self.augment, "view": self.view, "loop": self.loop,
+        }  # fmt: skip
+        tree: Tree = {part: dataclasses.asdict(settings) for part, settings in plain.items()}
+        for axis, choice in self._chosen().items():
+            name, code = self._named(axis, choice)
+            tree[axis] = {"name": name, **code, **dataclasses.asdict(choice)}
+        named = [self._named("intervention", i) for i in self.interventions]
+        tree["intervention"] = "+".join(name for name, _ in named) or "none"
+        for act, (_, code) in zip(self.interventions, named):
+            tree[act.name] = {**code, **dataclasses.asdict(act)}
         tree["preset"] = self.preset
         out: Tree = json.loads(json.dumps(tree))
         return out
 
+    def _chosen(self) -> dict[str, Settings]:
+        """axis -> its one choice."""
+        return {"source": self.source, "criterion": self.criterion, "update": self.update, "replay": self.replay}
+
+    def _named(self, axis: str, choice: Settings) -> tuple[str, Tree]:
+        """What the tree calls a choice, and the fingerprint of its file where it is not part of this package."""
+        for method in self.methods:
+            if method.axis == axis and method.config is type(choice):
+                return method.name, {"code": method.code}
+        return choice.name, {}
+
+    @property
+    def clashes(self) -> list[str]:
+        """A sentence for each of its choices whose name an installed package wants too."""
+        named = [*self._chosen().items(), *(("intervention", i) for i in self.interventions)]
+        return [said for axis, choice in named if (said := registry.clash(axis, choice.name))]
+
+    def choices(self) -> Tree:
+        """The tree of the same choices with their default settings."""
+        acts = tuple(type(i) for i in self.interventions)
+        return {"intervention": acts, **{axis: type(choice) for axis, choice in self._chosen().items()}}
+
     def key(self) -> str:
         """12 hex digits that change with anything that changes the result."""
-        tree = self.to_tree()
+        tree = portable(self.to_tree())
         tree["loop"] = {k: v for k, v in tree["loop"].items() if k not in RUNTIME}
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def code_in(tree: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Part of a plain config tree -> (name, fingerprint) of its choice, for those that are not part of this package."""
+    out = {}
+    for axis in ("source", "criterion", "update", "replay"):
+        part = tree.get(axis)
+        if isinstance(part, Mapping) and "code" in part:
+            out[axis] = (str(part.get("name")), str(part["code"]))
+    for name in plugins.names_in(tree.get("intervention")):
+        part = tree.get(plugins.label(name))
+        if isinstance(part, Mapping) and "code" in part:
+            out[plugins.label(name)] = (name, str(part["code"]))
+    return out
+
+
+def portable(tree: Tree) -> Tree:
+    """A plain config tree in which a method is known by its name and its fingerprint, wherever its file lies."""
+    out = dict(tree)
+    for part, (name, _) in code_in(tree).items():
+        if part in registry.AXES:
+            out[part] = {**tree[part], "name": plugins.label(name)}
+    if isinstance(tree.get("intervention"), str):
+        out["intervention"] = "+".join(plugins.label(n) for n in plugins.names_in(tree["intervention"]))
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------- building
@@ -240,82 +305,196 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
     out = dict(base)
     for key, value in over.items():
         old = out.get(key)
-        if key in registry.AXES or key in ("teacher", "student"):
+        if key in (*registry.AXES, "teacher", "student") and key != "intervention":
+            old, value = _labelled(key, old), _labelled(key, value)
             label = "name" if key in registry.AXES else "spec"
-            if key != "intervention":
-                value = {label: value} if isinstance(value, str) else value
-                old = {label: old} if isinstance(old, str) else old
             if isinstance(old, Mapping) and isinstance(value, Mapping) and label in old and label in value:
-                old = old if old[label] == value[label] else {}
+                old = old if plugins.same(old[label], value[label]) else {}
         out[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
     return out
 
 
-def resolve(*trees: Mapping[str, Any]) -> Distill:
-    """Later trees win over earlier ones, all of them over the preset, the preset over the defaults."""
+def _labelled(part: str, value: Any) -> Any:
+    """A choice that stands alone, as a mapping that its settings can join: "fast" -> {"name": "fast"}. A config is
+    its class and its settings."""
+    if part in ("teacher", "student"):
+        return {"spec": value} if isinstance(value, str) else value
+    given = {"name": value} if isinstance(value, str | type) or _is_config(value) else value
+    if isinstance(given, Mapping) and _is_config(given.get("name")):
+        return {**_own(given["name"]), **given, "name": type(given["name"])}
+    return given
+
+
+def _is_config(value: object) -> bool:
+    """Whether a config of some choice stands in a tree for the choice's name."""
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def _own(config: Any) -> Tree:
+    """The settings of a config."""
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
+
+
+def _unpacked(tree: Tree) -> Tree:
+    """An expanded tree in which each intervention that is a config has become its class and its settings."""
+    given = tree.get("intervention")
+    several = given if isinstance(given, tuple) else (given,)
+    if not any(map(_is_config, several)):
+        return tree
+    out = {**tree, "intervention": tuple(type(g) if _is_config(g) else g for g in several)}
+    for act in several:
+        if _is_config(act) and isinstance(act, plugins.Named):
+            out[act.name] = {**_own(act), **tree.get(act.name, {})}
+    return out
+
+
+def resolve(*trees: Mapping[str, Any], allow_code: Allow = False) -> Distill:
+    """Later trees win over earlier ones, all of them over the preset, the preset over the defaults.
+
+    `allow_code` is about files that a tree names, methods and models: True allows all of them to run, a collection of
+    paths allows these. A config class or a config in a tree needs no leave.
+    """
     tree: Tree = {}
     for t in trees:
-        tree = merge(tree, expand(t))
-    source = tree.get("source") or {"name": "fast"}
-    source = source if isinstance(source, Mapping) else {"name": source}
-    name = str(source.get("name", "fast"))
-    if name == "auto":
+        tree = merge(tree, _unpacked(expand(t)))
+    config = _resolve(tree, allow_code)
+    for method in config.methods:
+        if method.axis == "source":
+            _check_presets(method, allow_code)
+    return config
+
+
+def _check_presets(source: Method, allow_code: Allow) -> None:
+    """Refuse a source that is not part of this package if one of its presets does not resolve."""
+    for preset, settings in config_of(source).presets.items():
+        try:
+            if "name" in _labelled("source", expand(settings).get("source", {})):
+                raise DodistillError("its source has a name; leave it out.")
+            _resolve({"source": {"name": source.config}, "preset": preset}, allow_code)
+        except DodistillError as error:
+            raise DodistillError(f"{source.name}: preset {preset!r} does not resolve: {error}") from error
+
+
+def config_of(source: Method) -> type[SourceSettings]:
+    """The config class of a method that is a source."""
+    assert source.axis == "source"
+    return typing.cast(type[SourceSettings], source.config)
+
+
+def chosen(tree: Mapping[str, Any], axis: str, default: str = "", allow_code: Allow = False) -> tuple[Method, Tree]:
+    """The choice of an expanded tree on an axis (not interventions), and the settings given for it."""
+    given = _labelled(axis, tree.get(axis) or {})
+    if not isinstance(given, Mapping):
+        raise DodistillError(
+            f"{axis} is {given!r}; it must be a name, a mapping of name and settings, or a config (a frozen dataclass)."
+        )
+    settings = dict(given)
+    what, code = settings.pop("name", None) or default, str(settings.pop("code", ""))
+    settings.pop("preset", None)
+    what = what if isinstance(what, str | type) else str(what)
+    return registry.find(axis, what, allow_code, code), settings
+
+
+def interventions(tree: Mapping[str, Any], allow_code: Allow = False) -> list[tuple[Method, Tree]]:
+    """The interventions of an expanded tree, in order, and the settings given for each."""
+    given = tree.get("intervention") or ()
+    several: Any = (given,) if isinstance(given, str | type) else given
+    if not isinstance(several, tuple) or not all(isinstance(g, str | type) for g in several):
+        raise DodistillError(f"intervention is {given!r}; name them, as in none, kdci or kdci+stratified.")
+    out: list[tuple[Method, Tree]] = []
+    for what in [n for g in several for n in (plugins.names_in(g) if isinstance(g, str) else [g])]:
+        if what in ("", "none"):
+            continue
+        settings = tree.get(plugins.label(what), {}) if isinstance(what, str) else {}
+        code = str(settings.get("code", "")) if isinstance(settings, Mapping) else ""
+        method = registry.find("intervention", what, allow_code, code)
+        settings = tree.get(method.config.name, {})
+        if isinstance(settings, Mapping):
+            settings = {k: v for k, v in settings.items() if k != "code"}
+        out.append((method, settings))
+    names = [m.config.name for m, _ in out]
+    if len(set(names)) < len(names):
+        given = "+".join(names)
+        raise DodistillError(f"intervention {given!r} names one twice; name each once, as in kdci+stratified.")
+    for method, _ in out:
+        if method.config.name in (*PLAIN, *registry.AXES, "preset"):
+            raise DodistillError(f"{method.name}: {method.config.name} is a part of the config; choose another name.")
+    return out
+
+
+DEFAULTS = {"source": "fast", "criterion": "kl", "update": "plain", "replay": "none"}
+PLAIN: dict[str, type] = {
+    "teacher": Model, "student": Model, "data": Data, "optim": Optim, "pool": Pool, "augment": Augment, "view": View,
+    "loop": Loop,
+}  # fmt: skip
+
+
+def parts(tree: Mapping[str, Any], allow_code: Allow = False) -> dict[str, type]:
+    """Flag prefix -> the dataclass of its settings, for the choices of a tree: what `--help` lists."""
+    full = expand(tree)
+    out: dict[str, type] = {k: PLAIN[k] for k in ("teacher", "student", "data")}
+    out["source"] = chosen(full, "source", DEFAULTS["source"], allow_code)[0].config
+    out |= {m.config.name: m.config for m, _ in interventions(full, allow_code)}
+    for axis in ("criterion", "update", "replay"):
+        out[axis] = chosen(full, axis, DEFAULTS[axis], allow_code)[0].config
+    return out | {"dictionary": registry.dictionary()} | {k: v for k, v in PLAIN.items() if k not in out}
+
+
+def _resolve(tree: Tree, allow_code: Allow) -> Distill:
+    for path, flag in plugins.paths(tree).items():  # before any of them runs
+        plugins.refuse(path, flag, allow_code)
+    source = tree.get("source")
+    if (source.get("name") if isinstance(source, Mapping) else source) == "auto":
         raise DodistillError(
             "source auto is chosen for one teacher, by `dodistill distill --source auto` or distill(source='auto'); "
             "name the sources to compare."
         )
-    config = registry.config("source", name)
-    preset = str(tree.pop("preset", "") or source.get("preset", ""))
+    method, _ = chosen(tree, "source", "fast", allow_code)
+    preset = str(tree.get("preset", "") or (source.get("preset", "") if isinstance(source, Mapping) else ""))
     if preset:
-        presets: dict[str, Tree] = config.presets  # type: ignore[attr-defined]
+        presets = config_of(method).presets
         if preset not in presets:
-            raise DodistillError(f"source {name}: {nearest(preset, presets, 'preset')}")
-        tree = merge(merge({"source": {"name": name}}, presets[preset]), tree)
+            raise DodistillError(f"source {method.name}: {nearest(preset, presets, 'preset')}")
+        tree = merge(expand(presets[preset]), tree)
 
-    intervention = tree.pop("intervention", "none") or "none"
-    if not isinstance(intervention, str):
-        raise DodistillError(f"intervention is {intervention!r}; name them, as in none, kdci or kdci+stratified.")
-    names = [n.strip() for n in intervention.split("+") if n.strip() not in ("", "none")]
-    if len(set(names)) < len(names):
-        raise DodistillError(f"intervention {intervention!r} names one twice; name each once, as in kdci+stratified.")
-    acts = {n: registry.config("intervention", n) for n in names}
+    found: list[Method] = []
+    values: Tree = {"preset": preset}
+    for axis, default in DEFAULTS.items():
+        method, settings = chosen(tree, axis, default, allow_code)
+        values[axis] = _built(method, settings, axis)
+        found.append(method)
+    acts = interventions(tree, allow_code)
+    values["interventions"] = tuple(_built(m, settings, m.config.name) for m, settings in acts)
+    found += [m for m, _ in acts]
+    values["methods"] = tuple(m for m in found if m.code)
     # settings of an intervention that is not chosen are allowed, so that a recipe can state them once for all arms
-    settings: dict[str, Any] = {
-        n: build(registry.config("intervention", n), tree.pop(n), n)
-        for n in registry.names("intervention")
-        if n in tree
-    }
-    interventions = tuple(settings.get(n) or cls() for n, cls in acts.items())
-
-    def choose(axis: str, default: str) -> Any:
-        given = tree.pop(axis, None) or {}
-        given = {"name": given} if isinstance(given, str) else dict(given)
-        chosen = str(given.pop("name", default))
-        given.pop("preset", None)
-        return build(registry.config(axis, chosen), given, axis)
-
-    parts: Tree = {
-        "source": choose("source", "fast"),
-        "criterion": choose("criterion", "kl"),
-        "update": choose("update", "plain"),
-        "replay": choose("replay", "none"),
-        "interventions": interventions,
-        "preset": preset,
-    }
-    plain: dict[str, type] = {
-        "teacher": Model, "student": Model, "data": Data, "dictionary": registry.dictionary(), "optim": Optim,
-        "pool": Pool, "augment": Augment, "view": View, "loop": Loop,
-    }  # fmt: skip
+    idle = [n for n in registry.known("intervention") if n in tree and n not in {m.config.name for m, _ in acts}]
+    for name in idle:
+        build(registry.config("intervention", name), tree[name], name)
+    plain = {**PLAIN, "dictionary": registry.dictionary()}
     for part, cls in plain.items():
-        given = tree.pop(part, {})
+        given = tree.get(part, {})
         given = {"spec": given} if isinstance(given, str) and cls is Model else given
-        parts[part] = build(cls, given, part)
-    if tree:
-        known = [*plain, *registry.AXES, "preset", *registry.names("intervention")]
-        raise DodistillError(f"config: {nearest(next(iter(tree)), known, 'key')}")
-    config_ = Distill(**parts)
-    _check(config_)
-    return config_
+        values[part] = build(cls, given, part)
+    taken = {*plain, *registry.AXES, "preset", *idle, *(m.config.name for m, _ in acts)}
+    for key in tree:
+        if key not in taken:
+            every = [*plain, *registry.AXES, "preset", *registry.known("intervention")]
+            raise DodistillError(f"config: {nearest(key, every, 'key')}")
+    config = Distill(**values)
+    _check(config)
+    return config
+
+
+def _built(method: Method, settings: Any, where: str) -> Settings:
+    """The settings of a choice. Those of a method from elsewhere must be values that config.json can hold."""
+    out = build(method.config, settings, where)
+    if method.code:
+        try:
+            json.dumps(dataclasses.asdict(out))
+        except (TypeError, ValueError) as error:
+            raise DodistillError(f"{method.name}: settings are numbers, text, and lists of them ({error}).") from error
+    return out
 
 
 def _check(config: Distill) -> None:

@@ -22,7 +22,9 @@ from ..functional.memory_format import laid_out
 from ..interventions.shared.base import Interventions
 from ..interventions.shared.dictionary import FOREIGN, ConfounderDictionary
 from ..models.taps import Features, tapped
-from ..sources.shared.base import Acquired
+from ..replay.shared.base import Replay
+from ..sources.shared.base import Acquired, Source
+from .job import require_kind
 from .meter import Diverged
 
 
@@ -45,6 +47,19 @@ class Drawn:
     theirs: Features = field(default_factory=Features)
 
 
+def _require_images(got: object, source: str, shape: tuple[int, int, int]) -> None:
+    """Refuse what is no acquisition, or has images that the teacher does not read."""
+    if not isinstance(got, Acquired):
+        raise DodistillError(
+            f"source {source}: acquire returned {type(got).__name__}; it must return Acquired(images)."
+        )
+    if got.images.ndim != 4 or tuple(got.images.shape[1:]) != shape:
+        raise DodistillError(
+            f"source {source}: acquire made images of shape {tuple(got.images.shape)}; they must be [n, "
+            f"{', '.join(map(str, shape))}], as the teacher reads them."
+        )
+
+
 class Acquirer:
     """Owns source, pool, held-back inputs, replay, dictionary and draw. It alone asks the teacher.
 
@@ -58,10 +73,12 @@ class Acquirer:
         self.config, self.context = config, context
         self.interventions, self.needs = interventions, needs
         self.source = config.source.build(context)
+        require_kind(self.source, Source, config.source)
         self.dictionary: ConfounderDictionary | None = None
         if any(i.needs_dictionary for i in config.interventions):
             self.dictionary = config.dictionary.build(context, config.source.kind)
         self.replay = config.replay.build(context)
+        require_kind(self.replay, Replay, config.replay)
         self.replay.follow(self.source)
         shape, classes, device = context.image_shape, context.num_classes, context.device
         self.pool = Pool(config.pool.capacity, shape, classes, device, config.pool.eviction)
@@ -80,26 +97,25 @@ class Acquirer:
     @property
     def warming(self) -> bool:
         """Whether the source still warms up: the student learns nothing yet."""
-        return self.round <= int(self.config.source.warmup)
+        return self.round <= self.config.source.warmup
 
     def due(self, step: int) -> bool:
         """Whether the next thing to do, after `step` matching steps, is an acquisition."""
         source = self.config.source
-        due: bool = source.every > 0 and step >= (self.round - source.warmup) * source.every
-        return self.warming or due
+        return self.warming or (source.every > 0 and step >= (self.round - source.warmup) * source.every)
 
     @property
     def frequent(self) -> bool:
         """Whether acquisitions lie between nearly all steps. They are then checked at the first one and at log points,
         because the host has to wait for a check."""
-        every: int = self.config.source.every
-        return 0 < every < 10
+        return 0 < self.config.source.every < 10
 
     def acquire(self, student: nn.Module) -> None:
         """One acquisition, into pool, held-back inputs, replay and dictionary."""
         start = time.perf_counter()
         student.eval()
         got = self.source.acquire(student, self.round)
+        _require_images(got, self.config.source.name, self.context.image_shape)
         self.round += 1
         got = self._labelled(got)
         held, kept = self._split(got)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import registry
+from ..config.contracts import Settings, SourceSettings
 from ..config.methods import Choice
 from ..config.tree import Distill
 from ..core.context import Context
@@ -114,12 +115,11 @@ def require_same(began: Mapping[str, str] | None, mine: Mapping[str, str]) -> No
         )
 
 
-def _check_source(source: Any, teacher: Teacher, has_unlabeled: bool) -> None:
+def _check_source(source: SourceSettings, teacher: Teacher, has_unlabeled: bool) -> None:
     """Refuse a teacher that this source cannot serve, and name the sources that would work."""
     able = []
     for name in registry.names("source"):
-        needs = registry.config("source", name).needs  # type: ignore[attr-defined]
-        if "batchnorm" not in needs or teacher.has_batchnorm:
+        if "batchnorm" not in registry.config("source", name).needs or teacher.has_batchnorm:
             able.append(name)
     teacher.require(source.needs - {"unlabeled"}, source.name, able)
     if "unlabeled" in source.needs and not has_unlabeled:
@@ -127,6 +127,12 @@ def _check_source(source: Any, teacher: Teacher, has_unlabeled: bool) -> None:
             f"source {source.name} needs unlabelled images; give --data.unlabeled FOLDER (or .npz, .npy), or in Python "
             "distill(..., unlabeled=images)."
         )
+
+
+def require_kind(made: object, kind: type, settings: Settings) -> None:
+    """Refuse what a choice's `Config.build` returned if it is of another kind."""
+    if not isinstance(made, kind):
+        raise DodistillError(f"{settings.name}: Config.build must return {kind.__name__}, not {type(made).__name__}.")
 
 
 def _check_student(student: nn.Module, teacher: Teacher, device: torch.device) -> None:

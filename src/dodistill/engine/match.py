@@ -13,11 +13,14 @@ from torch import Tensor
 from ..config.tree import Distill
 from ..core.batch import Batch
 from ..core.context import Context
+from ..criteria.shared.base import Criterion
 from ..functional.schedules import rate_at
 from ..interventions.shared.base import Intervention, Interventions
 from ..interventions.shared.dictionary import ConfounderDictionary
 from ..models.taps import tapped
+from ..updates.shared.base import Update
 from .acquire import Drawn
+from .job import require_kind
 
 
 class Matcher:
@@ -28,9 +31,15 @@ class Matcher:
         self.config, self.context = config, context
         self.student = context.student
         self.ema = copy.deepcopy(self.student).requires_grad_(False).eval()
-        self.interventions = Interventions(i.build(context) for i in config.interventions).to(context.device)
-        self.criterion = config.criterion.build(context).to(context.device)
+        acts = [i.build(context) for i in config.interventions]
+        for act, settings in zip(acts, config.interventions):
+            require_kind(act, Intervention, settings)
+        self.interventions = Interventions(acts).to(context.device)
+        criterion = config.criterion.build(context)
+        require_kind(criterion, Criterion, config.criterion)
+        self.criterion = criterion.to(context.device)
         self.update = config.update.build()
+        require_kind(self.update, Update, config.update)
         #: what criterion and interventions read of both networks' insides
         self.needs: frozenset[str] = self.criterion.needs | self.interventions.needs
         self.optimizers = self._optimizers()

@@ -21,7 +21,8 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from ..config.tree import RUNTIME, Distill, difference
+from ..config.plugins import label
+from ..config.tree import RUNTIME, Distill, code_in, difference, portable
 from ..core.watch import Watcher
 from ..errors import DodistillError
 from ..files import claim, replacing
@@ -77,6 +78,18 @@ def newest_pool(path: Path) -> dict[str, Any]:
         raise DodistillError(f"{path} holds no pool-N.pt; it is written with the first checkpoint.")
     out: dict[str, Any] = load_tensors(files[-1])
     return out
+
+
+def _require_same_code(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Refuse a folder that was begun with another text of the same method."""
+    mine = code_in(new)
+    for part, (name, began) in code_in(old).items():
+        now, code = mine.get(part, ("", began))
+        if code != began and label(now) == label(name):
+            raise DodistillError(
+                f"run folder {path} was begun with {name} (sha256 {began[:12]}), and {now} has changed since (sha256 "
+                f"{code[:12]}). A changed method is another run: choose another --out, or restore the file."
+            )
 
 
 #: What may lie in a folder without config.json: a recipe put there by the user, or the remains of a start killed early.
@@ -135,7 +148,9 @@ class RunFolder(Watcher):
                 old = json.loads(known.read_text())
             except (OSError, json.JSONDecodeError) as error:
                 raise DodistillError(f"{known} cannot be read ({error}); choose another --out.") from error
-            lines = [d for d in difference(old, tree) if d.split(":")[0].removeprefix("loop.") not in RUNTIME]
+            _require_same_code(self.path, old, tree)
+            lines = difference(portable(old), portable(tree))
+            lines = [d for d in lines if d.split(":")[0].removeprefix("loop.") not in RUNTIME]
             if lines:
                 raise DodistillError(
                     f"run folder {self.path} belongs to another config; choose another --out, or repeat its own.\n  "

@@ -63,8 +63,7 @@ class Ema(Replay):
     def follow(self, source: Any) -> None:
         made = source.makes_with()
         if made is None:
-            sources: dict[str, Any] = {n: registry.config("source", n) for n in registry.names("source")}
-            able = [name for name, config in sources.items() if config.generates]
+            able = [n for n in registry.names("source") if registry.config("source", n).generates]
             raise DodistillError(
                 "replay ema_generator averages a generator that goes on through the run, and this source has none; use "
                 f"one of {', '.join(able)}, or --replay bank."

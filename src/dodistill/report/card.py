@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ..config.tree import code_in
 from .format import count, duration, percent
 
 LAST = "last epoch"
@@ -89,6 +90,7 @@ def model_card(config: Mapping[str, Any], summary: Mapping[str, Any], folder: st
         f"- student: {_code(student)}, {count(summary.get('student_parameters'))} parameters{ratio}",
         f"- substitution inputs: source {_code(source)}",
         f"- intervention: {_code(intervention)}",
+        *(f"- code beside dodistill: {_code(name)}, sha256 {_code(code)}" for name, code in code_in(config).values()),
         f"- steps: {count(summary.get('steps') or part(config, 'loop', 'steps'))}, "
         f"seed {part(config, 'loop', 'seed')}, took {duration(summary.get('seconds'))}",
         f"- saved: {delivered(summary)}, chosen without test data",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
+from ...config.plugins import Named
 from ...core.batch import Batch
 from ...core.context import Context
 from ...errors import DodistillError
@@ -32,10 +32,8 @@ class Criterion(nn.Module):
 
 
 @dataclass(frozen=True)
-class CriterionConfig:
+class CriterionConfig(Named):
     """The flags of a criterion. A file in this folder has one subclass of it, named `Config`."""
-
-    name: ClassVar[str]
 
     def build(self, context: Context) -> Criterion:
         raise NotImplementedError

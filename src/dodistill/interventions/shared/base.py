@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ...config.plugins import Named
 from ...core.batch import Batch
 from ...core.context import Context
 from ...models.taps import tapped
@@ -78,10 +79,8 @@ class Compensated(nn.Module):
 
 
 @dataclass(frozen=True)
-class InterventionConfig:
+class InterventionConfig(Named):
     """The flags of an intervention. A file in this folder has one subclass of it, named `Config`."""
-
-    name: ClassVar[str]
 
     @property
     def needs_dictionary(self) -> bool:

@@ -7,10 +7,11 @@ replay is needed; methods with fresh inputs at every step need one.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
+from ...config.plugins import Named
 from ...core.context import Context
 
 
@@ -65,10 +66,8 @@ def _tensors(state: Any) -> list[Tensor]:
 
 
 @dataclass(frozen=True)
-class ReplayConfig:
+class ReplayConfig(Named):
     """The flags of a replay. A file in this folder has one subclass of it, named `Config`."""
-
-    name: ClassVar[str]
 
     def build(self, context: Context) -> Replay:
         raise NotImplementedError

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ...config.contracts import Kind as Kind
+from ...config.plugins import Named
 from ...core.context import Context
 from ...errors import DodistillError
 
-Kind = Literal["generator", "inversion", "sampler", "data"]
-
 
 @dataclass(frozen=True)
-class SourceConfig(ABC):
+class SourceConfig(Named, ABC):
     """Base of every source's `Config`.
 
     Class attributes:
-        name: its file's name.
+        name: its file's name; also without being said.
         kind: decides the paper's dictionary size (KDCI Sec. 4.3: 8 generator, 32 inversion, 128 sampler).
         needs: of the teacher or the user: `batchnorm`, `unlabeled`.
         reads_labels: whether it hands over true labels, where the user's images have them.
@@ -33,7 +33,6 @@ class SourceConfig(ABC):
     warmup: int = 0  #: acquisitions before the first matching step
     every: int = 400  #: matching steps per acquisition; 0 acquires once, before the first step
 
-    name: ClassVar[str]
     kind: ClassVar[Kind]
     needs: ClassVar[frozenset[str]] = frozenset()
     reads_labels: ClassVar[bool] = False

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, nn
+
+from ...config.plugins import Named
 
 #: student (or a functional stand-in of it) -> named loss terms on the current batch
 Objective = Callable[[Callable[[Tensor], Tensor]], dict[str, Tensor]]
 
 
-class UpdateConfig(ABC):
+@dataclass(frozen=True)
+class UpdateConfig(Named, ABC):
     """Base of every update's `Config`."""
 
-    name: ClassVar[str]
     replays: ClassVar[bool] = False  #: whether it has a use for replayed inputs
 
     @abstractmethod
