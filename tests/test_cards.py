@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from dodistill.commands.cli import main
-from dodistill.config import card_tables, flags, registry
+from dodistill.commands.cli import main, read
+from dodistill.config import card_tables, registry
 from dodistill.config import tree as config
 from dodistill.config.card_tables import blocks, described_in, filled, presets, settings, shown
 from dodistill.config.methods import pages
@@ -180,10 +180,7 @@ def test_the_commands_of_a_card_can_be_resolved(card: Path) -> None:
         words = [word for word in shlex.split(command)[1:] if word not in ("...", "--help")]
         if words[0] != "distill" or "--help" in command:
             continue
-        tree = flags.tree(flags.raw(words[1:]))
-        for own in {"out", "max_seconds"} & set(tree):
-            del tree[own]
-        config.resolve(tree, allow_code=True)  # paths in a command were typed
+        config.resolve(read("distill", words[1:])[1], allow_code=True)  # paths in a command were typed
 
 
 def backticked(text: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
@@ -32,9 +33,9 @@ from dodistill.api import distill
 from dodistill.commands import compare as grid
 from dodistill.commands.cli import main
 from dodistill.commands.look import look
-from dodistill.config import plugins, registry
+from dodistill.config import choices, plugins, registry
 from dodistill.config.methods import table
-from dodistill.config.tree import code_in, merge, parts, portable, resolve
+from dodistill.config.tree import code_in, merge, portable, resolve
 from dodistill.engine.run_folder import RunFolder
 from dodistill.errors import DodistillError
 from dodistill.functional import losses
@@ -321,8 +322,9 @@ def test_a_method_of_a_run_can_be_pickled(here: Path) -> None:
 def test_help_and_methods_show_it(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["distill", "--source", "grey.py", "--intervention", "kdci+shift.py", "--help"]) == 0
     said = capsys.readouterr().out
-    assert "--source.n [20]  images per acquisition" in said
-    assert "--shift.by [0.5]  how far" in said
+    said = " ".join(said.replace("│", " ").split())
+    assert "--source.n INT images per acquisition (default: 20)" in said
+    assert "--shift.by FLOAT how far (default: 0.5)" in said
     assert "few: ours" in said
     assert main(["methods", *FILES]) == 0
     said = capsys.readouterr().out
@@ -332,7 +334,10 @@ def test_help_and_methods_show_it(here: Path, capsys: pytest.CaptureFixture[str]
         assert f"\n  {name:<14}" in said
     assert "Clipped: the plain gradient, clipped." in said
     assert "grey" not in table()
-    assert parts({"source": "grey.py", "intervention": "shift.py"}, allow_code=True)["shift"] is of_file("shift.py")
+    made = choices.parts(["--source", "grey.py", "--intervention", "shift.py"])
+    assert [flag.name for part in made for flag in part.flags if part.prefix == "shift"] == [
+        f"shift.{field.name}" for field in dataclasses.fields(of_file("shift.py"))
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ permission

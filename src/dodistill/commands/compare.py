@@ -19,6 +19,7 @@ resumes. Each cell runs in a process of its own and leaves one JSON in `cells/`.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -31,7 +32,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 
@@ -41,6 +42,34 @@ from ..config.tree import RUNTIME, Distill, Tree, expand, merge, portable, resol
 from ..engine.run_folder import write_atomically
 from ..errors import STOPPED, Busy, DodistillError, nearest
 from ..files import claimed
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Run a grid of methods with equal steps, seeds and teacher.
+
+    Cells that are finished are not run again, and rerunning the command resumes the others.
+    """
+
+    recipe: Annotated[str, "RECIPE.yaml"]  #: the grid; see recipes/
+    out: Annotated[str, "FOLDER"] = ""  #: folder of the results; empty: runs/NAME
+    jobs: int = 1  #: cells side by side
+    budget: Annotated[str, "TIME"] = ""  #: stop cleanly after so long, as in 25m, 2h or 90s
+    only: Annotated[list[str], "AXIS=LABEL"] = dataclasses.field(default_factory=list)  #: only these cells
+    table: bool = False  #: print the table of what is there, run nothing
+    against: Annotated[str, "AXIS=LABEL,..."] = ""  #: also the change against this arm, paired by seed
+    show: Annotated[list[str], "NAME"] = dataclasses.field(default_factory=list)  #: also a logged value: kdci/F_over_S
+    dry_run: bool = False  #: list the cells and what is done
+    allow_code: bool = False  #: let files of code that the recipe names run
+
+
+def run(arguments: Arguments) -> int:
+    a = arguments
+    out = Path(a.out) if a.out else None
+    return compare(
+        Path(a.recipe), out, a.jobs, a.budget or None, a.only, a.table, a.dry_run, a.against, a.show, a.allow_code
+    )
+
 
 KEYS = ("name", "about", "teachers", "base", "grid", "when", "skip", "published")
 SHORT = {"seed": "loop.seed", "steps": "loop.steps", "lr": "optim.lr", "student": "student.spec"}

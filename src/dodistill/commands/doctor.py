@@ -6,6 +6,16 @@ import importlib
 import os
 import platform
 import time
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Tell what this machine has, and what is wrong with it."""
+
+
+def run(_arguments: Arguments) -> int:
+    return doctor()
 
 
 def _version(name: str) -> str:

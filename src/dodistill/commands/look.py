@@ -22,7 +22,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +39,35 @@ from ..evaluation.probe import features
 from ..models import load_model
 from ..report import plots
 from ..report.canvas import Plot
+from ..report.format import number
 from ..report.images import grid
 from ..report.page import render, write_figures
 from ..report.progress import Progress
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Show runs beside real images: how far their data lie, what the students see, where they differ."""
+
+    runs: Annotated[tuple[str, ...], "[RUN ...]"] = ()  #: run folders of one teacher
+    test: Annotated[str, "DATA"] = ""  #: labelled images: .npz, folder, or a data set's name; needed
+    teacher: Annotated[str, "FILE"] = ""  #: the teacher, where a run was given it in memory
+    n: int = 1000  #: points in each map
+    out: Annotated[str, "FILE"] = "look.html"  #: the page
+
+
+def run(arguments: Arguments) -> int:
+    if not arguments.runs or not arguments.test:
+        raise DodistillError("look needs run folders and labelled images: dodistill look RUN [RUN ...] --test DATA.")
+    found = look(arguments.runs, arguments.test, arguments.out, arguments.teacher, arguments.n)
+    wide = max(len(s.name) for s in found)
+    print(f"{'':{wide}}  accuracy  silhouette  distance of its data (real from real)")
+    for s in found:
+        far = "" if s.distance is None or s.floor is None else f"{number(s.distance, 3)} ({number(s.floor, 3)})"
+        print(f"{s.name:{wide}}  {s.accuracy:7.2f}%  {s.silhouette:10.3f}  {far}".rstrip())
+    print(arguments.out)
+    return 0
+
 
 SHOWN = 12  #: images shown of each kind of difference
 MOST = 10_000  #: most images on each side of a distance

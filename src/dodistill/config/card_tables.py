@@ -21,7 +21,7 @@ from typing import Any
 from ..errors import DodistillError, nearest
 from . import registry
 from . import tree as config
-from .flags import comment
+from .outline import comment
 from .tree import Tree
 
 _BLOCK = re.compile(r"^<!-- (presets|settings): (.+?) -->\n(.*?)^(<!-- (?:end|presets|settings).*?-->)$", re.M | re.S)

@@ -1,18 +1,33 @@
-"""Command-line flags from dataclasses: `--part.field VALUE` for every field of the config tree, with its help."""
+"""Command-line flags from dataclasses: one for every field, `--part.field VALUE`. tyro reads them and writes the help.
+
+Only what the user typed is handed on, to `tree.resolve` or `tree.build`, which check it: a default of a flag never wins
+over a preset or a recipe. Where tyro does not serve:
+
+* Comments come from `outline`. tyro reads those of imported classes only, overlooks a `#:` behind a bracket, and takes
+  the second line of one for a comment on the next field.
+* Values are read as YAML has them, so that `3,32,32` is a list and `--flag` alone is true, as in a recipe.
+* An unknown flag is refused in one sentence, as every other mistake is; tyro draws a box of several lines, of which a
+  log keeps the last.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
 import re
+import types
 import typing
-from collections.abc import Mapping, Sequence
-from functools import cache
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, cast, get_args, get_origin
 
+import tyro
 import yaml
+from tyro.constructors import PrimitiveConstructorSpec
 
-from ..errors import DodistillError
+from ..errors import DodistillError, nearest
+from . import registry
+from .outline import comment
 
 #: What people type most, and where it lives in the tree.
 SHORT = {
@@ -20,7 +35,63 @@ SHORT = {
     "test": "data.test",
     "image_shape": "data.image_shape", "steps": "loop.steps", "batch": "loop.batch", "seed": "loop.seed",
     "device": "loop.device", "precision": "loop.precision", "threads": "loop.threads",
+    "data.foreign": "data.foreign.spec",
 }  # fmt: skip
+#: What the tree has below an axis, and the help as a flag of its own.
+LONG = {f"{axis}.name": axis for axis in registry.AXES if axis != "intervention"} | {"source.preset": "preset"}
+REQUIRED = object()  #: the default of a flag that must be there
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag."""
+
+    name: str  #: as the tree has it: loop.steps
+    type: Any
+    help: str = ""
+    default: Any = REQUIRED
+    metavar: str = ""
+    word: bool = False  #: given without its name, as in `teach MODEL`
+    switch: bool = False  #: takes no value
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """Further names."""
+        return tuple(short for short, name in SHORT.items() if name == self.name)
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The values that it can have, where they are few."""
+        if self.type is bool:
+            return ("true", "false")
+        return tuple(map(str, get_args(self.type))) if get_origin(self.type) is Literal else ()
+
+    def read(self, words: Sequence[str]) -> Any:
+        """What was said, as near to its type as the text alone tells. A boolean may stand alone."""
+        if self.type is bool and not words:
+            return True
+        if len(words) > 1 and get_origin(self.type) is not tuple:
+            raise DodistillError(f"did not expect {words[1]!r} behind --{self.name} {words[0]}.")
+        if self.type is str or get_origin(self.type) is Literal:
+            return words[0]
+        if self.word:
+            return tuple(words)
+        if types.NoneType in get_args(self.type) and words[0].lower() in ("none", "null"):
+            return None
+        found = value(words[0])
+        if get_origin(self.type) is tuple and isinstance(found, str) and found:
+            return [value(word.strip()) for word in found.split(",")]
+        return found
+
+
+@dataclass(frozen=True)
+class Part:
+    """Flags with one prefix, under one heading of the help."""
+
+    flags: Sequence[Flag]
+    prefix: str = ""
+    about: str = ""
+    open: bool = False  #: further flags with the prefix are read, too, and checked later
 
 
 def value(text: str) -> Any:
@@ -37,64 +108,215 @@ def value(text: str) -> Any:
     return out
 
 
-def raw(tokens: Sequence[str]) -> dict[str, Any]:
-    """`--loop.steps 60 --kdci.renormalize` -> {"loop.steps": 60, "kdci.renormalize": True}.
+def square(text: str) -> tuple[int, int, int] | None:
+    """(C, H, W) from "3,32,32", None from nothing; models here read square images."""
+    if not text:
+        return None
+    parts = text.split(",")
+    if len(parts) != 3 or not all(p.strip().isdigit() for p in parts) or int(parts[1]) != int(parts[2]):
+        raise DodistillError(f"--image-shape is {text!r}; it must be channels, height, width, as in 3,32,32 (square).")
+    return int(parts[0]), int(parts[1]), int(parts[1])
 
-    Raises DodistillError for a token that is no flag.
+
+# ---------------------------------------------------------------------------------------- from a dataclass
+
+
+def part(settings: type, prefix: str = "", instead: Mapping[str, Any] = types.MappingProxyType({})) -> Part:
+    """The flags of a class of settings; `instead` has values, of a preset or a recipe, to show as its defaults.
+
+    A field of type Annotated[str, "DATA"] is called DATA in the help. One without a default, and one that is called
+    "[FILE]", is a word without its name. A boolean that is False, without a prefix, takes no value.
     """
-    out: dict[str, Any] = {}
-    i = 0
-    while i < len(tokens):
-        token = tokens[i]
-        if not token.startswith("--") or len(token) < 3:
-            raise DodistillError(f"did not expect {token!r}; settings are written --part.field VALUE.")
-        name, given, text = token[2:].partition("=")
-        name = name.replace("-", "_")
-        if given:
-            out[name] = value(text)
-        elif i + 1 < len(tokens) and not re.match(r"--[a-zA-Z]", tokens[i + 1]):
-            out[name] = value(tokens[i + 1])
-            i += 1
-        else:
-            out[name] = True
-        i += 1
-    return out
+    flags = list(_flags(settings, prefix, instead))
+    about = inspect.cleandoc(settings.__doc__ or "")
+    return Part(flags, prefix, "" if about.startswith(f"{settings.__name__}(") else about)
 
 
-def tree(given: Mapping[str, Any], short: Mapping[str, str] = SHORT) -> dict[str, Any]:
-    """Flags with their short names spelled out: {"seed": 1} -> {"loop.seed": 1}. Raises DodistillError for a repeat."""
-    out: dict[str, Any] = {}
-    for name, setting in given.items():
-        full = short.get(name, name)
-        if full in out:
-            raise DodistillError(f"--{name} and --{full} say the same thing; give one of them.")
-        out[full] = setting
-    return out
-
-
-@cache
-def _source(cls: type) -> str:
-    return inspect.getsource(cls)  # parses the whole file
-
-
-def comment(cls: type, name: str) -> str:
-    """What the `#:` comment beside a field says, its own class first; without one, the values that the field takes."""
-    sources = [_source(c) for c in cls.__mro__ if dataclasses.is_dataclass(c)]
-    # the value may stand in brackets on a line of its own, and the comment go on over several lines
-    beside = rf"^ +{name}: [^#\n]*(?:\(\n[^#\n]*)?#: *(.*(?:\n +#: .*)*)$"
-    for source in sources:
-        if found := re.search(beside, source, re.MULTILINE):
-            return re.sub(r"\n +#: ", " ", found.group(1))
-    hint = typing.get_type_hints(cls)[name]
-    return ", ".join(map(str, typing.get_args(hint))) if typing.get_origin(hint) is typing.Literal else ""
-
-
-def help_of(cls: type, prefix: str) -> str:
-    """One line per field: flag, default, and the `#:` comment beside it in the source."""
-    lines = []
-    for field in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(field.type) or isinstance(field.default_factory, type):
+def _flags(settings: type, prefix: str, instead: Mapping[str, Any]) -> Iterator[Flag]:
+    hints = typing.get_type_hints(settings, include_extras=True)
+    for field in dataclasses.fields(settings):
+        name, hint, called = f"{prefix}.{field.name}".lstrip("."), hints[field.name], ""
+        if get_origin(hint) is Annotated:
+            hint, called = get_args(hint)[:2]
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            first, *rest = _flags(hint, name, _mapping(instead.get(field.name)))
+            yield dataclasses.replace(first, help=f"{comment(settings, field.name)}: {first.help}")
+            yield from rest
             continue
-        default = "" if field.default is dataclasses.MISSING else f"[{field.default!r}]"
-        lines.append(f"  --{prefix}{field.name} {default}  {comment(cls, field.name)}".rstrip())
-    return "\n".join(lines)
+        if get_origin(hint) is list:
+            default: Any = ()
+        else:
+            default = instead.get(field.name, REQUIRED if field.default is dataclasses.MISSING else field.default)
+        word = default is REQUIRED or called.startswith("[")
+        metavar = called.strip("[]") or (field.name.upper() if word else _metavar(hint))
+        switch = hint is bool and not prefix and default is False
+        text = comment(settings, field.name)
+        yield Flag(name, hint, "" if text in metavar else text, default, metavar, word, switch)
+
+
+def _mapping(given: Any) -> Mapping[str, Any]:
+    """A part of a tree; a model may be given by its spec alone."""
+    return given if isinstance(given, Mapping) else {"spec": given} if given else {}
+
+
+def _metavar(hint: Any) -> str:
+    """What to write behind a flag of this type."""
+    options = [a for a in get_args(hint) if a is not types.NoneType]
+    if get_origin(hint) is Literal:
+        return "{" + ", ".join(map(str, options)) + "}"
+    if get_origin(hint) in (typing.Union, types.UnionType):
+        return "|".join([*map(_metavar, options), "none"])
+    if get_origin(hint) is tuple:
+        return ",".join(_metavar(a) if a is not ... else "..." for a in get_args(hint))
+    return {bool: "{true, false}", str: "TEXT"}.get(hint, getattr(hint, "__name__", "VALUE").upper())
+
+
+def shown(default: Any) -> str:
+    """A default as it would be typed."""
+    if isinstance(default, bool) or default is None:
+        return str(default).lower()
+    if isinstance(default, list | tuple):
+        return ",".join(map(shown, default))
+    return f"{default:.6g}" if isinstance(default, float) else str(default)
+
+
+# ------------------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What the user typed for a flag, to tell it from a default."""
+
+    words: Sequence[Any]
+
+
+def typed(words: Sequence[str], names: Iterable[str]) -> dict[str, str]:
+    """{name: text} of those flags that `words` give; the last one counts."""
+    found = {}
+    for word, following in zip(words, [*words[1:], ""]):
+        text = word.partition("=")[2] if "=" in word else following
+        if word.startswith("--") and spelled(word) in names and text and not text.startswith("--"):
+            found[spelled(word)] = text
+    return found
+
+
+def parse(parts: Sequence[Part], words: Sequence[str], program: str, about: str = "") -> dict[str, Any]:
+    """{flag's name: value} of the flags that `words` give. Exits, as tyro does, behind the help or a missing value.
+
+    Raises DodistillError for a flag that is unknown or given twice, and for a word too many.
+    """
+    _refuse_twins(words)
+    form = cast(Callable[..., object], _form(parts))
+    plain = [_shortened(word) for word in words]
+    filled, unknown = tyro.cli(form, args=plain, prog=program, description=about, return_unknown_args=True)
+    given = dict(_unknown(unknown, parts, program.split()[-1]))
+    for flag, answer in _answers(parts, filled):
+        if isinstance(answer, _Said) and list(answer.words) != [[]]:  # what tyro leaves where an unknown flag stood
+            given[flag.name] = flag.read(answer.words)
+        elif (flag.switch or get_origin(flag.type) is list) and answer:
+            given[flag.name] = answer
+    return given
+
+
+def form(parts: Sequence[Part], about: str = "") -> type:
+    """A dataclass that tyro can ask for help and for shell completion, with the values that each flag can have."""
+    made = _form(parts, closed=True)
+    made.__doc__ = about
+    return made
+
+
+def _form(parts: Sequence[Part], closed: bool = False) -> type:
+    """The dataclass that tyro fills in: fields f0, f1, ... for flags without a prefix, and one for each other part."""
+    fields: list[tuple[str, Any, Any]] = []
+    for i, part in enumerate(parts):
+        mine = [(f"f{i}_{k}", *_field(flag, part.prefix, closed)) for k, flag in enumerate(part.flags)]
+        if not part.prefix:
+            fields += mine
+        elif mine:
+            inner = dataclasses.make_dataclass(f"Part{i}", mine)
+            inner.__doc__ = part.about
+            named = _annotated(inner, tyro.conf.arg(name=part.prefix, help=part.about))
+            fields.append((f"part{i}", named, dataclasses.field(default_factory=inner)))
+    fields.sort(key=lambda field: field[2] is not dataclasses.MISSING)
+    return dataclasses.make_dataclass("Form", fields)
+
+
+def _annotated(kind: Any, *more: Any) -> Any:
+    return Annotated[(kind, *more)]
+
+
+def _field(flag: Flag, prefix: str, closed: bool) -> tuple[Any, Any]:
+    """The type and the default of a field that stands for a flag."""
+    said = "" if flag.default in ("", (), [], REQUIRED) or flag.switch else f"(default: {shown(flag.default)})"
+    # help is never None, with which tyro would look for a comment in the source
+    told: dict[str, Any] = {"help": flag.help or said, "help_behavior_hint": said if flag.help else ""}
+    if not flag.word:
+        told["name"] = flag.name.removeprefix(f"{prefix}.") if prefix else flag.name
+        told["aliases"] = [f"--{other.replace('_', '-')}" for other in flag.others] or None
+    if flag.switch:
+        return _annotated(bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(**told)), False
+    if get_origin(flag.type) is list:
+        told |= {"metavar": flag.metavar, "help_behavior_hint": "(repeatable)"}
+        several = _annotated(list[str], tyro.conf.UseAppendAction, tyro.conf.arg(**told))
+        return several, dataclasses.field(default_factory=list)
+    many: Any = (0, 1) if flag.type is bool else "*" if flag.word and get_origin(flag.type) is tuple else 1
+    spec: PrimitiveConstructorSpec[Any] = PrimitiveConstructorSpec(
+        nargs=many, metavar=flag.metavar, instance_from_str=_Said, is_instance=lambda _: True,
+        str_from_instance=lambda default: [str(default)], choices=flag.choices or None if closed else None,
+    )  # fmt: skip
+    kind = _annotated(str, spec, tyro.conf.arg(**told), *([tyro.conf.Positional] if flag.word else []))
+    return kind, dataclasses.MISSING if flag.default is REQUIRED else ""
+
+
+def _answers(parts: Sequence[Part], filled: Any) -> Iterator[tuple[Flag, Any]]:
+    for i, part in enumerate(parts):
+        where = getattr(filled, f"part{i}", filled) if part.prefix else filled
+        for k, flag in enumerate(part.flags):
+            yield flag, getattr(where, f"f{i}_{k}")
+
+
+def spelled(token: str) -> str:
+    """The name of a flag as the tree has it: --loop.log-every=5 -> loop.log_every."""
+    return token.removeprefix("--").partition("=")[0].replace("-", "_")
+
+
+def _shortened(word: str) -> str:
+    """--source.name=fast -> --source=fast"""
+    name = spelled(word)
+    return f"--{LONG[name]}{word[len(name) + 2 :]}" if word.startswith("--") and name in LONG else word
+
+
+def _refuse_twins(words: Sequence[str]) -> None:
+    """Two spellings of one setting."""
+    given = {spelled(word) for word in words if word.startswith("--")}
+    for name in sorted(given):
+        full = SHORT.get(name, name)
+        for other in sorted(given - {name}):
+            if SHORT.get(other, other) == full:
+                raise DodistillError(f"--{name} and --{other} say the same thing; give one of them.")
+
+
+def _unknown(tokens: Sequence[str], parts: Sequence[Part], command: str) -> Iterator[tuple[str, Any]]:
+    """The flags of open parts among what tyro did not know; a sentence that refuses any other."""
+    rest = list(tokens)
+    while rest:
+        token = rest.pop(0)
+        if not re.match(r"--\w", token):
+            raise DodistillError(f"did not expect {token!r}; settings are written --flag VALUE.")
+        text = token.partition("=")[2] if "=" in token else rest.pop(0) if rest and not rest[0].startswith("--") else ""
+        name = spelled(token)
+        if any(part.open and name.startswith(f"{part.prefix}.") for part in parts):
+            yield name, value(text) if text else True
+            continue
+        said = f"{token.partition('=')[0]} {text}".rstrip()
+        raise DodistillError(f"{_no_flag(name, parts, command)} You wrote {said}.")
+
+
+def _no_flag(name: str, parts: Sequence[Part], command: str) -> str:
+    """A sentence that names the nearest flags, within the same part where there is one."""
+    known = {other for part in parts for flag in part.flags for other in (flag.name, *flag.others)}
+    within, _, key = name.rpartition(".")
+    inside = {other.removeprefix(f"{within}.") for other in known if other.startswith(f"{within}.")}
+    if within and inside:
+        return f"{within}: {nearest(key, inside, 'key')}"
+    return f"{command}: {nearest(name.split('.')[0], {other.split('.')[0] for other in known}, 'key')}"

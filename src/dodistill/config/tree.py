@@ -429,17 +429,6 @@ PLAIN: dict[str, type] = {
 }  # fmt: skip
 
 
-def parts(tree: Mapping[str, Any], allow_code: Allow = False) -> dict[str, type]:
-    """Flag prefix -> the dataclass of its settings, for the choices of a tree: what `--help` lists."""
-    full = expand(tree)
-    out: dict[str, type] = {k: PLAIN[k] for k in ("teacher", "student", "data")}
-    out["source"] = chosen(full, "source", DEFAULTS["source"], allow_code)[0].config
-    out |= {m.config.name: m.config for m, _ in interventions(full, allow_code)}
-    for axis in ("criterion", "update", "replay"):
-        out[axis] = chosen(full, axis, DEFAULTS[axis], allow_code)[0].config
-    return out | {"dictionary": registry.dictionary()} | {k: v for k, v in PLAIN.items() if k not in out}
-
-
 def _resolve(tree: Tree, allow_code: Allow) -> Distill:
     for path, flag in plugins.paths(tree).items():  # before any of them runs
         plugins.refuse(path, flag, allow_code)

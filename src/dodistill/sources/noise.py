@@ -18,8 +18,8 @@ Deviations, and why
     shift real images as noise shifts the teacher: far below what it has learned. The release never meets this, since
     it leaves the student in train mode when it measures: each test batch is normalised by itself (and its schedule
     follows the test loss). That is `current_statistics(student)`. The other reading that works, `calibrate(student,
-    images)`, takes the running statistics from a few unlabelled real images, so that each image has one answer. The
-    engine's evaluation does neither, and the run's summary says so.
+    images)` (evaluation/calibrate.py), takes the running statistics from a few unlabelled real images, so that each
+    image has one answer. The engine's evaluation does neither, and the run's summary says so.
  4. After rejection the student meets other batches than those that the teacher's statistics were taken over. Batches of
     a few hundred have nearly the same.
  5. The labels in the pool count only without augmentation (the preset's): with it the engine asks the teacher again,
@@ -61,31 +61,6 @@ def current_statistics(model: nn.Module) -> Iterator[None]:
     finally:
         for m, mean, var in kept:
             m.running_mean, m.running_var = mean, var
-
-
-@torch.no_grad()
-def calibrate(model: nn.Module, images: Tensor, batch: int = 256) -> nn.Module:
-    """Set the running statistics of every BatchNorm of `model` to those of `images` (float in [0, 1] or uint8,
-    [n, C, H, W]), in place: the mean over batches. No labels, and few images, are needed. Returns it, in eval mode.
-    """
-    layers = [
-        m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
-    ]
-    momenta = [m.momentum for m in layers]
-    first = next(model.parameters(), images)
-    model.eval()
-    try:
-        for m in layers:
-            m.reset_running_stats()
-            m.momentum = None  # PyTorch's sign for the plain mean
-            m.train()
-        for part in images.tensor_split(-(-len(images) // batch)):
-            here = part.to(first.device)
-            model(here if here.is_floating_point() else to_float(here))
-    finally:
-        for m, momentum in zip(layers, momenta):
-            m.momentum = momentum
-    return model.eval()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,85 @@
+"""`dodistill distill`: the main job from a command line. config/choices.py has the flags that are settings."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from ..api import choose_source, distill_config, shell_command
+from ..config.choices import read_recipe
+from ..config.methods import asks
+from ..config.plugins import paths
+from ..config.tree import expand, merge, resolve
+from ..errors import STOPPED, DodistillError
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Distil a teacher into a student.
+
+    examples:
+      dodistill distill --teacher teacher.safetensors --student wrn16_1 --source fast --preset wrn --out runs/a
+      dodistill distill --teacher wrn40_2 --teacher.weights t.pth --teacher.normalise cifar10 --image-shape 3,32,32 \\
+          --student wrn16_1 --source dfnd --unlabeled folder/ --intervention kdci+stratified --out runs/b
+
+    Every setting is a flag, --part.field VALUE, and - and _ are the same in its name. With --source, --preset,
+    --intervention or a recipe before --help, the help lists the settings of what they choose, with their values.
+
+    Rerun the command to resume a run that was stopped.
+    """
+
+    recipe: Annotated[str, "[RECIPE.yaml]"] = ""  #: settings in a file; it comes first, and flags win over it
+    out: Annotated[str, "FOLDER"] = ""  #: the run folder; empty: below runs/, named by its settings
+    quiet: bool = False  #: show no progress
+    no_report: bool = False  #: write no report.html
+    max_seconds: float = math.inf  #: stop cleanly after so long; the same command goes on
+    allow_code: bool = False  #: let files of code that the recipe names run; those typed on the command line may always
+
+
+def run(arguments: Arguments, settings: Mapping[str, Any], words: Sequence[str]) -> int:
+    """`settings` are those that the command line gives, `words` the command line itself."""
+    start, out = time.monotonic(), arguments.out
+    if arguments.recipe and arguments.recipe != words[0]:
+        raise DodistillError(
+            f"did not expect {arguments.recipe!r}; a recipe comes first, and settings are written --part.field VALUE."
+        )
+    typed = expand(settings)
+    allowed = arguments.allow_code or paths(typed)
+    tree, choice = merge(expand(read_recipe(arguments.recipe)), typed), None
+    if asks(tree):
+        tree, choice = choose_source(tree, arguments.max_seconds, out or None, allowed)
+    config = resolve(tree, allow_code=allowed)
+    out = out or f"runs/{config.source.name}-{config.intervention}-{config.key()}"
+    result = distill_config(
+        config, out, verbose=not arguments.quiet, deadline=start + arguments.max_seconds,
+        command=shell_command(["distill", *words]), report=not arguments.no_report, choice=choice,
+    )  # fmt: skip
+    if not result.summary.get("finished"):
+        print(
+            f"stopped at step {result.summary['step']} of {config.loop.steps}; the same command goes on.",
+            file=sys.stderr,
+        )
+        return STOPPED
+    _say(result.summary, Path(out))
+    return 0
+
+
+def _say(summary: dict[str, Any], out: Path) -> None:
+    if "choice" in summary:
+        print(summary["choice"])
+    print(f"student    {summary['student_parameters']:,} parameters (teacher {summary['teacher_parameters']:,})")
+    print(
+        f"agreement  {summary['agreement']:.2f} % with the teacher on held-back inputs ({summary['delivered']} weights)"
+    )
+    if "student_accuracy" in summary:
+        print(f"accuracy   {summary['student_accuracy']:.2f} % last step, teacher {summary['teacher_accuracy']:.2f} %")
+    if "replay_memory_mb" in summary:
+        print(f"replay     {summary['replay_memory_mb']:.2f} MB in memory and in each checkpoint")
+    print(f"weights    {out / 'student.safetensors'}")
+    if (out / "report.html").exists():
+        print(f"report     {out / 'report.html'}")

@@ -1,0 +1,126 @@
+"""`dodistill evaluate`: what a classifier is worth on images with labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from torch import nn
+
+from ..api import Shape, parameters, shape_of
+from ..config.flags import square
+from ..core.runtime import pick_device
+from ..data.folder import crop_share
+from ..data.images import Images, contexts_of, load_images, refuse_one_class
+from ..errors import DodistillError
+from ..evaluation import evaluate
+from ..evaluation.calibrate import calibrate
+from ..evaluation.probe import context_gap, linear_probe
+from ..models import Normalized, load_model, save_model
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Score a model on labelled images, against a teacher, or by a probe on other data."""
+
+    model: str  #: a .safetensors that dodistill wrote, or a model spec with --weights
+    weights: Annotated[str, "FILE"] = ""  #: weights that do not say which network they are of
+    image_shape: Annotated[str, "C,H,W"] = ""  #: what the model reads, where its weights do not say
+    normalise: Annotated[str, "NAME"] = ""  #: its normalisation, where its weights do not say
+    test: Annotated[str, "DATA"] = ""  #: labelled images: .npz, folder, or a data set's name
+    crop_share: float = 0.0  #: of images in folders, crop : short side; 0: 0.875 from 160 pixels on, else 1
+    probe: Annotated[str, "DATA"] = ""  #: transfer: train a linear classifier on its frozen features
+    teacher: Annotated[str, "MODEL"] = ""  #: another model, to report agreement with
+    calibrate: Annotated[str, "DATA"] = ""  #: first take BatchNorm's statistics from these unlabelled images
+    n: int = 1000  #: number of calibration images
+    out: Annotated[str, "FILE"] = ""  #: write the calibrated model, .safetensors
+
+
+@dataclass(frozen=True)
+class Data:
+    """Everything that is read before anything is computed."""
+
+    test: Images | None
+    probe: tuple[Images, Images] | None  #: to train the probe on, and to test it
+    calibrate: Images | None
+    contexts: list[Images]  #: of a planted context, aligned and conflicting
+
+
+def run(arguments: Arguments) -> int:
+    _check(arguments)
+    model = _model(arguments)
+    data = _read(arguments, shape_of(model))
+    device = pick_device()
+    model.to(device)
+    teacher = load_model(arguments.teacher).to(device) if arguments.teacher and data.test is not None else None
+    if data.calibrate is not None:
+        _calibrate(arguments, model, data.calibrate)
+    if data.probe is not None:
+        found = linear_probe(model, *data.probe)
+        print(f"probe      {found['test']:.2f} % on {arguments.probe} (train {found['train']:.2f} %), features frozen")
+    if data.test is not None:
+        _score(arguments.model, model, data.test, teacher)
+    if data.contexts:
+        said = ", ".join(f"{name} {score:.2f}" for name, score in context_gap(model, data.contexts).items())
+        print(f"context    accuracy in %: {said}")
+    return 0
+
+
+def _check(arguments: Arguments) -> None:
+    if not (arguments.test or arguments.probe or arguments.calibrate):
+        raise DodistillError("evaluate needs images: give --test DATA, --probe DATA or --calibrate DATA, or several.")
+    if arguments.out and not arguments.calibrate:
+        raise DodistillError(f"--out {arguments.out}: nothing would be changed; it belongs to --calibrate DATA.")
+    if arguments.n < 2:
+        raise DodistillError(f"--n is {arguments.n}; statistics need at least 2 images.")
+
+
+def _model(arguments: Arguments) -> Normalized:
+    channels, size, _ = square(arguments.image_shape) or (None, None, None)
+    return load_model(
+        arguments.model, weights=arguments.weights or None, mean=arguments.normalise or None, in_channels=channels,
+        image_size=size,
+    )  # fmt: skip
+
+
+def _read(arguments: Arguments, shape: Shape) -> Data:
+    """All images as test images are seen."""
+    share = crop_share(arguments.crop_share, shape[1])
+
+    def labelled(spec: str, split: str) -> Images:
+        images = load_images(spec, split, True, shape, crop=share)
+        if images.y is None:
+            raise DodistillError(f"{spec} has no labels; accuracy needs them.")
+        refuse_one_class(images, spec)
+        return images
+
+    test, probe, plain = arguments.test, arguments.probe, arguments.calibrate
+    return Data(
+        labelled(test, "test") if test else None,
+        (labelled(probe, "train"), labelled(probe, "test")) if probe else None,
+        load_images(plain, "train", False, shape, crop=share) if plain else None,
+        [load_images(spec, "test", True, shape, crop=share) for spec in contexts_of(test)],
+    )
+
+
+def _calibrate(arguments: Arguments, model: Normalized, images: Images) -> None:
+    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[: arguments.n]
+    calibrate(model, images.x[chosen])
+    print(f"calibrated with {len(chosen):,} images of {arguments.calibrate}, labels unread")
+    if arguments.out:
+        print(f"weights    {save_model(model, arguments.out)}")
+
+
+def _score(name: str, model: nn.Module, test: Images, teacher: nn.Module | None) -> None:
+    assert test.y is not None
+    logits = evaluate.predict(model, test.x)
+    print(f"model      {name}, {parameters(model):,} parameters")
+    print(f"accuracy   {evaluate.top1(logits, test.y):.2f} % of {len(test.x):,} images")
+    print(f"ECE        {evaluate.expected_calibration_error(logits, test.y):.4f}")
+    shares = ", ".join(f"{100 * v:.1f}" for v in evaluate.class_shares(logits).tolist()[:20])
+    print(f"predicted class shares (%)  {shares}")
+    if teacher is not None:
+        other = evaluate.predict(teacher, test.x)
+        agreed = evaluate.agreement(logits, other)
+        print(f"teacher    {evaluate.top1(other, test.y):.2f} %, agreement {agreed:.2f} %")

@@ -1,0 +1,32 @@
+"""`dodistill export`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..api import shape_of
+from ..engine.run_folder import newest_pool
+from ..models import load_model
+from ..models.onnx import export_onnx
+from ..report.images import export_images
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Write the pool of a run as images, or its student as ONNX."""
+
+    run: str  #: a run folder, or for ONNX a .safetensors too
+    target: str  #: a folder for the images, or FILE.onnx
+
+
+def run(arguments: Arguments) -> int:
+    source, target = Path(arguments.run), Path(arguments.target)
+    if target.suffix == ".onnx":
+        model = load_model(str(source / "student.safetensors" if source.is_dir() else source))
+        print(export_onnx(model, target, shape_of(model)))
+        return 0
+    pool = newest_pool(source)
+    n = export_images(pool["x"], target, pool["logits"].argmax(1))
+    print(f"{n} images in {target}, one folder for each class of the teacher's prediction")
+    return 0

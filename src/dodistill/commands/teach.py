@@ -1,0 +1,66 @@
+"""`dodistill teach`: a classifier, trained on labelled images. The fields of `engine.teach.Teach` are flags, too."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from ..config.flags import square
+from ..config.tree import build
+from ..core.runtime import emulated, pick_device
+from ..engine.lesson import fresh_model, read_lesson, teach_to_file
+from ..engine.run_folder import check_writable
+from ..engine.teach import Log, Teach
+from ..errors import STOPPED, DodistillError
+from ..report.progress import Progress
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Train a teacher (or a student on real data, the upper bound).
+
+    Rerun the command to resume a training that was stopped.
+    """
+
+    model: str  #: a network, by the grammar of `load_model`: wrn40_2, timm:NAME, file.py:factory
+    data: Annotated[str, "DATA"] = ""  #: labelled images: a data set's name, a .npz, or a folder of class folders
+    test: Annotated[str, "DATA"] = ""  #: test images, where `data` has none of its own
+    image_shape: Annotated[str, "C,H,W"] = ""  #: what images in folders are resized to
+    crop_share: float = 0.0  #: of test images in folders, crop : short side; 0: 0.875 from 160 pixels on, else 1
+    normalise: Annotated[str, "NAME"] = ""  #: cifar10, cifar100, imagenet, mnist or none
+    out: Annotated[str, "FILE"] = "teacher.safetensors"  #: the weights
+    max_seconds: float = math.inf  #: stop cleanly after so long; the same command goes on
+
+
+def run(arguments: Arguments, settings: Mapping[str, Any], _words: Sequence[str]) -> int:
+    """`settings` are fields of `Teach`."""
+    deadline, target = time.monotonic() + arguments.max_seconds, Path(arguments.out)
+    shape = square(arguments.image_shape)
+    if not arguments.data:
+        raise DodistillError("teach needs labelled images; give --data cifar10, a .npz, or a folder of class folders.")
+    config = build(Teach, {**settings, "model": arguments.model}, "teach")
+    check_writable(target)
+    lesson = read_lesson(arguments.data, arguments.test, shape, arguments.crop_share)
+    model, device = fresh_model(config, lesson.train, arguments.normalise or None), pick_device()
+    with Progress(lesson.steps(config), f"teach {config.model} on {arguments.data}") as progress:
+
+        def on_log(log: Log) -> None:
+            progress.update(int(log["step"]), loss=float(log["loss"]), accuracy=float(log["minival"] or 0.0))
+
+        if emulated(device, config.precision):
+            progress.note("bf16 is emulated on this CPU, some ten times slower than fp32; use --precision fp32.")
+        if lesson.note:
+            progress.note(lesson.note)
+        result = teach_to_file(target, model, lesson, config, device, on_log, progress.update, deadline)
+    if not result.get("finished", True):
+        print(f"stopped after epoch {result['epoch']} of {config.epochs}; the same command goes on.", file=sys.stderr)
+        return STOPPED
+    print(json.dumps(result))
+    print(f"weights    {target}")
+    return 0

@@ -1,0 +1,145 @@
+"""The flags of a run: the choices on the axes decide which there are, a preset or a recipe decides their defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from ..errors import DodistillError, nearest
+from . import outline, registry
+from .flags import LONG, Flag, Part, part, spelled, typed
+from .methods import AUTO, asks, choosing
+from .plugins import Allow, label, paths
+from .tree import DEFAULTS, PLAIN, Tree, expand, merge
+
+ABOUT = {
+    "source": "where the images come from",
+    "intervention": "what severs the confounder's path, several joined by +",
+    "criterion": "what is matched",
+    "update": "how the student's gradients come about",
+    "replay": "what the student must not forget",
+}
+
+
+def read_recipe(path: str) -> Tree:
+    """The settings in a file; none where there is no path."""
+    if not path:
+        return {}
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise DodistillError(f"cannot read recipe {path}: {error}") from error
+    if not isinstance(tree, dict):
+        raise DodistillError(f"recipe {path} must be a mapping of settings.")
+    return tree
+
+
+def parts(words: Sequence[str]) -> list[Part]:
+    """The flags of the run that a command line asks for; its first word may be a recipe."""
+    recipe = read_recipe(words[0]) if words and not words[0].startswith("-") else {}
+    given = expand(typed(words, (*registry.AXES, *LONG, "preset")))
+    tree, allow = merge(expand(recipe), given), "--allow-code" in words or paths(given)
+    if asks(tree):
+        preset = Flag("preset", str, "of the source that is chosen; empty: chosen with it", "", "NAME")
+        choosers = Part([*_axes(tree), preset], about=choosing())
+        classes, open_part = _classes(tree, words, allow), [_any_source()]
+    else:
+        source = _choice(tree, "source", allow)
+        tree, preset = _with_preset(tree, source)
+        choosers = Part([*_axes(tree), preset], about=_listed(source))
+        classes, open_part = {"source": source, **_classes(tree, words, allow)}, []
+    return [choosers, *open_part, *(part(cls, prefix, _settings(tree, prefix)) for prefix, cls in classes.items())]
+
+
+def _with_preset(tree: Tree, source: Any) -> tuple[Tree, Flag]:
+    """The tree over the preset that it names, as `resolve` has it, and the flag that names one."""
+    preset = str(tree.get("preset") or _settings(tree, "source").get("preset", ""))
+    if preset:
+        if preset not in source.presets:
+            raise DodistillError(f"source {source.name}: {nearest(preset, source.presets, 'preset')}")
+        tree = merge(expand(source.presets[preset]), tree)
+    hint = _one_of(source.presets) if source.presets else str
+    return tree, Flag("preset", hint, "settings of the source, listed above", preset, "NAME")
+
+
+def _listed(source: Any) -> str:
+    """The presets of a source, and where their numbers come from."""
+    lines = (f"  {name}: {source.origin.get(name, '')}" for name in source.presets)
+    return "\n".join([f"presets of source {source.name}:", *lines])
+
+
+def _classes(tree: Tree, words: Sequence[str], allow: Allow) -> dict[str, type]:
+    """Prefix -> settings of what a tree chooses, and of what every run has; without the source."""
+    return {
+        **{cls.name: cls for cls in _interventions(tree, words, allow)},
+        **{axis: _choice(tree, axis, allow) for axis in ("criterion", "update", "replay")},
+        "dictionary": outline.read("interventions.shared.dictionary", "DictionaryConfig"),
+        **PLAIN,
+    }
+
+
+def _choice(tree: Tree, axis: str, allow: Allow) -> Any:
+    """The settings of what a tree chooses on an axis."""
+    return outline.choice(axis, _name(tree, axis), allow, str(_settings(tree, axis).get("code", "")))
+
+
+def every_part() -> list[Part]:
+    """The flags of every choice on every axis, for shell completion."""
+    found = parts([])
+    for axis in registry.AXES:
+        for name in registry.names(axis):
+            prefix = name if axis == "intervention" else axis
+            found.append(part(outline.choice(axis, name), prefix))
+    known: dict[str, dict[str, Flag]] = {}
+    for one in found:
+        for flag in one.flags:
+            known.setdefault(one.prefix, {}).setdefault(flag.name, flag)
+    return [Part(list(flags.values()), prefix) for prefix, flags in known.items()]
+
+
+def _axes(tree: Tree) -> list[Flag]:
+    """A flag for the choice on each axis."""
+    flags = []
+    for axis, about in ABOUT.items():
+        more = {"source": [AUTO], "intervention": ["none"]}.get(axis, [])
+        names = [*more, *registry.known(axis)]
+        hint = str if axis == "intervention" else _one_of(names)
+        text = f"{about}: {', '.join(names)}; or the path of your own file, my_method.py"
+        flags.append(Flag(axis, hint, text, _name(tree, axis), "NAME"))
+    return flags
+
+
+def _one_of(names: Iterable[str]) -> Any:
+    return Literal[tuple(names)]
+
+
+def _any_source() -> Part:
+    """What can be said before the source is known; settings of its own are checked when it is."""
+    seconds = Flag("source.seconds", float | None, "the time allowed; none: --max-seconds", None, "FLOAT")
+    return Part([seconds], "source", "Settings of the source that is chosen.", open=True)
+
+
+def _name(tree: Tree, axis: str) -> str:
+    """What a tree chooses on an axis."""
+    default = DEFAULTS.get(axis, "none")
+    given = tree.get(axis) or default
+    given = given.get("name") if isinstance(given, Mapping) else given
+    return given if isinstance(given, str) else default
+
+
+def _settings(tree: Tree, part: str) -> Mapping[str, Any]:
+    """What a tree says of a part; nothing where that is no mapping, which `resolve` refuses."""
+    given = tree.get(part)
+    return given if isinstance(given, Mapping) else {}
+
+
+def _interventions(tree: Tree, words: Sequence[str], allow: Allow) -> list[Any]:
+    """Those chosen, and those whose settings a command line gives without choosing them."""
+    chosen = [name.strip() for name in _name(tree, "intervention").split("+")]
+    given = {spelled(word).partition(".")[0] for word in words if word.startswith("--")}
+    names = dict.fromkeys([*chosen, *(name for name in registry.known("intervention") if name in given)])
+    code = {name: str(_settings(tree, label(name)).get("code", "")) for name in names}
+    return [outline.choice("intervention", n, allow, code[n]) for n in names if n not in ("", "none")]

@@ -1,0 +1,96 @@
+"""From labelled images to a file of trained weights: what `dodistill teach` does around `teach`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..data.folder import crop_share
+from ..data.images import Images, has_test, load_images, refuse_one_class
+from ..errors import DodistillError
+from ..models import Normalized, load_model, save_model
+from .run_folder import load_tensors, save_tensors
+from .teach import Log, Teach, teach
+
+Shape = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Labelled images to learn from, and those that the result is scored on."""
+
+    train: Images
+    test: Images | None = None
+    note: str = ""  #: why there are none to be scored on
+
+    def steps(self, config: Teach) -> int:
+        """About how many steps the schedule has."""
+        return config.epochs * max(1, int(len(self.train) * (1 - config.minival)) // config.batch)
+
+
+def read_lesson(data: str, test: str = "", shape: Shape | None = None, crop: float = 0.0) -> Lesson:
+    """The training images of `data`; the test images of `test`, else those of `data`, where it has some.
+
+    `shape` is what images in folders are resized to, `crop` the share that is cropped of test images in folders. Raises
+    DodistillError for labels of one class, and where `test` cannot be scored.
+    """
+    crop_share(crop, 0)
+    train = load_images(data, image_shape=shape)
+    refuse_one_class(train, data)
+    if not (test or has_test(data)):
+        return Lesson(train)
+    try:
+        return Lesson(train, _labelled(test or data, shape, crop))
+    except DodistillError as error:
+        if test:
+            raise
+        return Lesson(train, note=f"no accuracy on test images at the end: {error}")
+
+
+def _labelled(spec: str, shape: Shape | None, crop: float) -> Images:
+    images = load_images(spec, split="test", image_shape=shape, crop=crop)
+    if images.y is None:
+        raise DodistillError(f"the test images of {spec} have no labels; accuracy needs them.")
+    refuse_one_class(images, f"test images of {spec}")
+    return images
+
+
+def fresh_model(config: Teach, images: Images, normalise: str | None = None) -> Normalized:
+    """The network that the schedule names, for these images."""
+    channels, size, _ = images.image_shape
+    return load_model(
+        config.model, num_classes=config.num_classes or images.num_classes, in_channels=channels, image_size=size,
+        mean=normalise, seed=config.seed,
+    )  # fmt: skip
+
+
+def teach_to_file(
+    target: Path,
+    model: Normalized,
+    lesson: Lesson,
+    config: Teach,
+    device: torch.device,
+    on_log: Callable[[Log], None],
+    on_step: Callable[[int], None],
+    deadline: float,
+) -> Log:
+    """Train `model`, and write it to `target` with what was measured. A training that was stopped goes on.
+
+    Returns what `teach` returns, its numbers alone once it has finished.
+    """
+    begun = target.with_suffix(".teaching.pt")
+    resume = load_tensors(begun) if begun.exists() else None
+
+    def keep(state: Log) -> None:
+        save_tensors(begun, state)
+
+    result = teach(model, lesson.train, lesson.test, config, on_log, device, resume, keep, deadline, on_step)
+    if not result.get("finished", True):
+        return result
+    numbers = {name: value for name, value in result.items() if isinstance(value, int | float)}
+    save_model(model, target, **numbers)
+    begun.unlink(missing_ok=True)
+    return numbers
