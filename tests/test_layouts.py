@@ -180,7 +180,7 @@ def test_labels_of_one_class_are_refused_wherever_labels_are_read(
     def refused(*arguments: str) -> str:
         with monkeypatch.context() as patch:  # nothing is computed before
             patch.setattr("dodistill.evaluation.evaluate.predict", lambda *_, **__: pytest.fail("computed first"))
-            patch.setattr("dodistill.sources.noise.calibrate", lambda *_, **__: pytest.fail("computed first"))
+            patch.setattr("dodistill.models.batchnorm.calibrate", lambda *_, **__: pytest.fail("computed first"))
             assert main(arguments) == 2
         return capsys.readouterr().err
 

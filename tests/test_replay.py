@@ -19,8 +19,9 @@ from dodistill.errors import DodistillError
 from dodistill.functional.augment import to_float
 from dodistill.models.teacher import Teacher
 from dodistill.replay.bank import Bank
-from dodistill.replay.generative import Decoder, Encoder, Generative, balance, kl_to_normal
+from dodistill.replay.generative import Generative, balance
 from dodistill.replay.none import Config as NoReplay
+from dodistill.replay.shared.vae import Decoder, Encoder, kl_to_normal
 from helpers import SHAPE, config, context, job, metrics, same, student, untimed
 
 SMALL: dict[str, dict[str, Any]] = {

@@ -374,7 +374,7 @@ def _evaluate(known: argparse.Namespace) -> int:
     from ..evaluation.evaluate import agreement, class_shares, expected_calibration_error, predict, top1
     from ..evaluation.probe import context_gap, linear_probe
     from ..models import load_model, save_model
-    from ..sources.noise import calibrate
+    from ..models.batchnorm import calibrate
 
     if not (known.test or known.probe or known.calibrate):
         raise DodistillError("evaluate needs images: give --test DATA, --probe DATA or --calibrate DATA, or several.")

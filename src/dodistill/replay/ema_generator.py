@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ..config import registry
 from ..core.context import Context
-from ..errors import DodistillError
+from ..errors import DodistillError, at_least
 from ..functional.augment import to_float, to_uint8
 from .shared.base import Replay, ReplayConfig
 
@@ -54,8 +54,7 @@ class Ema(Replay):
 
     def __init__(self, config: Config, context: Context) -> None:
         super().__init__(context)
-        if config.size < 2:
-            raise DodistillError(f"replay.size is {config.size}; it must be at least 2.")
+        at_least(2, "replay", size=config.size)
         if not 0 <= config.decay < 1:
             raise DodistillError(f"replay.decay is {config.decay}; it must lie in [0, 1), as in 0.95.")
         self.config, self.seen = config, 0

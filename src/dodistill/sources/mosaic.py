@@ -35,33 +35,19 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from ..core.context import Context
-from ..errors import DodistillError
+from ..core.runtime import seeded
+from ..errors import DodistillError, at_least
 from ..functional import losses
 from ..functional.augment import crop_flip, to_float, to_uint8
 from ..functional.memory_format import place
-from ..models.normalized import Normalized
-from .adversarial import batch_statistics
-from .shared.base import Acquired, Kind, Source, SourceConfig, ask, at_least
-from .shared.generators import ConvGenerator, normalised_space, seeded
-
-
-class PatchDiscriminator(nn.Module):
-    """Is each 10x10 patch real? [B, C, H, W], normalised -> logits [B, 1, H/4, W/4]. 531 328 parameters for RGB."""
-
-    def __init__(self, channels: int, width: int = 128) -> None:
-        super().__init__()
-        self.net = nn.Sequential(
-            nn.Conv2d(channels, width, 4, 2, 1),
-            nn.LeakyReLU(0.2, inplace=True),
-            nn.Conv2d(width, 2 * width, 4, 2, 1, bias=False),
-            nn.BatchNorm2d(2 * width),
-            nn.LeakyReLU(0.2, inplace=True),
-            nn.Conv2d(2 * width, 1, 1, bias=False),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.net(x)
-        return out.float()
+from ..functional.schedules import cosine
+from ..functional.terms import detached, total
+from ..models.batchnorm import current_statistics
+from ..models.normalized import Normalized, normalised_space
+from .shared.base import Acquired, Kind, Source, SourceConfig, ask
+from .shared.discriminator import PatchDiscriminator
+from .shared.generators import ConvGenerator
+from .shared.wild import WildImages
 
 
 def called(d: Tensor, real: bool) -> Tensor:
@@ -165,9 +151,9 @@ class Mosaic(Source):
     def __init__(self, config: Config, context: Context) -> None:
         super().__init__(context)
         self.config = c = config
-        at_least(c, 1, "every", "latent", "width", "base", "patches")
-        at_least(c, 2, "batch")
-        at_least(c, 0, "n", "pad", "anneal")
+        at_least(1, "source", every=c.every, latent=c.latent, width=c.width, base=c.base, patches=c.patches)
+        at_least(2, "source", batch=c.batch)
+        at_least(0, "source", n=c.n, pad=c.pad, anneal=c.anneal)
         have = 0 if context.unlabeled is None else len(context.unlabeled)
         if have < 2 or c.n == 1:
             raise DodistillError(
@@ -187,17 +173,14 @@ class Mosaic(Source):
         self.opt_G, self.opt_D = (
             torch.optim.Adam(net.parameters(), lr=c.lr_g, betas=(0.5, 0.999), fused=True) for net in (self.G, self.D)
         )
-        self.keep = torch.empty(0, dtype=torch.long)  # which of the unlabelled images, where not all
-        self.ood = torch.empty(0, dtype=torch.uint8)
+        self.ood = WildImages(context)
 
     def acquire(self, student: nn.Module, round: int) -> Acquired:
         c = self.config
         reference = self._look() if round == 0 else None
-        if not len(self.ood):
-            self._fetch()
-        fall = 0.5 * (1 + math.cos(math.pi * min(round / c.anneal, 1))) if c.anneal else 1.0
+        rate = cosine(min(round / c.anneal, 1), c.lr_g) if c.anneal else c.lr_g
         for opt in (self.opt_G, self.opt_D):
-            opt.param_groups[0]["lr"] = c.lr_g * fall
+            opt.param_groups[0]["lr"] = rate
         self.G.train()
         with self.context.autocast():
             x = self.G(self._z())
@@ -212,18 +195,9 @@ class Mosaic(Source):
         _, t = ask(self.context)
         if self.config.n:
             keep = entropy(t).argsort(descending=True, stable=True)[: self.config.n]
-            self.keep, t = keep.cpu(), t[keep]
-        self._fetch()
-        return Acquired(self.ood, t)
-
-    def _fetch(self) -> None:
-        x = self.context.unlabeled
-        assert x is not None  # `needs` was checked before the run began
-        self.ood = (x[self.keep.to(x.device)] if len(self.keep) else x).to(self.context.device)
-
-    def _some(self, n: int) -> Tensor:
-        """n of them at random, uint8."""
-        return self.ood[torch.randint(len(self.ood), (n,), generator=self.generator, device=self.context.device)]
+            self.ood.choose(keep)
+            t = t[keep]
+        return Acquired(self.ood.images, t)
 
     # -------------------------------------------------------------------------------------------- the two steps
 
@@ -238,7 +212,7 @@ class Mosaic(Source):
 
     def _discriminate(self, x: Tensor) -> Tensor:
         """One step of D on made images x and as many real ones; its loss."""
-        u = to_float(self._some(len(x)))
+        u = to_float(self.ood.draw(len(x), self.generator))
         loss = 0.5 * self.config.local * (called(self._patches(x), False) + called(self._patches(u), True))
         self.opt_D.zero_grad()
         loss.backward()
@@ -250,7 +224,7 @@ class Mosaic(Source):
         c, ctx = self.config, self.context
         with ctx.autocast():
             t = ctx.teacher(x)
-            with batch_statistics(student) if c.student_bn == "batch" else nullcontext():
+            with current_statistics(student) if c.student_bn == "batch" else nullcontext():
                 s = student(x)
         terms = {
             "local": c.local * called(self._patches(x), True),
@@ -259,10 +233,10 @@ class Mosaic(Source):
             "balance": c.balance * balance(t),
         }
         self.opt_G.zero_grad()
-        loss = torch.stack(list(terms.values())).sum()
-        loss.backward(inputs=list(self.G.parameters()))  # neither D nor the student gets gradients, nor pays for them
+        loss = total(terms)
+        loss.backward(inputs=list(self.G.parameters()))  # no gradients for D and the student
         self.opt_G.step()
-        return {name: value.detach() for name, value in terms.items()}
+        return detached(terms)
 
     @torch.no_grad()
     def _material(self) -> tuple[Tensor, Tensor]:
@@ -272,7 +246,8 @@ class Mosaic(Source):
         for _ in range(c.every):
             with ctx.autocast():
                 x = to_uint8(self.G(self._z()))
-            u = self._as_normalised(crop_flip(self._some(c.batch), c.pad, self.generator, c.flip, c.padding))
+            u = self.ood.draw(c.batch, self.generator)
+            u = self._as_normalised(crop_flip(u, c.pad, self.generator, c.flip, c.padding))
             images.append(torch.cat([x, u]))
             with ctx.autocast():
                 logits.append(ctx.teacher(to_float(images[-1])))
@@ -293,9 +268,8 @@ class Mosaic(Source):
         return {"G": self.G, "D": self.D, "opt_G": self.opt_G, "opt_D": self.opt_D}
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"keep": self.keep}
+        return super().state_dict() | {"keep": self.ood.keep}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.keep = state["keep"].cpu()
-        self.ood = self.ood[:0]  # fetched again when it is needed
+        self.ood.choose(state["keep"])
