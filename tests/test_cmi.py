@@ -419,7 +419,7 @@ def test_a_run_stopped_in_between_ends_in_the_same_bits(teacher: nn.Module) -> N
         ({"iterations": 0}, "source.iterations is 0"),
         ({"batch": 1}, "source.batch is 1; it must be at least 2"),
         ({"bank": 7}, "source.bank is 7; it must hold one batch, 8 images"),
-        ({"tau": 0.0}, "source.tau is 0.0; it must be positive"),
+        ({"tau": 0.0}, "source.tau is 0.0; it must be a positive number"),
         ({"negatives": 0}, "source.negatives is 0"),
         ({"layers": ("stage9",)}, "0 modules of the teacher are called 'stage9'; it has"),
     ],

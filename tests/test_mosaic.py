@@ -19,8 +19,8 @@ from dodistill.engine import Distiller
 from dodistill.errors import DodistillError
 from dodistill.functional.augment import to_float
 from dodistill.models import Normalized
-from dodistill.sources.mosaic import Config, Mosaic, balance, called, entropy
-from dodistill.sources.shared.discriminator import PatchDiscriminator
+from dodistill.sources.mosaic import Config, Mosaic, balance, entropy
+from dodistill.sources.shared.discriminator import PatchDiscriminator, patch_loss
 from dodistill.sources.shared.generators import ConvGenerator
 from helpers import SHAPE, context, job, same, student, tree, untimed
 
@@ -72,7 +72,7 @@ def test_the_players_against_the_equations() -> None:
         for v in d.flatten().tolist():
             p = 1 / (1 + math.exp(-v))
             total -= math.log(p if real else 1 - p)
-        assert called(d, real).item() == pytest.approx(total / 3, rel=1e-10)
+        assert patch_loss(d, real).item() == pytest.approx(total / 3, rel=1e-10)
     shares = [0.0] * 5
     for i, row in enumerate(t.tolist()):
         p = [math.exp(v) for v in row]
@@ -88,8 +88,8 @@ def test_ends_of_the_scales() -> None:
     assert torch.allclose(entropy(sure), torch.zeros(8))
     assert balance(sure).item() == pytest.approx(-3)  # of all classes together, of one each
     assert balance(sure[:1]).item() == pytest.approx(0, abs=1e-6)
-    assert called(torch.full((2, 1, 2, 2), 50.0), True) < 1e-6
-    assert called(torch.full((2, 1, 2, 2), 50.0), False) == pytest.approx(200)
+    assert patch_loss(torch.full((2, 1, 2, 2), 50.0), True) < 1e-6
+    assert patch_loss(torch.full((2, 1, 2, 2), 50.0), False) == pytest.approx(200)
 
 
 # ----------------------------------------------------------------------------------------------------- the steps

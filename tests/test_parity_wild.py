@@ -325,7 +325,7 @@ def test_kdci_dictionary_where_every_clustering_agrees() -> None:
     M = 6 * wave(4, 40, phase=6)[group] + 0.5 * wave(60, 40, phase=7)
     dictionary = ConfounderDictionary(4, 40, torch.Generator().manual_seed(0))
     assert dictionary.basis is not None  # PCA to 32 assigns, the centres are of the logits themselves
-    dictionary.build(M)
+    dictionary.rebuild(M)
     order = sorted(range(4), key=lambda i: (round(dictionary.P[i].item(), 3), dictionary.Z[i].mean().item()))
     Z = dictionary.Z[order]
     same(dictionary.P[order], values["shares"])

@@ -66,7 +66,7 @@ class Bank(Replay):
     def ready(self) -> bool:
         return len(self.bank) > 0
 
-    def observe(self, images: Tensor, logits: Tensor, round: int) -> None:
+    def remember(self, images: Tensor, logits: Tensor, round: int) -> None:
         c = self.config
         if len(images) < c.size:
             raise DodistillError(

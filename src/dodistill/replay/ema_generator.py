@@ -75,7 +75,7 @@ class Ema(Replay):
         return self.seen > 0
 
     @torch.no_grad()
-    def observe(self, images: Tensor, logits: Tensor, round: int) -> None:
+    def remember(self, images: Tensor, logits: Tensor, round: int) -> None:
         if self.seen:
             decay = min(self.config.decay**self.steps, (1 + self.seen) / (10 + self.seen))
             torch._foreach_lerp_(list(self.net.parameters()), list(self.live.parameters()), 1 - decay)

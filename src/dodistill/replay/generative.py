@@ -105,7 +105,7 @@ class Generative(Replay):
     def ready(self) -> bool:
         return self.rounds > 0
 
-    def observe(self, images: Tensor, logits: Tensor, round: int) -> None:
+    def remember(self, images: Tensor, logits: Tensor, round: int) -> None:
         c, device = self.config, self.context.device
         self.encoder.train()
         self.decoder.train()

@@ -131,7 +131,7 @@ class ConfounderDictionary(nn.Module):
         return centred if self.basis is None else centred @ self.basis
 
     @torch.no_grad()
-    def build(self, logits: Tensor) -> None:
+    def rebuild(self, logits: Tensor) -> None:
         """Replaces Z and P by the clusters of M = `logits` [n, d], n >= 1. No wait for the device but PCA's own."""
         with torch.autocast(logits.device.type, enabled=False):
             M = logits.float()

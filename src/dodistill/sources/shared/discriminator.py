@@ -1,7 +1,8 @@
-"""A discriminator of image patches."""
+"""A discriminator of image patches, and its loss."""
 
 from __future__ import annotations
 
+import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 
@@ -25,3 +26,9 @@ class PatchDiscriminator(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.net(x)
         return out.float()
+
+
+def patch_loss(d: Tensor, real: bool) -> Tensor:
+    """Cross-entropy of patch logits d [B, 1, h, w] to the label "real" or "generated": summed over the patches of an
+    image, mean over images; >= 0."""
+    return nnf.softplus(-d if real else d).flatten(1).sum(1).mean()
