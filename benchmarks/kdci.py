@@ -61,7 +61,7 @@ def main() -> None:
         dictionary = DictionaryConfig(clusters=N).build(context, "generator")
 
         def build(dictionary: Any = dictionary) -> None:
-            dictionary.build(logits)
+            dictionary.rebuild(logits)
 
         build()
         parts = Interventions([Config().build(context)])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from dodistill.evaluation.evaluate import evaluating
+from dodistill.functional.modes import evaluating
 from measure import alternate, median, model, options, start
 
 SIZES = (32, 64, 128, 256, 512)

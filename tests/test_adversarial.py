@@ -17,7 +17,8 @@ from dodistill.core.watch import Watcher
 from dodistill.data.images import Images
 from dodistill.errors import DodistillError
 from dodistill.functional.augment import to_uint8
-from dodistill.sources.adversarial import DISCREPANCY, batch_statistics
+from dodistill.models.batchnorm import current_statistics
+from dodistill.sources.adversarial import DISCREPANCY
 from helpers import SHAPE, config, context, job, same, student
 
 SMALL: dict[str, Any] = {"batch": 16, "latent": 8, "width": 4, "every": 2, "fresh": 2}
@@ -118,7 +119,7 @@ def test_the_student_is_the_other_side(loss: str, teacher: nn.Module, pupil: nn.
     (grad,) = torch.autograd.grad(term, x)
     assert (grad.flatten(1).norm(dim=1) > 0).all()
     # Against the gradient of what the student descends: the generator pulls the other way.
-    with batch_statistics(pupil):
+    with current_statistics(pupil):
         matched = DISCREPANCY[loss](pupil(x), teacher(x))
     (down,) = torch.autograd.grad(matched, x)
     assert torch.allclose(grad, -down, atol=1e-6)
@@ -150,10 +151,10 @@ def test_batch_statistics_leave_no_trace(pupil: nn.Module) -> None:
     trained = copy.deepcopy(pupil).train()
     with torch.no_grad():
         running = pupil(x)
-        with batch_statistics(pupil):
+        with current_statistics(pupil):
             assert not pupil.training
             batch = pupil(x)
-            with pytest.raises(ZeroDivisionError), batch_statistics(pupil):
+            with pytest.raises(ZeroDivisionError), current_statistics(pupil):
                 raise ZeroDivisionError
         assert torch.equal(pupil(x), running)
         assert torch.allclose(trained(x), batch, atol=1e-6)

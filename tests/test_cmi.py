@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import deque
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -20,9 +20,12 @@ from dodistill.engine import Distiller
 from dodistill.errors import DodistillError
 from dodistill.functional import losses
 from dodistill.functional.augment import resized_crop
-from dodistill.models.taps import batchnorm_inputs, batchnorms, pooled_inputs
+from dodistill.functional.fresh_weights import normal_weights
+from dodistill.models.batchnorm import batchnorms
+from dodistill.models.taps import batchnorm_inputs, pooled_inputs
 from dodistill.models.zoo import build as build_model
-from dodistill.sources.cmi import Bank, Cmi, Config, Head, _find, contrast, redraw
+from dodistill.sources.cmi import Cmi, Config, Head, _find, contrast
+from dodistill.sources.shared.banks import BankType, FeatureBank
 from dodistill.sources.shared.generators import ConvGenerator
 from helpers import SHAPE, context, job, same, student, tree, untimed
 
@@ -98,9 +101,9 @@ def test_resized_crop_gives_gradients_to_the_part_alone() -> None:
     assert ((g > 0).flatten(1).float().mean(1) < 0.75).all()
 
 
-def test_redraw() -> None:
+def test_normal_weights() -> None:
     net = ConvGenerator(64, SHAPE, 16)
-    redraw(net, torch.Generator().manual_seed(0))
+    normal_weights(net, torch.Generator().manual_seed(0))
     first = copy.deepcopy(net.state_dict())
     for m in net.modules():
         if isinstance(m, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
@@ -108,9 +111,9 @@ def test_redraw() -> None:
             assert m.weight.mean().item() == pytest.approx(centre, abs=0.02)
             assert m.weight.std().item() == pytest.approx(0.02, rel=0.4)
             assert m.bias is None or not m.bias.any()
-    redraw(net, torch.Generator().manual_seed(0))
+    normal_weights(net, torch.Generator().manual_seed(0))
     same(first, net.state_dict())
-    redraw(net, torch.Generator().manual_seed(1))
+    normal_weights(net, torch.Generator().manual_seed(1))
     assert not torch.equal(first["l1.weight"], net.l1.weight)
 
 
@@ -119,7 +122,7 @@ def test_redraw() -> None:
 
 @pytest.mark.parametrize("sizes", [[4, 4, 4], [10], [3, 7, 5, 1, 9, 9], [10, 10, 1]])
 def test_the_bank_is_a_ring(sizes: list[int]) -> None:
-    bank, book = Bank(10, 2, torch.float32, torch.device("cpu")), deque[float](maxlen=10)
+    bank, book = FeatureBank(10, 2, "float32", torch.device("cpu")), deque[float](maxlen=10)
     place = bank.rows.data_ptr()
     g, count = torch.Generator().manual_seed(0), 0
     for n in sizes:
@@ -135,7 +138,7 @@ def test_the_bank_is_a_ring(sizes: list[int]) -> None:
         assert len(set(some)) == len(some) == min(3, len(book))
     assert bank.rows.data_ptr() == place
     assert bank.rows.shape == (10, 2)
-    again = Bank(10, 2, torch.float32, torch.device("cpu"))
+    again = FeatureBank(10, 2, "float32", torch.device("cpu"))
     again.load_state_dict(copy.deepcopy(bank.state_dict()))
     assert len(bank.state_dict()["rows"]) == len(bank)
     for b in (bank, again):
@@ -144,9 +147,10 @@ def test_the_bank_is_a_ring(sizes: list[int]) -> None:
 
 
 def test_the_bank_can_be_halved() -> None:
-    size = [Bank(40_960, 2 * 2704, d, torch.device("meta")).rows.nbytes for d in (torch.float32, torch.bfloat16)]
+    meta = torch.device("meta")
+    size = [FeatureBank(40_960, 2 * 2704, d, meta).rows.nbytes for d in get_args(BankType)]
     assert size == [886_046_720, 443_023_360]  # as the card says for WRN-40-2
-    bank = Bank(4, 2, torch.bfloat16, torch.device("cpu"))
+    bank = FeatureBank(4, 2, "bfloat16", torch.device("cpu"))
     bank.add(torch.tensor([[1 / 3, -2.0]]))
     got = bank.sample(4, torch.Generator())
     assert got.dtype == torch.float32
@@ -233,7 +237,7 @@ def slow_step(source: Cmi, pupil: nn.Module, adversarial: bool) -> tuple[dict[st
     c, ctx, g = source.config, source.context, torch.Generator()
     g.set_state(source.generator.get_state())
     net, head = copy.deepcopy(source.G), copy.deepcopy(source.head)
-    redraw(net, g)
+    normal_weights(net, g)
     z = torch.randn(c.batch, c.latent, generator=g)
     y = torch.randint(10, (c.batch,), generator=g).sort().values
     layers, inputs = batchnorms(ctx.teacher), []
@@ -415,7 +419,7 @@ def test_a_run_stopped_in_between_ends_in_the_same_bits(teacher: nn.Module) -> N
         ({"iterations": 0}, "source.iterations is 0"),
         ({"batch": 1}, "source.batch is 1; it must be at least 2"),
         ({"bank": 7}, "source.bank is 7; it must hold one batch, 8 images"),
-        ({"tau": 0.0}, "source.tau is 0.0; it must be positive"),
+        ({"tau": 0.0}, "source.tau is 0.0; it must be a positive number"),
         ({"negatives": 0}, "source.negatives is 0"),
         ({"layers": ("stage9",)}, "0 modules of the teacher are called 'stage9'; it has"),
     ],

@@ -20,11 +20,12 @@ from dodistill.errors import DodistillError
 from dodistill.functional.augment import to_float, to_uint8
 from dodistill.functional.losses import coverage
 from dodistill.models import Normalized
+from dodistill.models.normalized import normalised_space
 from dodistill.models.taps import penultimate
 from dodistill.sources.dafl import activation, information_entropy, one_hot
 from dodistill.sources.shared.base import Acquired
 from dodistill.sources.shared.fresh import pooled
-from dodistill.sources.shared.generators import ConvGenerator, normalised_space
+from dodistill.sources.shared.generators import ConvGenerator
 from helpers import SHAPE, context, job, same, student
 
 SMALL: dict[str, Any] = {"batch": 16, "latent": 8, "width": 4, "every": 2, "fresh": 2}

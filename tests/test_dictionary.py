@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dodistill.config.tree import resolve
 from dodistill.core.context import Context
 from dodistill.errors import DodistillError
 from dodistill.interventions.shared.dictionary import ConfounderDictionary, DictionaryConfig, feature_dim
@@ -35,7 +36,7 @@ def context(classes: int = 10, **extra: Any) -> Context:
 def test_prototypes_are_means_and_shares_are_counts(pca_dim: int | None) -> None:
     M = predictions()
     dictionary = ConfounderDictionary(8, 10, stream(), pca_dim=pca_dim)
-    dictionary.build(M)
+    dictionary.rebuild(M)
     label = dictionary.assign(M)
     assert label.dtype == torch.long
     for i in range(8):
@@ -56,7 +57,7 @@ def test_pca_by_default_only_where_it_cuts_something() -> None:
 
 def test_fewer_distinct_predictions_than_slots() -> None:
     dictionary = ConfounderDictionary(8, 4, stream())
-    dictionary.build(torch.eye(4)[[0, 1, 1, 2, 2, 2]] * 9)
+    dictionary.rebuild(torch.eye(4)[[0, 1, 1, 2, 2, 2]] * 9)
     assert int(dictionary.valid.sum()) == 3
     assert sorted(dictionary.P[dictionary.valid].tolist()) == pytest.approx([1 / 6, 2 / 6, 3 / 6])
     assert (dictionary.Z[~dictionary.valid] == 0).all()
@@ -64,8 +65,8 @@ def test_fewer_distinct_predictions_than_slots() -> None:
 
 def test_a_rebuild_leaves_nothing_of_the_old_one() -> None:
     dictionary = ConfounderDictionary(8, 10, stream())
-    dictionary.build(predictions())
-    dictionary.build(torch.full((5, 10), 3.0))
+    dictionary.rebuild(predictions())
+    dictionary.rebuild(torch.full((5, 10), 3.0))
     assert int(dictionary.valid.sum()) == 1
     torch.testing.assert_close(dictionary.Z[dictionary.valid], torch.full((1, 10), 3.0))
     assert (dictionary.Z[~dictionary.valid] == 0).all()
@@ -74,14 +75,14 @@ def test_a_rebuild_leaves_nothing_of_the_old_one() -> None:
 def test_random_prototypes_keep_the_shares_but_not_the_means() -> None:
     M = 3 * predictions(2000)
     plain, random = ConfounderDictionary(8, 10, stream()), ConfounderDictionary(8, 10, stream(), random=True)
-    plain.build(M)
-    random.build(M)
+    plain.rebuild(M)
+    random.rebuild(M)
     first = random.Z.clone()
     assert random.P.sum().item() == pytest.approx(1)
     assert torch.equal(random.assign(M).bincount(minlength=8) / len(M), random.P)
     assert random.noise is not None
     torch.testing.assert_close(first, random.noise * M.std(0, correction=0))
-    random.build(M)
+    random.rebuild(M)
     torch.testing.assert_close(random.Z[random.valid], first[random.valid])  # drawn once
     assert not torch.allclose(first.mean(0), plain.Z.mean(0), atol=1.0)
 
@@ -89,7 +90,7 @@ def test_random_prototypes_keep_the_shares_but_not_the_means() -> None:
 def test_state_resumes_bit_for_bit() -> None:
     straight = ConfounderDictionary(8, 40, stream(), random=True)
     M = [predictions(d=40, seed=s) for s in range(3)]
-    straight.build(M[0])
+    straight.rebuild(M[0])
     file = io.BytesIO()
     torch.save(straight.state_dict(), file)
     file.seek(0)
@@ -99,8 +100,8 @@ def test_state_resumes_bit_for_bit() -> None:
     assert resumed.built
     assert torch.equal(resumed.assign(M[1]), straight.assign(M[1]))
     for dictionary in (straight, resumed):
-        dictionary.build(M[1])
-        dictionary.build(M[2])
+        dictionary.rebuild(M[1])
+        dictionary.rebuild(M[2])
     for name, value in straight.state_dict().items():
         if isinstance(value, Tensor):
             assert torch.equal(value, resumed.state_dict()[name]), name
@@ -109,9 +110,9 @@ def test_state_resumes_bit_for_bit() -> None:
 def test_built_in_fp32_under_autocast_and_without_graph() -> None:
     M = predictions().requires_grad_()
     plain, low = ConfounderDictionary(8, 10, stream()), ConfounderDictionary(8, 10, stream())
-    plain.build(M)
+    plain.rebuild(M)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        low.build(M)
+        low.rebuild(M)
         label = low.assign(M)
     assert torch.equal(plain.Z, low.Z)
     assert torch.equal(plain.assign(M), label)
@@ -142,8 +143,8 @@ def test_a_foreign_model_decides_the_width() -> None:
 def test_bad_values_are_named() -> None:
     with pytest.raises(DodistillError, match="clusters is 0"):
         DictionaryConfig(clusters=0).resolve("generator")
-    with pytest.raises(DodistillError, match="of is 'epoch'"):
-        DictionaryConfig(of=cast(Any, "epoch")).resolve("generator")
+    with pytest.raises(DodistillError, match=r"dictionary.of: unknown value 'epoch'"):
+        resolve({"dictionary": DictionaryConfig(of=cast(Any, "epoch"))})
     with pytest.raises(DodistillError, match="pca_dim is -3"):
         DictionaryConfig(pca_dim=-3).resolve("data")
     with pytest.raises(ValueError, match="kind of source"):

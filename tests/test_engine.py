@@ -258,8 +258,8 @@ def test_what_the_dictionary_is_made_of(of: str, teacher: nn.Module) -> None:
     it = job(teacher, config("deepinv", "kdci", steps=9, dictionary={"of": of}))
     assert it.acquirer.dictionary is not None
     built: list[int] = []
-    inner = it.acquirer.dictionary.build
-    it.acquirer.dictionary.build = lambda M: (built.append(len(M)), inner(M))[1]  # type: ignore[method-assign,assignment]
+    inner = it.acquirer.dictionary.rebuild
+    it.acquirer.dictionary.rebuild = lambda M: (built.append(len(M)), inner(M))[1]  # type: ignore[method-assign,assignment]
     run(it)
     held = 3 * 1  # acquisitions of 32, of which one image each is held back
     if of == "batch":

@@ -13,7 +13,8 @@ from dodistill.config.tree import resolve
 from dodistill.core.watch import Watcher
 from dodistill.data.images import Images
 from dodistill.errors import DodistillError
-from dodistill.sources.fast_imagenet import Bank, Config, FastImagenet
+from dodistill.sources.fast_imagenet import Config, FastImagenet
+from dodistill.sources.shared.banks import BankType, GeneratorBank
 from dodistill.sources.shared.generators import DeepGenerator
 from helpers import SHAPE, config, context, job, same, student
 
@@ -192,15 +193,15 @@ def test_a_generator_exists_once_its_class_was_drawn(teacher: nn.Module, pupil: 
 def test_each_class_goes_on_with_its_own_generator(teacher: nn.Module, pupil: nn.Module) -> None:
     source = build(teacher, per_class=1, K=1)
     started: dict[int, Tensor] = {}
-    load = Bank.load
+    load = GeneratorBank.load
 
-    def watched(self: Bank, k: int, net: nn.Module) -> None:
+    def watched(self: GeneratorBank, k: int, net: nn.Module) -> None:
         load(self, k, net)
         started[k] = vector(net)
         assert torch.equal(started[k], self.rows[k])
 
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(Bank, "load", watched)
+        m.setattr(GeneratorBank, "load", watched)
         seen: dict[int, Tensor] = {}
         for r in range(12):
             started.clear()
@@ -224,15 +225,15 @@ def test_each_class_is_drawn_by_its_own_generator(teacher: nn.Module, pupil: nn.
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_bank_keeps_and_gives_back(dtype: str) -> None:
-    bank = Bank(getattr(torch, dtype))
+def test_the_bank_keeps_and_gives_back(dtype: BankType) -> None:
+    bank = GeneratorBank(dtype)
     net, other = (DeepGenerator(6, SHAPE, 4, 2).to(memory_format=torch.channels_last) for _ in range(2))
     bank.store(3, net)
     bank.load(3, other)
     assert torch.allclose(vector(net), vector(other), rtol=0 if dtype == "float32" else 0.01, atol=0)
     assert other.conv_blocks[0].weight.is_contiguous(memory_format=torch.channels_last)
     assert bank.mib == vector(net).numel() * (4 if dtype == "float32" else 2) / 2**20
-    again = Bank(getattr(torch, dtype))
+    again = GeneratorBank(dtype)
     again.load_state_dict(copy.deepcopy(bank.state_dict()))
     same(bank.state_dict(), again.state_dict())
 

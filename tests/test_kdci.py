@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dodistill.config import registry
+from dodistill.config.tree import resolve
 from dodistill.core.context import Context
 from dodistill.errors import DodistillError
 from dodistill.functional import losses
@@ -38,7 +39,7 @@ def filled(distinct: int = 100, d: int = K, seed: int = 0) -> ConfounderDictiona
     """With empty slots (P = 0) where there are fewer distinct predictions than N."""
     dictionary = ConfounderDictionary(N, d, stream(seed))
     M = 4 * torch.randn(distinct, d, generator=stream(seed))
-    dictionary.build(M[torch.randint(distinct, (200,), generator=stream(seed + 1))])
+    dictionary.rebuild(M[torch.randint(distinct, (200,), generator=stream(seed + 1))])
     return dictionary
 
 
@@ -108,7 +109,7 @@ def test_constant_and_random_weights_do_not_read_the_input() -> None:
     lam = random.lam(s, dictionary)
     torch.testing.assert_close(lam[0], torch.softmax(dictionary.xi, 0))
     assert torch.equal(lam, random.lam(student(1), dictionary))
-    dictionary.build(4 * torch.randn(50, K, generator=stream(9)))
+    dictionary.rebuild(4 * torch.randn(50, K, generator=stream(9)))
     assert not torch.allclose(lam, random.lam(s, dictionary))
 
 
@@ -227,7 +228,6 @@ def test_without_a_dictionary_it_stops() -> None:
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        (Config(weights=cast(Any, "uniform")), "weights is 'uniform'"),
         (Config(width=0), "width is 0"),
         (Config(own_lr=0.0), "own_lr is 0"),
     ],
@@ -235,6 +235,12 @@ def test_without_a_dictionary_it_stops() -> None:
 def test_bad_values_are_named(config: Config, named: str) -> None:
     with pytest.raises(DodistillError, match=named):
         config.build(context())
+
+
+def test_an_unknown_choice_in_an_instance_is_refused() -> None:
+    tree_ = {"source": "fast", "intervention": "kdci", "kdci": Config(weights=cast(Any, "uniform"))}
+    with pytest.raises(DodistillError, match=r"kdci.weights: unknown value 'uniform'.* Known: attention, constant"):
+        resolve(tree_)
 
 
 class Shift(Intervention):

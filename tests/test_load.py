@@ -202,6 +202,19 @@ def test_factory_in_a_file(tmp_path: Path) -> None:
         load_model("nowhere.py:make")
 
 
+def test_a_factory_without_a_signature_gets_no_arguments(tmp_path: Path) -> None:
+    """`inspect.signature` raises ValueError for some callables of C. This one stands for them."""
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n"
+        "class Compiled:\n"
+        "    @property\n"
+        "    def __signature__(self): raise ValueError('no signature found')\n"
+        "    def __call__(self): return nn.Sequential(nn.Flatten(), nn.Linear(4, 3))\n"
+        "make = Compiled()\n"
+    )
+    assert load_model(f"{tmp_path}/net.py:make", num_classes=3)(torch.rand(2, 1, 2, 2)).shape == (2, 3)
+
+
 def test_a_weights_file_cannot_ask_for_code(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(FILE + f"\nimport os; os.mkdir({str(tmp_path / 'sprung')!r})")
     save_model(nn.Linear(12, 4), tmp_path / "w.safetensors", spec=f"{tmp_path}/net.py:fixed")

@@ -16,7 +16,7 @@ from dodistill.commands.cli import main
 from dodistill.commands.look import look
 from dodistill.config.tree import resolve
 from dodistill.data.images import Images
-from dodistill.engine.run_folder import RunFolder
+from dodistill.engine.run_folder import drop_checkpoints
 from dodistill.errors import DodistillError
 from dodistill.evaluation.evaluate import predict
 from dodistill.models import Normalized, load_model, save_model
@@ -78,7 +78,7 @@ def test_a_run_without_its_pool_and_a_teacher_that_changed(
 ) -> None:
     run, out = tmp_path / "run", tmp_path / "look.html"
     shutil.copytree(runs[1], run)
-    RunFolder(run, resolve(json.loads((run / "config.json").read_text()))).drop_checkpoints()
+    drop_checkpoints(run)
     assert look([run], "digits", out, n=60)[1].distance is None
     assert "No pool is left of run" in out.read_text()
     assert "other weights" not in out.read_text()

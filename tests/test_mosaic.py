@@ -19,7 +19,8 @@ from dodistill.engine import Distiller
 from dodistill.errors import DodistillError
 from dodistill.functional.augment import to_float
 from dodistill.models import Normalized
-from dodistill.sources.mosaic import Config, Mosaic, PatchDiscriminator, balance, called, entropy
+from dodistill.sources.mosaic import Config, Mosaic, balance, entropy
+from dodistill.sources.shared.discriminator import PatchDiscriminator, patch_loss
 from dodistill.sources.shared.generators import ConvGenerator
 from helpers import SHAPE, context, job, same, student, tree, untimed
 
@@ -71,7 +72,7 @@ def test_the_players_against_the_equations() -> None:
         for v in d.flatten().tolist():
             p = 1 / (1 + math.exp(-v))
             total -= math.log(p if real else 1 - p)
-        assert called(d, real).item() == pytest.approx(total / 3, rel=1e-10)
+        assert patch_loss(d, real).item() == pytest.approx(total / 3, rel=1e-10)
     shares = [0.0] * 5
     for i, row in enumerate(t.tolist()):
         p = [math.exp(v) for v in row]
@@ -87,8 +88,8 @@ def test_ends_of_the_scales() -> None:
     assert torch.allclose(entropy(sure), torch.zeros(8))
     assert balance(sure).item() == pytest.approx(-3)  # of all classes together, of one each
     assert balance(sure[:1]).item() == pytest.approx(0, abs=1e-6)
-    assert called(torch.full((2, 1, 2, 2), 50.0), True) < 1e-6
-    assert called(torch.full((2, 1, 2, 2), 50.0), False) == pytest.approx(200)
+    assert patch_loss(torch.full((2, 1, 2, 2), 50.0), True) < 1e-6
+    assert patch_loss(torch.full((2, 1, 2, 2), 50.0), False) == pytest.approx(200)
 
 
 # ----------------------------------------------------------------------------------------------------- the steps
@@ -107,7 +108,7 @@ def slow_steps(source: Mosaic, pupil: nn.Module) -> tuple[dict[str, Tensor], lis
         return F.binary_cross_entropy_with_logits(d, torch.full_like(d, target), reduction="sum")
 
     x = G(torch.randn(n, c.latent, generator=g))
-    u = to_float(source.ood[torch.randint(len(source.ood), (n,), generator=g)])
+    u = to_float(source.ood.images[torch.randint(len(source.ood.images), (n,), generator=g)])
     fake, real = D((x.detach() - mean) / std), D((u - mean) / std)
     loss_d = (bce(fake, 0.0) + bce(real, 1.0)) / (2 * n) * c.local
     opt.zero_grad()
@@ -233,7 +234,7 @@ def test_the_dictionary_is_to_be_made_of_the_out_of_domain_images(
     expected = sorted(range(300), key=lambda i: -float(doubt[i]))[:40]
     assert torch.equal(some.images, strokes[expected])
     assert torch.allclose(some.logits, t[expected], atol=1e-4)
-    assert torch.equal(source.ood, strokes[expected])
+    assert torch.equal(source.ood.images, strokes[expected])
     assert Config.kind == "sampler"
 
 

@@ -18,7 +18,7 @@ from dodistill.data.images import Images
 from dodistill.errors import DodistillError
 from dodistill.evaluation.evaluate import predict, top1
 from dodistill.functional import losses
-from dodistill.models.taps import batchnorms
+from dodistill.models.batchnorm import batchnorms
 from dodistill.sources.nayer import Config, Nayer, NoisyGenerator
 from dodistill.sources.shared.embeddings import classifier_rows, orthogonal_rows, read_embedding
 from helpers import SHAPE, calm, context, same, student

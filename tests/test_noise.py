@@ -13,10 +13,10 @@ from dodistill import distill
 from dodistill.core.watch import Watcher
 from dodistill.data.images import Images
 from dodistill.errors import DodistillError
-from dodistill.evaluation.calibrate import calibrate
 from dodistill.evaluation.evaluate import predict, top1
 from dodistill.functional.augment import to_float
-from dodistill.sources.noise import Config, Noise, current_statistics
+from dodistill.models.batchnorm import calibrate, current_statistics
+from dodistill.sources.noise import Config, Noise
 from dodistill.sources.procedural import evenness
 from helpers import SHAPE, config, context, job, same, student
 

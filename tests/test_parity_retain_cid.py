@@ -307,7 +307,7 @@ def test_the_ring_and_the_rate() -> None:
     bank = registry.config("replay", "bank")(capacity=10, size=2, every=1, first=1).build(context())  # type: ignore[attr-defined]
     assert isinstance(bank, Bank)
     for k in range(13):
-        bank.observe(torch.full((2, 3, 8, 8), k, dtype=torch.uint8), torch.zeros(2, 10), k)
+        bank.remember(torch.full((2, 3, 8, 8), k, dtype=torch.uint8), torch.zeros(2, 10), k)
     assert bank.bank.x[::2, 0, 0, 0].tolist() == PRE["ring"]
     it = job({"source": "pre", "preset": "mb", "loop": {"device": "cpu"}})
     found = []

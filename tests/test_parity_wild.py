@@ -101,7 +101,7 @@ class Replayed:
         us = [levels(S["batch"], S["size"], p) for p in (30 + r, *range(40 + 5 * r, 45 + 5 * r))]
         z, u = iter(zs), iter(us)
         source._z = lambda: next(z)  # type: ignore[method-assign]
-        source._some = lambda n: next(u)  # type: ignore[method-assign]
+        source.ood.draw = lambda n, generator: next(u)  # type: ignore[method-assign]
         got = source.acquire(self.job.matcher.student.eval(), r).images
         with torch.no_grad():
             return [torch.cat([source.G(a), to_float(b)]) for a, b in zip(zs[1:], us[1:])], got
@@ -167,7 +167,7 @@ def test_mosaic_subset() -> None:
     S, values = golden("mosaic")
     it = Replayed(n=10)
     kept = it.source._look()
-    assert it.source.keep.tolist() == values["subset"]
+    assert it.source.ood.keep.tolist() == values["subset"]
     assert torch.equal(kept.images, levels(24, S["size"], 60)[values["subset"]])
 
 
@@ -325,7 +325,7 @@ def test_kdci_dictionary_where_every_clustering_agrees() -> None:
     M = 6 * wave(4, 40, phase=6)[group] + 0.5 * wave(60, 40, phase=7)
     dictionary = ConfounderDictionary(4, 40, torch.Generator().manual_seed(0))
     assert dictionary.basis is not None  # PCA to 32 assigns, the centres are of the logits themselves
-    dictionary.build(M)
+    dictionary.rebuild(M)
     order = sorted(range(4), key=lambda i: (round(dictionary.P[i].item(), 3), dictionary.Z[i].mean().item()))
     Z = dictionary.Z[order]
     same(dictionary.P[order], values["shares"])

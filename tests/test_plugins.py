@@ -169,7 +169,7 @@ class Last(Replay):
     def ready(self):
         return self.x is not None
 
-    def observe(self, images, logits, round):
+    def remember(self, images, logits, round):
         self.x, self.t = images[: self.size], logits[: self.size]
 
     def draw(self, student, step):

@@ -19,8 +19,9 @@ from dodistill.errors import DodistillError
 from dodistill.functional.augment import to_float
 from dodistill.models.teacher import Teacher
 from dodistill.replay.bank import Bank
-from dodistill.replay.generative import Decoder, Encoder, Generative, balance, kl_to_normal
+from dodistill.replay.generative import Generative, balance
 from dodistill.replay.none import Config as NoReplay
+from dodistill.replay.shared.vae import Decoder, Encoder, kl_to_normal
 from helpers import SHAPE, config, context, job, metrics, same, student, untimed
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -53,7 +54,7 @@ def test_a_ring_of_batches_at_the_papers_cadence(teacher: nn.Module) -> None:
     kept = []
     for r in range(12):
         assert bank.ready == (r >= 2)
-        bank.observe(*batch(r), r)
+        bank.remember(*batch(r), r)
         kept.append(rounds(bank)[::4])
         assert len(rounds(bank)) % 4 == 0
     # rounds 1, 3, 5 fill it (the second, fourth, sixth acquisition); 7, 9, 11 replace the oldest
@@ -66,7 +67,7 @@ def test_a_ring_of_batches_at_the_papers_cadence(teacher: nn.Module) -> None:
 def test_a_draw_is_one_stored_batch_with_the_teachers_answers(teacher: nn.Module) -> None:
     bank, pupil = build("bank", teacher), student()
     for r in range(6):
-        bank.observe(*batch(r), r)
+        bank.remember(*batch(r), r)
     seen = set()
     for step in range(60):
         x, t = bank.draw(pupil, step)
@@ -97,7 +98,7 @@ def test_a_reservoir_is_a_uniform_sample(teacher: nn.Module) -> None:
     for seed in range(60):
         bank = build("bank", teacher, seed, eviction="reservoir", every=1, first=1, capacity=5)
         for r in range(20):
-            bank.observe(*batch(r), r)
+            bank.remember(*batch(r), r)
         for r in rounds(bank):
             counts[r] += 1
     assert counts.sum() == 60 * 20
@@ -114,7 +115,7 @@ def test_the_bank_asks_the_teacher_nothing(teacher: nn.Module, digits: Images) -
     x = digits.x[:10]
     with torch.no_grad():
         t = bank.context.teacher(to_float(x))
-    bank.observe(x, t, 0)
+    bank.remember(x, t, 0)
 
     class Never(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -161,7 +162,7 @@ def test_it_learns_to_say_what_it_saw(teacher: nn.Module, digits: Images) -> Non
     x, t = seen(teacher, digits, 0, 1000)
     losses = []
     for r in range(18):
-        memory.observe(x, t, r)
+        memory.remember(x, t, r)
         losses.append({k: float(v) for k, v in memory.terms.items()})
     assert losses[-1]["image"] < 0.8 * losses[0]["image"]
     assert losses[-1]["logits"] < 0.8 * losses[0]["logits"]
@@ -181,7 +182,7 @@ def test_it_learns_to_say_what_it_saw(teacher: nn.Module, digits: Images) -> Non
 def test_latents_are_tuned_and_nothing_else_is(teacher: nn.Module, digits: Images) -> None:
     """The draw takes one step of Adam on z, down its loss; the decoder's weights and gradients do not notice."""
     memory: Generative = build("generative", teacher, lr_z=0.02)
-    memory.observe(*seen(teacher, digits), 0)
+    memory.remember(*seen(teacher, digits), 0)
     before = {k: v.clone() for k, v in memory.decoder.state_dict().items()}
     for p in memory.parameters:
         p.grad = torch.full_like(p, 7.0)
@@ -212,7 +213,7 @@ def test_the_training_step_is_that_of_the_reconstruction_alone(teacher: nn.Modul
     """Where the release lets the tuning of z write into the decoder's gradient, ours is the gradient of L (unless
     `shapes_decoder`)."""
     memory: Generative = build("generative", teacher, lr=1e-3)
-    memory.observe(*seen(teacher, digits), 0)
+    memory.remember(*seen(teacher, digits), 0)
     state = copy.deepcopy(memory.state_dict())
     x, t = to_float(seen(teacher, digits)[0]), seen(teacher, digits)[1]
     memory.opt.zero_grad()
@@ -245,8 +246,8 @@ def test_new_and_self_decoded_inputs(shapes: bool, teacher: nn.Module, digits: I
 
     memory._train = keep  # type: ignore[method-assign]
     x, t = seen(teacher, digits)
-    memory.observe(x, t, 0)
-    memory.observe(x, t, 1)
+    memory.remember(x, t, 0)
+    memory.remember(x, t, 1)
     assert [len(x) for x, _ in inputs] == [8, 14, 14, 14, 14, 14]
     known = {tuple(image.flatten().tolist()): answer for image, answer in zip(to_float(x), t)}
     parts = [[tuple(i.flatten().tolist()) for i in images[:8]] for images, _ in inputs[:3]]
@@ -267,7 +268,7 @@ def test_any_shape_that_4_divides(shape: tuple[int, int, int]) -> None:
     ctx = context(Teacher(Any_(), shape))
     memory: Any = registry.config("replay", "generative")(**SMALL["generative"]).build(ctx)  # type: ignore[attr-defined]
     x = torch.randint(0, 256, (20, *shape), dtype=torch.uint8)
-    memory.observe(x, ctx.teacher(to_float(x)), 0)
+    memory.remember(x, ctx.teacher(to_float(x)), 0)
     assert memory.draw(student(), 0)[0].shape == (6, *shape)
 
 
@@ -313,7 +314,7 @@ def test_the_average_is_that_of_the_equation(teacher: nn.Module, steps: int) -> 
     expected: list[Tensor] = []
     for n in range(30):
         maker.learn(0.1 * (-1) ** n + 0.05)
-        memory.observe(*batch(n), n)
+        memory.remember(*batch(n), n)
         decay = min(0.9**steps, (1 + n) / (10 + n)) if n else 0.0
         now = [p.detach().clone() for p in maker.net.parameters()]
         expected = [decay * a + (1 - decay) * b for a, b in zip(expected or now, now)]
@@ -326,7 +327,7 @@ def test_the_average_is_that_of_the_equation(teacher: nn.Module, steps: int) -> 
 def test_it_draws_what_the_average_makes_and_moves_no_weight(teacher: nn.Module) -> None:
     maker = Maker()
     memory = following(teacher, maker, size=5)
-    memory.observe(*batch(0), 0)
+    memory.remember(*batch(0), 0)
     live, mean = copy.deepcopy(maker.net.state_dict()), [p.clone() for p in memory.net.parameters()]
     stream = torch.Generator()
     stream.set_state(memory.generator.get_state())
@@ -348,7 +349,7 @@ def test_a_slow_average_lags_and_a_quick_one_does_not(teacher: nn.Module) -> Non
         memory = following(teacher, maker, decay=decay)
         for n in range(600):
             maker.learn(0.01)
-            memory.observe(*batch(0), n)
+            memory.remember(*batch(0), n)
         ahead = maker.net[0].bias - memory.net[0].bias
         at[decay] = ahead.mean().item()
     assert at[0.0] == pytest.approx(0, abs=1e-6)
@@ -376,7 +377,7 @@ def test_same_seed_same_replay(name: str, teacher: nn.Module, digits: Images) ->
     def draws(seed: int) -> list[Tensor]:
         memory = build(name, teacher, seed, **settings)
         for r in range(3):
-            memory.observe(*seen(teacher, digits, 24 * r), r)
+            memory.remember(*seen(teacher, digits, 24 * r), r)
         return [memory.draw(student(), s)[0] for s in range(4)]
 
     first = draws(0)
@@ -389,13 +390,13 @@ def test_same_seed_same_replay(name: str, teacher: nn.Module, digits: Images) ->
 def test_its_state_is_all_of_it(name: str, more: dict[str, Any], teacher: nn.Module, digits: Images) -> None:
     a, b = build(name, teacher, 0, **more), build(name, teacher, 5, **more)
     for r in range(3):
-        a.observe(*seen(teacher, digits, 24 * r), r)
+        a.remember(*seen(teacher, digits, 24 * r), r)
     a.draw(student(), 0)
     b.load_state_dict(copy.deepcopy(a.state_dict()))
     assert b.ready
     for r in range(3, 6):
         for memory in (a, b):
-            memory.observe(*seen(teacher, digits, 24 * r), r)
+            memory.remember(*seen(teacher, digits, 24 * r), r)
         same(a.draw(student(), r), b.draw(student(), r))
     same(a.state_dict(), b.state_dict())
 
@@ -466,14 +467,14 @@ def test_gradients_reach_what_learns_and_nothing_else(replay: str, order: str, t
 def test_memory_is_what_it_holds(teacher: nn.Module, digits: Images) -> None:
     bank = build("bank", teacher, every=1, first=1, capacity=2)
     empty = bank.memory
-    bank.observe(*seen(teacher, digits), 0)
+    bank.remember(*seen(teacher, digits), 0)
     assert bank.memory - empty == 4 * (64 + 10 * 4 + 8)  # pixels, logits, a label each
     full = bank.memory
     for r in range(1, 6):
-        bank.observe(*seen(teacher, digits), r)
+        bank.remember(*seen(teacher, digits), r)
     assert bank.memory - empty == 2 * (full - empty)
     memory = build("generative", teacher)
-    memory.observe(*seen(teacher, digits), 0)
+    memory.remember(*seen(teacher, digits), 0)
     weights = sum(4 * p.numel() for p in memory.parameters)
     assert memory.memory > 3 * weights  # and two moments of Adam
     assert memory.memory < 4 * weights + 20_000
@@ -502,7 +503,7 @@ def test_bad_settings_are_named(name: str, settings: dict[str, Any], said: str, 
 
 def test_acquisitions_that_are_too_small(teacher: nn.Module) -> None:
     with pytest.raises(DodistillError, match=r"give --replay\.size 5"):
-        build("bank", teacher, size=32).observe(*batch(0), 0)
+        build("bank", teacher, size=32).remember(*batch(0), 0)
 
 
 def test_generative_needs_a_size_that_4_divides() -> None:
@@ -517,7 +518,7 @@ def test_generative_needs_a_size_that_4_divides() -> None:
 
 def test_none_remembers_nothing(teacher: nn.Module) -> None:
     nothing = NoReplay().build(context(teacher))
-    nothing.observe(*batch(0), 0)
+    nothing.remember(*batch(0), 0)
     assert not nothing.ready
     with pytest.raises(RuntimeError, match="nothing to draw"):
         nothing.draw(student(), 0)

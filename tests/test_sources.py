@@ -17,10 +17,10 @@ from dodistill.data.images import Images
 from dodistill.errors import DodistillError
 from dodistill.functional import losses
 from dodistill.functional.augment import to_float
-from dodistill.models.taps import batchnorms
+from dodistill.models.batchnorm import batchnorms
 from dodistill.sources.dfnd import select
 from dodistill.sources.fast import Fast
-from dodistill.sources.shared.base import Source
+from dodistill.sources.shared.base import Source, drawn_labels
 from dodistill.sources.shared.generators import ConvGenerator
 from helpers import SHAPE, calm, context, same, student
 
@@ -299,9 +299,13 @@ def test_batchnorm_statistics_are_smoothed_over_acquisitions(teacher: nn.Module,
     assert none.ema == []
 
 
-def test_balanced_labels(teacher: nn.Module) -> None:
-    assert torch.bincount(build("fast", teacher, balanced=True, batch=20)._labels()).tolist() == [2] * 10
-    drawn = build("fast", teacher, batch=2000)._labels()
+def test_drawn_labels() -> None:
+    def drawn_by(n: int, balanced: bool) -> Tensor:
+        return drawn_labels(n, 10, torch.Generator().manual_seed(0), balanced)
+
+    assert torch.bincount(drawn_by(20, True)).tolist() == [2] * 10
+    assert len(drawn_by(4, True).unique()) == 4
+    drawn = drawn_by(2000, False)
     assert drawn.min() == 0
     assert drawn.max() == 9
 

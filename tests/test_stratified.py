@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dodistill.config.tree import resolve
 from dodistill.core.context import Context
 from dodistill.errors import DodistillError
 from dodistill.interventions.shared.dictionary import ConfounderDictionary
@@ -93,7 +94,7 @@ def test_the_cap_holds_and_the_rest_takes_up_the_slack() -> None:
 def clusters() -> tuple[ConfounderDictionary, Pool]:
     p = pool([120, 40, 20, 10, 10])
     dictionary = ConfounderDictionary(8, K, torch.Generator().manual_seed(0), of="pool")
-    dictionary.build(p.logits)
+    dictionary.rebuild(p.logits)
     return dictionary, p
 
 
@@ -154,7 +155,6 @@ def test_a_prior_that_the_cap_cannot_reach_is_met_as_far_as_it_goes() -> None:
 @pytest.mark.parametrize(
     ("settings_", "named"),
     [
-        ({"by": "label"}, "by is 'label'"),
         ({"power": 1.5}, "power is 1.5"),
         ({"cap": 0.5}, "cap is 0.5"),
         ({"prior": (1.0, -1.0, 1.0, 1.0, 1.0)}, "numbers >= 0"),
@@ -165,3 +165,8 @@ def test_a_prior_that_the_cap_cannot_reach_is_met_as_far_as_it_goes() -> None:
 def test_bad_values_are_named(settings_: dict[str, Any], named: str) -> None:
     with pytest.raises(DodistillError, match=named):
         build(**settings_)
+
+
+def test_an_unknown_stratum_is_refused() -> None:
+    with pytest.raises(DodistillError, match=r"stratified.by: unknown value 'label'"):
+        resolve({"intervention": "stratified", "stratified": Config(by="label")})  # type: ignore[arg-type]

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from dodistill.errors import DodistillError
-from dodistill.models.taps import batchnorm_inputs, channel_moments, penultimate
+from dodistill.functional.moments import channel_moments
+from dodistill.models.taps import batchnorm_inputs, penultimate
 from dodistill.models.zoo import build
 
 

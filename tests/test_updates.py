@@ -268,7 +268,7 @@ def test_kdci_gets_the_exact_gradient_too(
     g = torch.Generator().manual_seed(0)
     dictionary, part, criterion = it.acquirer.dictionary, next(iter(it.matcher.interventions)), L1()
     assert dictionary is not None
-    dictionary.build(torch.randn(40, 10, generator=g))
+    dictionary.rebuild(torch.randn(40, 10, generator=g))
     net.last = nn.Linear(4, 10)
     it.matcher.interventions.double()
     dictionary.double()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 
 #: Exit status of what the same command does later: a run stopped at its deadline, or a folder in use. (EX_TEMPFAIL.)
@@ -27,3 +28,25 @@ def nearest(name: str, known: Iterable[str], what: str = "name") -> str:
     close = difflib.get_close_matches(name, options, n=2, cutoff=0.5)
     hint = "; did you mean " + " or ".join(repr(c) for c in close) + "?" if close else "."
     return f"unknown {what} {name!r}{hint} Known: {', '.join(options)}."
+
+
+def at_least(least: float, part: str, /, hint: str = "", **settings: float | None) -> None:
+    """Raise DodistillError for the first of the settings of `part` that is below `least`. None passes: it is a default.
+
+    >>> at_least(1, "loop", steps=0, batch=128)
+    DodistillError: loop.steps is 0; it must be at least 1.
+    """
+    for name, value in settings.items():
+        if value is not None and not value >= least:
+            raise DodistillError(f"{_dotted(part, name)} is {value}; it must be at least {least}{hint}.")
+
+
+def positive(part: str, /, hint: str = "", **settings: float | None) -> None:
+    """Raise DodistillError for the first of the settings of `part` that is 0, below, infinite or NaN. None passes."""
+    for name, value in settings.items():
+        if value is not None and not 0 < value < math.inf:
+            raise DodistillError(f"{_dotted(part, name)} is {value}; it must be a positive number{hint}.")
+
+
+def _dotted(part: str, name: str) -> str:
+    return f"{part}.{name}" if part else name

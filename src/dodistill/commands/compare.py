@@ -39,7 +39,7 @@ import yaml
 from ..config import plugins
 from ..config.plugins import Allow
 from ..config.tree import RUNTIME, Distill, Tree, expand, merge, portable, resolve
-from ..engine.run_folder import write_atomically
+from ..engine.run_folder import drop_checkpoints, write_atomically
 from ..errors import STOPPED, Busy, DodistillError, nearest
 from ..files import claimed
 
@@ -348,9 +348,7 @@ def _finish(cell: Cell, process: subprocess.Popen[bytes], out: Path, n: int, tot
     (out / "cells").mkdir(parents=True, exist_ok=True)
     text = json.dumps(record, indent=1).replace(str(out / "teachers"), "{teachers}")  # a cell names no machine's path
     write_atomically(out / "cells" / f"{cell.key}.json", text.encode())
-    for pattern in ("checkpoint.pt", "previous.pt", "pool-*.pt"):  # a finished cell is never resumed
-        for file in run.glob(pattern):
-            file.unlink()
+    drop_checkpoints(run)  # a finished cell is never resumed
     last = record["last"]
     score = f"{last:.2f} %" if last is not None else f"agreement {record['agreement']:.2f} %"
     print(f"[{n}/{total}] {where}: {score} in {record['seconds']:.0f} s", file=sys.stderr)

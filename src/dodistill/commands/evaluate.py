@@ -15,9 +15,9 @@ from ..data.folder import crop_share
 from ..data.images import Images, contexts_of, load_images, refuse_one_class
 from ..errors import DodistillError
 from ..evaluation import evaluate
-from ..evaluation.calibrate import calibrate
 from ..evaluation.probe import context_gap, linear_probe
 from ..models import Normalized, load_model, save_model
+from ..models.batchnorm import calibrate
 
 
 @dataclass(frozen=True)

@@ -157,7 +157,7 @@ def _about(method: Method, most: int = 160) -> str:
 
 
 @dataclass(frozen=True)
-class Row:
+class SourceRow:
     """One source in the table."""
 
     name: str
@@ -172,7 +172,7 @@ class Row:
     about: str
 
 
-def rows(others: Iterable[Method] = ()) -> Iterator[Row]:
+def rows(others: Iterable[Method] = ()) -> Iterator[SourceRow]:
     """Every source of this package, and `others`, described by its own code. Costs and slots are those of its `desk`
     preset, where it has one."""
     for method in [*(registry.own("source", name) for name in registry.names("source")), *others]:
@@ -180,7 +180,7 @@ def rows(others: Iterable[Method] = ()) -> Iterator[Row]:
         preset: Tree = expand(config.presets.get("desk") or next(iter(config.presets.values()), {}))
         settings = build(config, {k: v for k, v in preset.get("source", {}).items() if k != "name"}, "source")
         forwards, backwards = settings.teacher_passes()
-        yield Row(
+        yield SourceRow(
             method.name, config.kind, "batchnorm" in config.needs, "unlabeled" in config.needs, config.trains,
             config.keeps, f"{forwards:.3g} + {backwards:.3g}", _slots(preset), tuple(config.presets), _about(method),
         )  # fmt: skip
@@ -203,7 +203,7 @@ NOTES = (
 )
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: SourceRow) -> tuple[str, ...]:
     return (
         row.name, row.kind, "yes" if row.batchnorm else "-", "yes" if row.unlabeled else "-", row.trains, row.keeps,
         row.cost, f"{row.slots:,}".replace(",", " "), ", ".join(row.presets),

@@ -275,8 +275,14 @@ def _fits(value: Any, hint: Any, where: str) -> Any:
 
 
 def build(cls: type[C], values: Any, where: str) -> C:
-    """A dataclass from a mapping, strictly: unknown keys and wrong types are refused by name."""
+    """A dataclass from a mapping, strictly: unknown keys and wrong types are refused by name.
+
+    An instance is returned as it is, once its choices are known to be among those of its `Literal` fields.
+    """
     if isinstance(values, cls):
+        for name, hint in get_type_hints(type(values)).items():
+            if get_origin(hint) is Literal:
+                _fits(getattr(values, name), hint, f"{where}.{name}")
         return values
     if not isinstance(values, Mapping):
         raise DodistillError(f"{where} is {values!r}; it must be a mapping of its settings.")

@@ -27,3 +27,22 @@ class Batch:
     done: float = 0.0
     student: Features = field(default_factory=Features)
     teacher: Features = field(default_factory=Features)
+
+
+@dataclass
+class Drawn:
+    """One batch of inputs for the student, with what the teacher says of them.
+
+    Attributes:
+        x: float in [0, 1], [B, C, H, W], channels last.
+        t: the teacher's logits of x, [B, K].
+        labels: long [B], true classes where the data have them, else the teacher's.
+        index: long [B], slots in the pool; -1 for replayed inputs.
+        theirs: the teacher's features of x, where a criterion or an intervention needs them.
+    """
+
+    x: Tensor
+    t: Tensor
+    labels: Tensor
+    index: Tensor
+    theirs: Features = field(default_factory=Features)

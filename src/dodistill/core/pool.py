@@ -70,11 +70,13 @@ class Pool:
         if wanted <= have:
             return
         new = min(self.capacity, max(wanted, 2 * have))
-        for name in ("_x", "_logits", "_labels"):
-            old = getattr(self, name)
-            fresh = torch.empty(new, *old.shape[1:], dtype=old.dtype, device=old.device)
-            fresh[: self.size] = old[: self.size]
-            setattr(self, name, fresh)
+
+        def grown(old: Tensor) -> Tensor:
+            larger = torch.empty(new, *old.shape[1:], dtype=old.dtype, device=old.device)
+            larger[: self.size] = old[: self.size]
+            return larger
+
+        self._x, self._logits, self._labels = grown(self._x), grown(self._logits), grown(self._labels)
 
     def add(self, images: Tensor, logits: Tensor, generator: torch.Generator, labels: Tensor | None = None) -> Tensor:
         """Take in images (float in [0, 1] or uint8, [n, C, H, W]), their teacher logits [n, K] and true labels [n].

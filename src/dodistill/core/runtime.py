@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import DodistillError
+from ..functional.fresh_weights import seeding
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -67,8 +68,6 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def seeded(build: Callable[..., M], generator: torch.Generator, *args: object) -> M:
-    """Construct a module with PyTorch's default initialisation, from an explicit stream and no global state."""
-    seed = int(torch.randint(2**31, (1,), generator=generator, device=generator.device))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    """Construct a module with PyTorch's default initialisation, seeded from `generator`."""
+    with seeding(int(torch.randint(2**31, (1,), generator=generator, device=generator.device))):
         return build(*args)

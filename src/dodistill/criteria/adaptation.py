@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..core.batch import Batch
 from ..core.context import Context
-from ..errors import DodistillError
+from ..errors import DodistillError, positive
 from ..functional import losses
 from .shared.base import Criterion, CriterionConfig
 
@@ -51,8 +51,7 @@ class Config(CriterionConfig):
                 f"criterion adaptation: teacher_accuracy is {self.teacher_accuracy}; give a share between 0 and 1, "
                 "such as 0.95."
             )
-        if not self.temperature > 0:
-            raise DodistillError(f"criterion adaptation: temperature is {self.temperature}; it must be above 0.")
+        positive("criterion", temperature=self.temperature)
         if context.num_classes < 2:
             raise DodistillError(
                 f"criterion adaptation needs at least 2 classes; the teacher has {context.num_classes}."

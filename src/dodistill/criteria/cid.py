@@ -89,7 +89,5 @@ class Config(CriterionConfig):
                 f"criterion cid: a, b, c and ce are weights >= 0, temperature is above 0 and init a share below 1; "
                 f"they are {self.a}, {self.b}, {self.c}, {self.ce}, {self.temperature}, {self.init}."
             )
-        if self.supervise not in ("auto", "labels", "teacher"):
-            raise DodistillError(f"criterion cid: supervise is {self.supervise!r}; use auto, labels or teacher.")
         regressor = seeded(nn.Linear, context.generator("criterion"), *widths(context))
         return CID(self, regressor, context.labels is not None)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core.batch import Batch
 from ..core.context import Context
-from ..errors import DodistillError
+from ..errors import positive
 from ..functional import losses
 from .shared.base import Criterion, CriterionConfig
 
@@ -29,6 +29,5 @@ class Config(CriterionConfig):
     temperature: float = 20.0  #: T > 0; 20 in the scripts of DAFL, CMI, Fast and DeepInv (nearly a regression)
 
     def build(self, context: Context) -> Criterion:
-        if not self.temperature > 0:
-            raise DodistillError(f"criterion kl: temperature is {self.temperature}; it must be above 0.")
+        positive("criterion", temperature=self.temperature)
         return KL(self.temperature)

@@ -114,7 +114,7 @@ def load_images(
             if path.suffix or len(path.parts) > 1:
                 raise DodistillError(f"no images at {spec}: use a .npz or .npy file, or a folder, that exists.")
             raise DodistillError(nearest(name, [*_NAMED, *_SAMPLES], "data set") + " Or give a file or folder.")
-        images = _npz(path, split) if path.suffix == ".npz" else Images(_pixels(_read(path)[""], str(path)))
+        images = _npz(path, split) if path.suffix == ".npz" else Images(_channels_first(_read(path)[""], str(path)))
     if image_shape is not None and images.image_shape != tuple(image_shape):
         raise DodistillError(
             f"{spec} holds images of shape {images.image_shape} (channels, height, width), the model takes "
@@ -215,7 +215,7 @@ def _npz(path: Path, split: str) -> Images:
     key = f"x_{split}"
     arrays = _read(path, key, f"y_{split}")
     x, y = arrays[key], arrays.get(f"y_{split}")
-    pixels = _pixels(x, f"{path}:{key}")
+    pixels = _channels_first(x, f"{path}:{key}")
     if y is None:
         return Images(pixels)
     if y.ndim != 1 or len(y) != len(x) or y.dtype.kind not in "iu" or (len(y) and y.min() < 0):
@@ -228,7 +228,7 @@ def _npz(path: Path, split: str) -> Images:
 _RECIPE = "make one with numpy.savez(FILE, x_train=..., y_train=..., x_test=..., y_test=...), uint8 [n, H, W, C]."
 
 
-def _pixels(x: np.ndarray[Any, Any], where: str) -> Tensor:
+def _channels_first(x: np.ndarray[Any, Any], where: str) -> Tensor:
     """uint8 [n, H, W], [n, H, W, C] or [n, C, H, W] -> uint8 [n, C, H, W]."""
     if x.dtype != np.uint8:
         raise DodistillError(f"{where} is {x.dtype}; images must be uint8 (0..255).")
@@ -278,7 +278,7 @@ def _torchvision(name: str, root: str, train: bool) -> Images | None:
         found = getattr(datasets, _TORCHVISION[name])(root, train=train, download=False)
     except RuntimeError:  # not there
         return None
-    return Images(_pixels(np.asarray(found.data), name), torch.as_tensor(found.targets, dtype=torch.int64))
+    return Images(_channels_first(np.asarray(found.data), name), torch.as_tensor(found.targets, dtype=torch.int64))
 
 
 def _sklearn() -> Any:

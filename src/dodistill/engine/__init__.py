@@ -1,7 +1,7 @@
 """The engine of a run: what it is given (`Job`), four parts (`Acquirer`, `Matcher`, `Scorer`, `Meter`) and the loop."""
 
+from ..core.batch import Drawn as Drawn
 from .acquire import Acquirer as Acquirer
-from .acquire import Drawn as Drawn
 from .job import Job as Job
 from .job import Result as Result
 from .job import Test as Test

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..config.tree import Distill
+from ..core.batch import Drawn
 from ..core.context import Context
 from ..core.pool import Draw, Pool
 from ..core.views import Views
@@ -26,25 +26,6 @@ from ..replay.shared.base import Replay
 from ..sources.shared.base import Acquired, Source
 from .job import require_kind
 from .meter import Diverged
-
-
-@dataclass
-class Drawn:
-    """One batch of inputs for the student, with what the teacher says of them.
-
-    Attributes:
-        x: float in [0, 1], [B, C, H, W], channels last.
-        t: the teacher's logits of x, [B, K].
-        labels: long [B], true classes where the data have them, else the teacher's.
-        index: long [B], slots in the pool; -1 for replayed inputs.
-        theirs: the teacher's features of x, where a criterion or an intervention needs them.
-    """
-
-    x: Tensor
-    t: Tensor
-    labels: Tensor
-    index: Tensor
-    theirs: Features = field(default_factory=Features)
 
 
 def _require_images(got: object, source: str, shape: tuple[int, int, int]) -> None:
@@ -127,7 +108,7 @@ class Acquirer:
         self.holdout.add(held.images, held.logits, g, held.labels)
         slots = self.pool.add(kept.images, kept.logits, g, kept.labels)
         self._sound &= self.views.fill(slots, self._ask)
-        self.replay.observe(kept.images, kept.logits, self.round - 1)
+        self.replay.remember(kept.images, kept.logits, self.round - 1)
         some = slice(None, None, max(1, len(got.images) // 512))
         self.signs = vital_signs(got.images[some], got.logits[some])  # type: ignore[index]
         self._rebuild(got)
@@ -190,7 +171,7 @@ class Acquirer:
                 x = x if x.dtype == torch.uint8 else to_uint8(x)
                 t = self.context.label(x) if t is None else t
             assert t is not None
-            self.dictionary.build(self._features(x, t))
+            self.dictionary.rebuild(self._features(x, t))
         self.sampler.set(self.pool, self.interventions.weights(self.pool, self.dictionary))
 
     def _ask(self, x: Tensor) -> Tensor:
@@ -211,7 +192,7 @@ class Acquirer:
         x, known = self.views(index, self.generators["augment"])
         drawn = self.answered(x, known, self.pool.labels[index], index)
         if self.dictionary is not None and self.dictionary.of == "batch":
-            self.dictionary.build(self._features(self.pool.x[index], drawn.t))
+            self.dictionary.rebuild(self._features(self.pool.x[index], drawn.t))
         return drawn
 
     def replayed(self, student: nn.Module, step: int) -> Drawn | None:

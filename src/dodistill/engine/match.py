@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config.tree import Distill
-from ..core.batch import Batch
+from ..core.batch import Batch, Drawn
 from ..core.context import Context
 from ..criteria.shared.base import Criterion
 from ..functional.schedules import rate_at
@@ -19,7 +19,6 @@ from ..interventions.shared.base import Intervention, Interventions
 from ..interventions.shared.dictionary import ConfounderDictionary
 from ..models.taps import tapped
 from ..updates.shared.base import Update
-from .acquire import Drawn
 from .job import require_kind
 
 

@@ -92,6 +92,13 @@ def _require_same_code(path: Path, old: Mapping[str, Any], new: Mapping[str, Any
             )
 
 
+def drop_checkpoints(path: Path) -> None:
+    """Delete the checkpoints of a finished run's folder. The student, metrics and report stay."""
+    for pattern in ("checkpoint.pt*", "previous.pt*", "pool-*.pt"):
+        for file in path.glob(pattern):
+            file.unlink(missing_ok=True)
+
+
 #: What may lie in a folder without config.json: a recipe put there by the user, or the remains of a start killed early.
 _EARLY = ("config.yaml", ".config.json.tmp", ".lock")
 
@@ -268,12 +275,6 @@ class RunFolder(Watcher):
         for pool in self.path.glob("pool-*.pt"):
             if int(pool.stem.split("-")[1]) > pool_version:
                 pool.unlink(missing_ok=True)
-
-    def drop_checkpoints(self) -> None:
-        """Free the disk after a finished run; the student, metrics and report stay."""
-        for pattern in ("checkpoint.pt*", "previous.pt*", "pool-*.pt"):
-            for file in self.path.glob(pattern):
-                file.unlink(missing_ok=True)
 
     # ------------------------------------------------------------------------------------------- outcome
 

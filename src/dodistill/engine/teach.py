@@ -18,6 +18,7 @@ from ..errors import DodistillError
 from ..evaluation.evaluate import accuracy
 from ..functional.augment import View, to_float
 from ..functional.memory_format import laid_out, place
+from ..functional.schedules import cosine
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ Log = dict[str, Any]
 def lr_at(config: Teach, step: int, steps: int) -> float:
     """Learning rate of step 0..steps-1."""
     if config.schedule == "cosine":
-        return config.lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+        return cosine(step, config.lr, of=steps)
     peak = max(1.0, config.warmup * steps)
     return config.lr * min((step + 1) / peak, (steps - step) / max(1.0, steps - peak + 1))
 

@@ -4,7 +4,7 @@ images that it learned from: how far they lie from real ones."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -16,20 +16,9 @@ from ..data.images import Images
 from ..errors import DodistillError
 from ..functional.augment import to_float
 from ..functional.memory_format import laid_out
+from ..functional.modes import evaluating
 
 Autocast = Callable[[], AbstractContextManager[Any]]
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for the block; afterwards each submodule is in the mode it was in."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,9 +15,11 @@ from ..data.images import Images
 from ..errors import DodistillError
 from ..functional.augment import to_float
 from ..functional.memory_format import laid_out
+from ..functional.modes import evaluating
+from ..functional.schedules import cosine
 from ..models import heads
 from ..models.taps import classifier
-from .evaluate import Autocast, accuracy, evaluating, top1
+from .evaluate import Autocast, accuracy, top1
 
 
 @torch.no_grad()
@@ -76,7 +77,7 @@ def linear_probe(
     steps, step = epochs * (len(f) // batch), 0
     for _ in range(epochs):
         for index in torch.randperm(len(f), generator=stream, device=f.device).split(batch)[: len(f) // batch]:
-            optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+            optimizer.param_groups[0]["lr"] = cosine(step, lr, of=steps)
             optimizer.zero_grad()
             nnf.cross_entropy(linear(f[index]), y[index]).backward()
             optimizer.step()

@@ -1,4 +1,4 @@
-"""Learning rates over a run: plain functions of the share t in [0, 1] of its steps that are done."""
+"""Learning rates over a run, as functions of its progress."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import math
 from collections.abc import Sequence
 
 
-def cosine(t: float, high: float = 1.0, low: float = 0.0) -> float:
-    """From `high` at t = 0 down to `low` at t = 1, along half a cosine."""
-    return low + (high - low) * 0.5 * (1 + math.cos(math.pi * t))
+def cosine(done: float, high: float = 1.0, low: float = 0.0, of: float = 1.0) -> float:
+    """From `high` at done = 0 down to `low` at done = `of`, along half a cosine."""
+    return low + (high - low) * 0.5 * (1 + math.cos(math.pi * done / of))
 
 
 def rate_at(
     schedule: str, t: float, lr: float, floor: float = 0.0, milestones: Sequence[float] = (), warmup: float = 0.2
 ) -> float:
-    """The rate at t under `cosine` (down to `floor`), `steps` (a tenth after each milestone), `onecycle` (up during the
-    first `warmup`, then down to 0, both linear) or `constant`."""
+    """The rate after a share t in [0, 1] of the steps.
+
+    `cosine`: down to `floor`. `steps`: a tenth after each milestone. `onecycle`: linearly up during the first `warmup`,
+    then linearly down to 0. Otherwise the rate is constant.
+    """
     if schedule == "cosine":
         return cosine(t, lr, floor)
     if schedule == "steps":

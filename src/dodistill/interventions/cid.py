@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from ..core.batch import Batch
 from ..core.context import Context
 from ..core.runtime import seeded
-from ..errors import DodistillError
+from ..errors import DodistillError, positive
 from ..models import heads
 from ..models.taps import classifier, probe
 from .shared.base import Intervention, InterventionConfig
@@ -132,8 +132,8 @@ class CID(Intervention):
         return {"passes": self.passes, "gathered": self.gathered, "filled": self.filled, "active": self.active}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
+        self.passes, self.gathered = state["passes"], state["gathered"]
+        self.filled, self.active = state["filled"], state["active"]
 
 
 @dataclass(frozen=True)
@@ -151,10 +151,7 @@ class Config(InterventionConfig):
     decay: bool = False  #: the student's weight decay on W' and b' too (released: yes, and the presets cid-* have it)
 
     def build(self, context: Context) -> CID:
-        if self.weights not in heads.WEIGHTS:
-            raise DodistillError(f"cid: weights is {self.weights!r}; use {', '.join(heads.WEIGHTS)}.")
-        if not self.temperature > 0:
-            raise DodistillError(f"cid: temperature is {self.temperature}; it must be above 0.")
+        positive("cid", temperature=self.temperature)
         if not (0 <= self.init < 1 and 0 < self.refresh < 1 and 0 <= self.u < 1):
             raise DodistillError(
                 f"cid: init is {self.init}, refresh {self.refresh} and u {self.u}; each is a share below 1, and "

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..core.batch import Batch
 from ..core.context import Context
-from ..errors import DodistillError
+from ..errors import at_least, positive
 from .shared.base import Intervention, InterventionConfig
 from .shared.dictionary import FOREIGN, ConfounderDictionary, feature_dim
 
@@ -166,11 +166,7 @@ class Config(InterventionConfig):
         return True
 
     def build(self, context: Context) -> KDCI:
-        if self.weights not in ("attention", "random", "constant"):
-            raise DodistillError(f"kdci: weights is {self.weights!r}; use attention, random or constant.")
-        if self.width is not None and self.width < 1:
-            raise DodistillError(f"kdci: width is {self.width}; it must be at least 1.")
-        if self.own_lr is not None and not self.own_lr > 0:
-            raise DodistillError(f"kdci: own_lr is {self.own_lr}; it must be above 0, or none.")
+        at_least(1, "kdci", width=self.width)
+        positive("kdci", ", or none", own_lr=self.own_lr)
         mapped = self.mapping or context.extra.get(FOREIGN) is not None
         return KDCI(self, context.num_classes, feature_dim(context), mapped, context.generator("kdci"))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..core.batch import Batch
 from ..core.context import Context
-from ..errors import DodistillError
+from ..errors import DodistillError, at_least
 from .shared.base import Intervention, InterventionConfig, PoolLike
 from .shared.dictionary import ConfounderDictionary
 
@@ -117,12 +117,9 @@ class Config(InterventionConfig):
         return self.by == "cluster"
 
     def build(self, context: Context) -> Stratified:
-        if self.by not in ("class", "cluster"):
-            raise DodistillError(f"stratified: by is {self.by!r}; use class or cluster.")
         if not 0 <= self.power <= 1:
             raise DodistillError(f"stratified: power is {self.power}; it must lie in [0, 1].")
-        if not self.cap >= 1:
-            raise DodistillError(f"stratified: cap is {self.cap}; it must be at least 1, the mean weight.")
+        at_least(1, "stratified", ", the mean weight", cap=self.cap)
         if self.prior is not None and (min(self.prior, default=-1) < 0 or not sum(self.prior) > 0):
             raise DodistillError(f"stratified: prior {list(self.prior)} must be numbers >= 0, not all 0.")
         module = Stratified(self, context.num_classes)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..errors import DodistillError, nearest
+from ..errors import DodistillError, at_least, nearest
+from ..functional.fresh_weights import seeding
 from ..functional.memory_format import place
 from . import zoo
 from .heads import attach
@@ -71,11 +70,9 @@ def load_model(
         in_weights = saved.get("num_classes") or guess_classes(state)
         num_classes = in_weights if num_classes is None else num_classes
         in_channels = saved.get("in_channels") or guess_channels(state) if in_channels is None else in_channels
-    for name, value in (("num_classes", num_classes), ("in_channels", in_channels), ("image_size", image_size)):
-        if value is not None and value < 1:
-            raise DodistillError(f"{name} is {value}; it must be at least 1.")
+    at_least(1, "", num_classes=num_classes, in_channels=in_channels, image_size=image_size)
     image_size = saved.get("image_size") if image_size is None else image_size
-    with _seeded(seed):
+    with seeding(seed):
         net, own = _build(spec, num_classes, in_channels, image_size)
     if isinstance(net, Normalized):  # a factory may bring its own normalisation
         own = (net.mean.flatten().tolist(), net.std.flatten().tolist())
@@ -186,11 +183,9 @@ def _from_file(spec: str, classes: int | None, channels: int | None) -> nn.Modul
     if not callable(factory):
         callables = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]
         raise DodistillError(f"{path}: {nearest(name, callables, 'factory')}")
-    with contextlib.suppress(ValueError):
-        takes = inspect.signature(factory).parameters
     given = {"num_classes": classes, "in_channels": channels}
     try:
-        net = factory(**{k: v for k, v in given.items() if k in takes and v is not None})
+        net = factory(**{k: v for k, v in given.items() if k in _parameters(factory) and v is not None})
     except Exception as error:
         raise DodistillError(f"{spec} failed: {type(error).__name__}: {error}") from error
     if not isinstance(net, nn.Module):
@@ -198,15 +193,9 @@ def _from_file(spec: str, classes: int | None, channels: int | None) -> nn.Modul
     return net
 
 
-@contextlib.contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
-    """Initialise from `seed`, then leave torch's global CPU generator as it was found."""
-    if seed is None:
-        yield
-        return
-    before: Tensor = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed)
+def _parameters(function: Callable[..., Any]) -> Collection[str]:
+    """The names of its parameters. Some callables of C have no signature; they get no arguments."""
     try:
-        yield
-    finally:
-        torch.set_rng_state(before)
+        return inspect.signature(function).parameters
+    except ValueError:
+        return ()

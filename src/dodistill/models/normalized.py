@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import DodistillError, nearest
 
 Values = Sequence[float]
+Space = tuple[Tensor, Tensor]  #: (mean, std) of a normalisation, [1, C or 1, 1, 1]
 
 #: (mean, std) per channel. The CIFAR-10 std is the literature's (a mean of per-image stds), which its checkpoints need.
 NORMALISATION: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
@@ -47,6 +48,13 @@ class Normalized(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.model(x if self.identity else (x - self.mean) / self.std)
         return logits
+
+
+def normalised_space(model: nn.Module) -> Space:
+    """The normalisation of `model`, where it is a `Normalized`; else mean 0.5 and deviation 0.25, as none is known."""
+    if isinstance(model, Normalized):
+        return model.mean, model.std
+    return torch.full((1, 1, 1, 1), 0.5), torch.full((1, 1, 1, 1), 0.25)
 
 
 def constants(

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..errors import DodistillError
 from ..files import replacing
+from ..functional.modes import evaluating
 
 
 def export_onnx(model: nn.Module, path: str | Path, image_shape: tuple[int, int, int]) -> Path:
@@ -27,20 +28,16 @@ def export_onnx(model: nn.Module, path: str | Path, image_shape: tuple[int, int,
     device = next(model.parameters()).device
     images = torch.full((2, *image_shape), 0.5, device=device)
     said = io.StringIO()
-    modes = [(m, m.training) for m in model.modules()]
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(said):
+        with evaluating(model), warnings.catch_warnings(), contextlib.redirect_stdout(said):
             warnings.simplefilter("ignore")  # on what the exporter does inside
             program = torch.onnx.export(
-                model.eval(), (images,), input_names=["images"], output_names=["logits"], dynamo=True,
+                model, (images,), input_names=["images"], output_names=["logits"], dynamo=True,
                 dynamic_shapes=({0: torch.export.Dim("n")},), verbose=False,
             )  # fmt: skip
     except Exception as error:  # the exporter has many kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DodistillError(f"this network cannot be exported to ONNX: {reason}") from error
-    finally:
-        for module, mode in modes:
-            module.training = mode
     assert program is not None
     with replacing(Path(path)) as file:
         file.write(program.model_proto.SerializeToString())

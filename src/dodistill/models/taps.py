@@ -2,53 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import DodistillError
-
-Moments = tuple[Tensor, Tensor]
-
-
-def batchnorms(model: nn.Module) -> list[nn.BatchNorm2d | nn.SyncBatchNorm]:
-    """The BatchNorm layers of `model` that keep running statistics, in order of definition."""
-    kinds = (nn.BatchNorm2d, nn.SyncBatchNorm)
-    return [m for m in model.modules() if isinstance(m, kinds) and m.running_mean is not None]
+from ..functional.modes import evaluating
+from ..functional.moments import Moments, channel_moments, pooled_moments, spatial_mean
+from .batchnorm import batchnorms
 
 
-class _ChannelMoments(torch.autograd.Function):
-    """One pass over x backward instead of autograd's four: d/dx = g_mean / n + 2 (x - mean) g_var / n."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Moments:
-        low = x.dtype in (torch.bfloat16, torch.float16)
-        wide = x.float() if low else x  # a copy where it converts, which may then be overwritten
-        mean = wide.mean((0, 2, 3))
-        shift = mean.view(1, -1, 1, 1)
-        var = (wide.sub_(shift) if low else wide - shift).square_().mean((0, 2, 3))
-        ctx.save_for_backward(x, mean)
-        return mean, var
-
-    @staticmethod
-    def backward(ctx: Any, g_mean: Tensor, g_var: Tensor) -> Tensor:  # type: ignore[override]
-        x, mean = ctx.saved_tensors
-        n = x.numel() / x.shape[1]
-        slope = 2 * g_var / n
-        return torch.addcmul((g_mean / n - slope * mean).view(1, -1, 1, 1), x, slope.view(1, -1, 1, 1)).to(x.dtype)
-
-
-def channel_moments(x: Tensor) -> Moments:
-    """(mean [C], biased variance [C]) of x [B, C, H, W] over B, H, W, in fp32 at least; twice differentiable.
-
-    On the CPU several times faster, forward and backward, than `torch.var_mean` over those dimensions.
-    """
-    mean, var = _ChannelMoments.apply(x)  # type: ignore[no-untyped-call]
-    return mean, var
+@contextmanager
+def _hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Remove these hooks at the end of the block."""
+    handles = list(handles)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class BatchNormInputs(Sequence[Moments]):
@@ -85,13 +62,11 @@ class BatchNormInputs(Sequence[Moments]):
 def batchnorm_inputs(model: nn.Module) -> Iterator[BatchNormInputs]:
     """Tap the input of every BatchNorm2d of `model` while the block lasts."""
     taps = BatchNormInputs(batchnorms(model))
-    handles = [m.register_forward_pre_hook(taps._record) for m in taps.modules]
-    try:
-        yield taps
-    finally:
-        for handle in handles:
-            handle.remove()
-        taps.clear()
+    with _hooked(m.register_forward_pre_hook(taps._record) for m in taps.modules):
+        try:
+            yield taps
+        finally:
+            taps.clear()
 
 
 @dataclass
@@ -124,14 +99,8 @@ def tapped(model: nn.Module, needs: frozenset[str]) -> Iterator[Features]:
 
 def probe(model: nn.Module, image_shape: tuple[int, int, int], needs: frozenset[str], device: torch.device) -> Features:
     """What `tapped` sees of two grey images, in eval mode and without gradients: for widths and resolutions."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad(), tapped(model, needs) as seen:
-            model(torch.full((2, *image_shape), 0.5, device=device))
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with evaluating(model), torch.no_grad(), tapped(model, needs) as seen:
+        model(torch.full((2, *image_shape), 0.5, device=device))
     return seen
 
 
@@ -150,15 +119,13 @@ def stages(model: nn.Module) -> Iterator[dict[tuple[int, int], Tensor]]:
         if isinstance(out, Tensor) and out.dim() == 4 and out.shape[2] * out.shape[3] > 1:
             found[(out.shape[2], out.shape[3])] = out
 
-    inner = [m for m in model.modules() if m is not model]
-    handles = [m.register_forward_hook(record) for m in inner]
+    handles = [m.register_forward_hook(record) for m in model.modules() if m is not model]
     handles.append(model.register_forward_pre_hook(lambda *_: found.clear()))
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-        found.clear()
+    with _hooked(handles):
+        try:
+            yield found
+        finally:
+            found.clear()
 
 
 class Penultimate:
@@ -197,49 +164,8 @@ def classifier(model: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d]:
 def penultimate(model: nn.Module) -> Iterator[Penultimate]:
     """Tap the input of the `classifier` of `model` (averaged over space, where that is a convolution)."""
     tap = Penultimate(classifier(model)[1])
-    handle = tap.layer.register_forward_pre_hook(tap._record)
-    try:
+    with _hooked([tap.layer.register_forward_pre_hook(tap._record)]):
         yield tap
-    finally:
-        handle.remove()
-
-
-class _SpatialMean(torch.autograd.Function):
-    """[B, C, ...] -> [B, C] in fp32 at least. Backward is one broadcast, which autograd's own mean copies out first."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.shape, ctx.dtype = x.shape, x.dtype
-        return x.mean(tuple(range(2, x.dim())), dtype=torch.promote_types(x.dtype, torch.float32))
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
-        shape = ctx.shape
-        each: Tensor = (g / shape[2:].numel()).to(ctx.dtype)
-        return each.view(*shape[:2], *(1 for _ in shape[2:])).expand(shape)
-
-
-class _PooledMoments(torch.autograd.Function):
-    """`_SpatialMean` and `_ChannelMoments` of x [B, C, H, W] together, with still one pass over x backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        low = x.dtype in (torch.bfloat16, torch.float16)
-        wide = x.float() if low else x  # a copy where it converts, which may then be overwritten
-        pooled = wide.mean((2, 3))
-        mean = pooled.mean(0)
-        shift = mean.view(1, -1, 1, 1)
-        var = (wide.sub_(shift) if low else wide - shift).square_().mean((0, 2, 3))
-        ctx.save_for_backward(x, mean)
-        return pooled, mean, var
-
-    @staticmethod
-    def backward(ctx: Any, g_pooled: Tensor, g_mean: Tensor, g_var: Tensor) -> Tensor:  # type: ignore[override]
-        x, mean = ctx.saved_tensors
-        n = x.numel() / x.shape[1]
-        slope = 2 * g_var / n
-        level = g_pooled * (x.shape[0] / n) + (g_mean / n - slope * mean)
-        return torch.addcmul(level[:, :, None, None], x, slope.view(1, -1, 1, 1)).to(x.dtype)
 
 
 class PooledInputs(BatchNormInputs):
@@ -255,10 +181,9 @@ class PooledInputs(BatchNormInputs):
         if not any(module is m for m in self.layers):
             self._moments[id(module)] = channel_moments(x)
         elif any(module is m for m in self.modules):
-            self._means[id(module)], *moments = _PooledMoments.apply(x)  # type: ignore[no-untyped-call]
-            self._moments[id(module)] = (moments[0], moments[1])
+            self._means[id(module)], self._moments[id(module)] = pooled_moments(x)
         else:
-            self._means[id(module)] = _SpatialMean.apply(x) if x.dim() > 2 else x  # type: ignore[no-untyped-call]
+            self._means[id(module)] = spatial_mean(x) if x.dim() > 2 else x
 
     def clear(self) -> None:
         super().clear()
@@ -281,10 +206,8 @@ def pooled_inputs(model: nn.Module, layers: Sequence[nn.Module] = (), moments: b
     """
     norms = batchnorms(model)
     taps = PooledInputs(norms if moments else [], layers or norms)
-    handles = [m.register_forward_pre_hook(taps._record) for m in dict.fromkeys([*taps.modules, *taps.layers])]
-    try:
-        yield taps
-    finally:
-        for handle in handles:
-            handle.remove()
-        taps.clear()
+    with _hooked(m.register_forward_pre_hook(taps._record) for m in dict.fromkeys([*taps.modules, *taps.layers])):
+        try:
+            yield taps
+        finally:
+            taps.clear()

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DodistillError
+from .batchnorm import batchnorms
 from .folded import folded
-from .taps import batchnorms
 
 
 class Teacher(nn.Module):

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from ..core.context import Context
 from ..core.pool import Pool
-from ..errors import DodistillError
+from ..errors import DodistillError, at_least
 from ..functional.augment import to_float
 from .shared.base import Replay, ReplayConfig
 
@@ -56,9 +56,8 @@ class Bank(Replay):
 
     def __init__(self, config: Config, context: Context) -> None:
         super().__init__(context)
-        for name, least in (("capacity", 1), ("size", 2), ("every", 1), ("first", 1)):
-            if getattr(config, name) < least:
-                raise DodistillError(f"replay.{name} is {getattr(config, name)}; it must be at least {least}.")
+        at_least(1, "replay", capacity=config.capacity, every=config.every, first=config.first)
+        at_least(2, "replay", size=config.size)
         self.config = config
         room = config.capacity * config.size
         self.bank = Pool(room, context.image_shape, context.num_classes, context.device, config.eviction)
@@ -67,7 +66,7 @@ class Bank(Replay):
     def ready(self) -> bool:
         return len(self.bank) > 0
 
-    def observe(self, images: Tensor, logits: Tensor, round: int) -> None:
+    def remember(self, images: Tensor, logits: Tensor, round: int) -> None:
         c = self.config
         if len(images) < c.size:
             raise DodistillError(

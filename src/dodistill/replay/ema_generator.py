@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ..config import registry
 from ..core.context import Context
-from ..errors import DodistillError
+from ..errors import DodistillError, at_least
 from ..functional.augment import to_float, to_uint8
 from .shared.base import Replay, ReplayConfig
 
@@ -54,8 +54,7 @@ class Ema(Replay):
 
     def __init__(self, config: Config, context: Context) -> None:
         super().__init__(context)
-        if config.size < 2:
-            raise DodistillError(f"replay.size is {config.size}; it must be at least 2.")
+        at_least(2, "replay", size=config.size)
         if not 0 <= config.decay < 1:
             raise DodistillError(f"replay.decay is {config.decay}; it must lie in [0, 1), as in 0.95.")
         self.config, self.seen = config, 0
@@ -76,7 +75,7 @@ class Ema(Replay):
         return self.seen > 0
 
     @torch.no_grad()
-    def observe(self, images: Tensor, logits: Tensor, round: int) -> None:
+    def remember(self, images: Tensor, logits: Tensor, round: int) -> None:
         if self.seen:
             decay = min(self.config.decay**self.steps, (1 + self.seen) / (10 + self.seen))
             torch._foreach_lerp_(list(self.net.parameters()), list(self.live.parameters()), 1 - decay)

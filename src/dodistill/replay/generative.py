@@ -39,17 +39,12 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from ..core.context import Context
-from ..errors import DodistillError
+from ..errors import DodistillError, at_least, positive
 from ..functional.augment import to_float
-from ..functional.memory_format import laid_out, place
-from ..models.normalized import Normalized
-from ..models.upsample import UpsampleConv
+from ..functional.terms import detached, total
+from ..models.normalized import normalised_space
 from .shared.base import Replay, ReplayConfig
-
-
-def kl_to_normal(mu: Tensor, log_var: Tensor) -> Tensor:
-    """KL(N(mu, exp log_var) || N(0, 1)), summed over latents, mean over the batch: [B, d], [B, d] -> scalar >= 0."""
-    return (-0.5 * (1 + log_var - mu.square() - log_var.exp())).sum(1).mean()
+from .shared.vae import kl_to_normal, vae
 
 
 def balance(t: Tensor, z: Tensor, ie: float, oh: float) -> dict[str, Tensor]:
@@ -61,63 +56,6 @@ def balance(t: Tensor, z: Tensor, ie: float, oh: float) -> dict[str, Tensor]:
         "oh": oh * nnf.cross_entropy(t, t.argmax(1)),
         "moments": (variance - 1).square().mean() + mean.square().mean(),
     }
-
-
-class Encoder(nn.Module):
-    """u [B, C, H, W] in normalised coordinates -> mu, log sigma^2 [B, latent]; u is first put to length 1 along H."""
-
-    def __init__(self, latent: int, image_shape: tuple[int, int, int], width: int) -> None:
-        super().__init__()
-        channels, *size = image_shape
-        for _ in range(3):
-            size = [(n + 1) // 2 for n in size]
-        self.one, self.one_norm = nn.Conv2d(channels, width, 3, 1, 1), nn.BatchNorm2d(width, 0.8)
-        self.two, self.two_norm = nn.Conv2d(width, 2 * width, 3, 1, 1), nn.BatchNorm2d(2 * width, 0.8)
-        self.three, self.three_norm = nn.Conv2d(2 * width, 2 * width, 3, 2, 1), nn.BatchNorm2d(2 * width)
-        self.mu, self.log_var = (nn.Linear(2 * width * size[0] * size[1], latent) for _ in range(2))
-
-    def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        h = nnf.leaky_relu(self.one_norm(self.one(nnf.normalize(u, dim=2))), 0.2)
-        h = nnf.leaky_relu(self.two_norm(self.two(h)), 0.2)
-        h = self.three_norm(self.three(h[..., ::2, ::2]))[..., ::2, ::2].flatten(1)
-        return self.mu(h).float(), self.log_var(h).float()
-
-
-class Decoder(nn.Module):
-    """z [B, latent] -> u [B, C, H, W]; each channel of a batch is standardised (in eval mode: by running
-    statistics)."""
-
-    def __init__(self, latent: int, image_shape: tuple[int, int, int], width: int) -> None:
-        super().__init__()
-        channels, height, wide = image_shape
-        self.first = (2 * width, height // 4, wide // 4)
-        self.linear = nn.Linear(latent, 2 * width * (height // 4) * (wide // 4))
-        self.layers = nn.Sequential(
-            nn.BatchNorm2d(2 * width),
-            UpsampleConv(2 * width, 2 * width), nn.BatchNorm2d(2 * width, 0.8), nn.LeakyReLU(0.2, inplace=True),
-            UpsampleConv(2 * width, width), nn.BatchNorm2d(width, 0.8), nn.LeakyReLU(0.2, inplace=True),
-            nn.Conv2d(width, channels, 3, 1, 1), nn.Tanh(), nn.BatchNorm2d(channels, affine=False),
-        )  # fmt: skip
-
-    def forward(self, z: Tensor) -> Tensor:
-        h = laid_out(self.linear(z).view(len(z), *self.first))
-        out: Tensor = self.layers(h)
-        return out.float()
-
-
-def _start(net: nn.Module, generator: torch.Generator, bound: float = 0.08) -> nn.Module:
-    """A network built on `meta`, on the generator's device, with weights uniform in +-bound and biases 0, as
-    released."""
-    net = net.to_empty(device=generator.device)
-    with torch.no_grad():
-        for m in net.modules():
-            if isinstance(m, nn.BatchNorm2d):
-                m.reset_parameters()
-            elif isinstance(m, nn.Conv2d | nn.Linear):
-                m.weight.uniform_(-bound, bound, generator=generator)
-                assert m.bias is not None
-                m.bias.zero_()
-    return place(net)
 
 
 @dataclass(frozen=True)
@@ -147,12 +85,10 @@ class Generative(Replay):
 
     def __init__(self, config: Config, context: Context) -> None:
         super().__init__(context)
-        least = {"size": 2, "new": 2, "train": 1, "latent": 1, "width": 1, "ie": 0, "oh": 0, "kld": 0, "lr_z": 0}
-        for name, n in least.items():
-            if getattr(config, name) < n:
-                raise DodistillError(f"replay.{name} is {getattr(config, name)}; it must be at least {n}.")
-        if not config.lr > 0:
-            raise DodistillError(f"replay.lr is {config.lr}; it must be above 0, as in 5e-4.")
+        at_least(2, "replay", size=config.size, new=config.new)
+        at_least(1, "replay", train=config.train, latent=config.latent, width=config.width)
+        at_least(0, "replay", ie=config.ie, oh=config.oh, kld=config.kld, lr_z=config.lr_z)
+        positive("replay", ", as in 5e-4", lr=config.lr)
         _, height, width = shape = context.image_shape
         if height % 4 or width % 4:
             raise DodistillError(
@@ -160,13 +96,8 @@ class Generative(Replay):
                 f"{height}x{width}; give --replay bank."
             )
         self.config, self.rounds = config, 0
-        known, device = context.teacher.model, context.device
-        self.mean, self.std = torch.tensor(0.5, device=device), torch.tensor(0.25, device=device)
-        if isinstance(known, Normalized):
-            self.mean, self.std = known.mean.to(device), known.std.to(device)
-        with torch.device("meta"):
-            nets = Encoder(config.latent, shape, config.width), Decoder(config.latent, shape, config.width)
-        self.encoder, self.decoder = (_start(net, self.generator) for net in nets)
+        self.mean, self.std = (v.to(context.device) for v in normalised_space(context.teacher.model))
+        self.encoder, self.decoder = vae(config.latent, shape, config.width, self.generator)
         self.parameters = [*self.encoder.parameters(), *self.decoder.parameters()]
         self.opt = torch.optim.Adam(self.parameters, lr=config.lr, fused=True)
 
@@ -174,7 +105,7 @@ class Generative(Replay):
     def ready(self) -> bool:
         return self.rounds > 0
 
-    def observe(self, images: Tensor, logits: Tensor, round: int) -> None:
+    def remember(self, images: Tensor, logits: Tensor, round: int) -> None:
         c, device = self.config, self.context.device
         self.encoder.train()
         self.decoder.train()
@@ -205,9 +136,9 @@ class Generative(Replay):
             "logits": (answer - t).abs().mean(),
             "kld": self.config.kld * kl_to_normal(mu, log_var),
         }
-        torch.stack(list(terms.values())).sum().backward(inputs=self.parameters)
+        total(terms).backward(inputs=self.parameters)
         self.opt.step()
-        self.terms |= {name: value.detach() for name, value in terms.items()}
+        self.terms |= detached(terms)
 
     def _decode(self, z: Tensor) -> Tensor:
         """Pixels of z, around [0, 1]."""
@@ -222,11 +153,10 @@ class Generative(Replay):
         with self.context.autocast():
             t = self.context.teacher(self._decode(z).clamp(0, 1)).float()
         terms = balance(t, z, c.ie, c.oh)
-        total = torch.stack(list(terms.values())).sum()
-        total.backward(inputs=[z, *self.decoder.parameters()] if shapes_decoder else [z])
+        total(terms).backward(inputs=[z, *self.decoder.parameters()] if shapes_decoder else [z])
         g = z.grad
         assert g is not None
-        self.terms |= {name: value.detach() for name, value in terms.items()}
+        self.terms |= detached(terms)
         with torch.no_grad(), self.context.autocast():
             return self._decode(z - c.lr_z * g / (g.abs() + 1e-8)).clamp(0, 1)  # Adam's first step
 

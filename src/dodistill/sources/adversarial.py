@@ -31,39 +31,25 @@ Deviations, and why
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core.context import Context
-from ..errors import DodistillError
+from ..errors import DodistillError, at_least
 from ..functional import losses
+from ..models.batchnorm import current_statistics
 from ..models.taps import batchnorm_inputs
 from .dafl import information_entropy, one_hot
-from .shared.base import Kind, Source, at_least
+from .shared.base import Kind, Source
 from .shared.fresh import Fresh, FreshConfig
 
 #: D(s, t) of logits [B, K], >= 0
 DISCREPANCY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"kl": losses.kl, "l1": losses.l1, "js": losses.js}
-
-
-@contextmanager
-def batch_statistics(model: nn.Module) -> Iterator[None]:
-    """While the block lasts, the BatchNorm layers of `model` normalise with each batch's own statistics, as in train
-    mode, but leave their running ones, and every other layer, as they are."""
-    hidden = [(m, m.running_mean, m.running_var) for m in model.modules() if isinstance(m, _BatchNorm)]
-    try:
-        for m, _, _ in hidden:
-            m.running_mean = m.running_var = None
-        yield
-    finally:
-        for m, mean, var in hidden:
-            m.running_mean, m.running_var = mean, var
 
 
 def _preset(
@@ -150,11 +136,13 @@ class Config(FreshConfig):
 class Adversarial(Fresh):
     """A generator against the student, and perhaps its moving average."""
 
+    config: Config
+
     def __init__(self, config: Config, context: Context) -> None:
         super().__init__(config, context)
-        self.config = config
-        at_least(config, 0, "adv", "bn", "oh", "ie", "coverage", "ema")
-        if not (config.adv or config.bn or config.oh or config.ie or config.coverage):
+        c = config
+        at_least(0, "source", adv=c.adv, bn=c.bn, oh=c.oh, ie=c.ie, coverage=c.coverage, ema=c.ema)
+        if not (c.adv or c.bn or c.oh or c.ie or c.coverage):
             raise DodistillError(
                 "source adversarial has no loss: adv, bn, oh, ie and coverage are all 0; give --source.adv 1."
             )
@@ -180,7 +168,7 @@ class Adversarial(Fresh):
             if taps is not None:
                 terms["bn"] = c.bn * losses.bn_statistics(taps, taps.modules)
         if c.adv:
-            with ctx.autocast(), batch_statistics(student) if c.student_bn == "batch" else nullcontext():
+            with ctx.autocast(), current_statistics(student) if c.student_bn == "batch" else nullcontext():
                 s = student(x)
             terms["adv"] = -c.adv * DISCREPANCY[c.loss](s.float(), t)
         if c.oh:

@@ -25,20 +25,25 @@ Deviations, and why
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from ..core.context import Context
-from ..errors import DodistillError
+from ..core.runtime import seeded
+from ..errors import DodistillError, at_least, positive
 from ..functional import losses
 from ..functional.augment import resized_crop
+from ..functional.fresh_weights import normal_weights
 from ..functional.memory_format import place
+from ..functional.terms import detached, total
 from ..models.taps import pooled_inputs
-from .shared.base import Acquired, Kind, Source, SourceConfig, at_least
-from .shared.generators import ConvGenerator, seeded
+from .shared.banks import BankType, FeatureBank
+from .shared.base import Acquired, Kind, Source, SourceConfig, drawn_labels
+from .shared.best import Best
+from .shared.generators import ConvGenerator
 
 
 def contrast(p: Tensor, q: Tensor, n: int, tau: float) -> Tensor:
@@ -52,18 +57,6 @@ def contrast(p: Tensor, q: Tensor, n: int, tau: float) -> Tensor:
     return current + rows[n:].mean() if len(rows) > n else current
 
 
-@torch.no_grad()
-def redraw(model: nn.Module, generator: torch.Generator) -> None:
-    """Convolutions and Linear from N(0, 0.02), BatchNorm weights from N(1, 0.02), all biases 0; in place."""
-    for m in model.modules():
-        if isinstance(m, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
-            centre = float(isinstance(m, nn.BatchNorm2d))
-            noise = torch.randn(m.weight.shape, generator=generator, device=m.weight.device)
-            m.weight.copy_(centre + 0.02 * noise)
-            if m.bias is not None:
-                m.bias.zero_()
-
-
 class Head(nn.Module):
     """The instance discriminator h: features [B, D] -> unit vectors [B, d]."""
 
@@ -73,35 +66,6 @@ class Head(nn.Module):
 
     def forward(self, f: Tensor) -> Tensor:
         return nnf.normalize(self.net(f).float(), dim=1)
-
-
-class Bank:
-    """A ring of at most `capacity` rows, allocated once, on the device: the local and global features of an image."""
-
-    def __init__(self, capacity: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.rows = torch.empty(capacity, width, dtype=dtype, device=device)
-        self.seen = 0
-
-    def __len__(self) -> int:
-        return min(self.seen, len(self.rows))
-
-    def add(self, rows: Tensor) -> None:
-        """Take in rows [n, width], n at most the capacity, in place of the oldest."""
-        slots = torch.arange(self.seen, self.seen + len(rows), device=self.rows.device) % len(self.rows)
-        self.rows[slots] = rows.detach().to(self.rows.dtype)
-        self.seen += len(rows)
-
-    def sample(self, k: int, generator: torch.Generator) -> Tensor:
-        """k different rows (all, where there are fewer) at random, fp32."""
-        index = torch.randperm(len(self), generator=generator, device=self.rows.device)[:k]
-        return self.rows[index].float()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows[: len(self)].clone(), "seen": self.seen}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.seen = state["seen"]
-        self.rows[: len(self)] = state["rows"].to(self.rows.device)
 
 
 def _preset(floor: float = 0.0, batch: int = 128, **source: Any) -> dict[str, Any]:
@@ -135,7 +99,7 @@ class Config(SourceConfig):
     tau: float = 0.1  #: temperature of the contrastive term
     bank: int = 40_960  #: images whose features are remembered
     negatives: int = 4096  #: of them, how many join each step
-    bank_dtype: Literal["float32", "bfloat16"] = "float32"  #: bfloat16 halves the bank's memory and its checkpoint
+    bank_dtype: BankType = "float32"  #: bfloat16 halves the bank's memory and its checkpoint
     head: int = 256  #: size of the vectors that are contrasted
     layers: tuple[str, ...] = ()  #: the teacher's modules whose inputs are the features (none: all BatchNorms)
     balanced: bool = False  #: every class equally often, instead of labels drawn uniformly
@@ -180,10 +144,10 @@ class Cmi(Source):
     def __init__(self, config: Config, context: Context) -> None:
         super().__init__(context)
         self.config = c = config
-        at_least(c, 1, "iterations", "latent", "width", "negatives", "head")
-        at_least(c, 2, "batch")
-        if not c.tau > 0:
-            raise DodistillError(f"source.tau is {c.tau}; it must be positive, as in 0.1.")
+        at_least(1, "source", iterations=c.iterations, latent=c.latent, width=c.width)
+        at_least(1, "source", negatives=c.negatives, head=c.head)
+        at_least(2, "source", batch=c.batch)
+        positive("source", ", as in 0.1", tau=c.tau)
         if c.bank < c.batch:
             raise DodistillError(f"source.bank is {c.bank}; it must hold one batch, {c.batch} images, at least.")
         self.layers = [_find(context.teacher.model, name) for name in c.layers]
@@ -192,8 +156,8 @@ class Cmi(Source):
         self.G = place(seeded(ConvGenerator, self.generator, *args), context.device)
         self.head = seeded(Head, self.generator, features, c.head).to(context.device)
         self.opt_head = torch.optim.Adam(self.head.parameters(), lr=c.lr_g, fused=True)
-        dtype = torch.float32 if c.bank_dtype == "float32" else torch.bfloat16
-        self.bank = Bank(c.bank if c.cr > 0 else 0, 2 * features, dtype, context.device)
+        #: the local and global features of earlier images, side by side
+        self.bank = FeatureBank(c.bank if c.cr > 0 else 0, 2 * features, c.bank_dtype, context.device)
 
     @torch.no_grad()
     def _width(self) -> int:
@@ -205,19 +169,14 @@ class Cmi(Source):
 
     def acquire(self, student: nn.Module, round: int) -> Acquired:
         c, ctx, g = self.config, self.context, self.generator
-        redraw(self.G, g)
+        normal_weights(self.G, g)
         z = torch.randn(c.batch, c.latent, generator=g, device=ctx.device).requires_grad_()
-        if c.balanced:
-            y = torch.arange(c.batch, device=ctx.device) % ctx.num_classes
-        else:
-            y = torch.randint(ctx.num_classes, (c.batch,), generator=g, device=ctx.device)
-        y = y.sort().values
+        y = drawn_labels(c.batch, ctx.num_classes, g, c.balanced).sort().values
         opt = torch.optim.Adam([z, *self.G.parameters()], lr=c.lr_g, betas=(0.5, 0.999), fused=True)
         trained = [z, *self.G.parameters(), *(self.head.parameters() if c.cr > 0 else ())]
         adversarial = c.adv > 0 and round > c.warmup
 
-        best, lowest = torch.empty(0), torch.full((), float("inf"), device=ctx.device)
-        kept = features = torch.empty(0)
+        best = Best()
         for i in range(c.iterations):
             with ctx.autocast():
                 x = self.G(z)
@@ -231,28 +190,26 @@ class Cmi(Source):
                 with ctx.autocast():
                     s = student(seen)
                 terms["adv"] = c.adv * losses.adversarial(s.float(), t)
+            features = []
             if c.cr > 0:
                 part = self._local(x)
                 terms["cr"] = c.cr * self._contrast(part, whole)
-                features = torch.cat([part.detach(), whole], 1)
-            loss = torch.stack(list(terms.values())).sum()
-            with torch.no_grad():
-                better = loss < lowest
-                best = torch.where(better, x, best) if i else x.detach().clone()
-                kept = torch.where(better, features, kept) if i and c.cr > 0 else features
-                lowest = torch.minimum(loss, lowest)
+                features = [torch.cat([part.detach(), whole], 1)]
+            loss = total(terms)
+            best.offer(loss, x, *features)
             opt.zero_grad()
             self.opt_head.zero_grad()
-            loss.backward(inputs=trained)  # the student gets no gradients, nor pays for them
+            loss.backward(inputs=trained)  # no gradients for the student
             opt.step()
             self.opt_head.step()
             ctx.progress("inverting", i + 1, c.iterations)
-        self.terms = {name: value.detach() for name, value in terms.items()}
-        if c.cr > 0:
-            self.bank.add(kept)
+        self.terms = detached(terms)
+        images, *kept = best.tensors
+        if kept:
+            self.bank.add(kept[0])
             if round == 0:
                 self.terms["bank_mib"] = torch.full((), self.bank.rows.nbytes / 2**20, device=ctx.device)
-        return Acquired(best.detach())
+        return Acquired(images)
 
     def _local(self, x: Tensor) -> Tensor:
         """[B, D], features of the local view."""

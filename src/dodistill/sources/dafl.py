@@ -38,10 +38,10 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from ..core.context import Context
-from ..errors import DodistillError
+from ..errors import DodistillError, at_least
 from ..functional import losses
 from ..models.taps import penultimate
-from .shared.base import Kind, Source, at_least
+from .shared.base import Kind, Source
 from .shared.fresh import Fresh, FreshConfig, pooled
 
 
@@ -137,10 +137,11 @@ class Config(FreshConfig):
 class Dafl(Fresh):
     """The generator of DAFL."""
 
+    config: Config
+
     def __init__(self, config: Config, context: Context) -> None:
         super().__init__(config, context)
-        self.config = config
-        at_least(config, 0, "oh", "ie", "act", "coverage")
+        at_least(0, "source", oh=config.oh, ie=config.ie, act=config.act, coverage=config.coverage)
         if not (config.oh or config.ie or config.act or config.coverage):
             raise DodistillError(
                 f"source {config.name} has no loss: oh, ie, act and coverage are all 0; give --source.oh 1."

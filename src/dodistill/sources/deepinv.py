@@ -36,11 +36,14 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from ..core.context import Context
-from ..errors import DodistillError
+from ..errors import DodistillError, at_least
 from ..functional import losses
 from ..functional.memory_format import laid_out
+from ..functional.terms import detached, total
+from ..models.normalized import normalised_space
 from ..models.taps import batchnorm_inputs
-from .shared.base import Acquired, Kind, Source, SourceConfig, at_least, balanced_labels
+from .shared.base import Acquired, Kind, Source, SourceConfig, drawn_labels
+from .shared.best import Best
 
 _TOOLBOX: dict[str, Any] = {
     "source": {"batch": 256, "iterations": 1000, "lr": 0.1, "betas": (0.5, 0.99), "every": 400},
@@ -148,49 +151,42 @@ class DeepInv(Source):
     def __init__(self, config: Config, context: Context) -> None:
         super().__init__(context)
         self.config = config
-        at_least(config, 1, "iterations")
-        at_least(config, 0, "low", "lr_warmup")
-        at_least(config, 2, "batch")
+        at_least(1, "source", iterations=config.iterations)
+        at_least(0, "source", low=config.low, lr_warmup=config.lr_warmup)
+        at_least(2, "source", batch=config.batch)
         if config.low:
             self._check_half()
         self.host = torch.Generator().manual_seed(context.seed)  # rolls and flips are host decisions: no sync
-        model = context.teacher.model
-        self.mean = torch.as_tensor(getattr(model, "mean", 0.5), device=context.device).float().view(1, -1, 1, 1)
-        self.std = torch.as_tensor(getattr(model, "std", 0.25), device=context.device).float().view(1, -1, 1, 1)
+        self.mean, self.std = (v.to(context.device) for v in normalised_space(context.teacher.model))
 
     def acquire(self, student: nn.Module, round: int) -> Acquired:
         c, ctx = self.config, self.context
         shape = (c.batch, *ctx.image_shape)
         u = torch.randn(shape, generator=self.generator, device=ctx.device)
         u = laid_out(u).requires_grad_()  # normalised: x = mean + std * u
-        if c.balanced:
-            y = balanced_labels(c.batch, ctx.num_classes, self.generator)
-        else:
-            y = torch.randint(ctx.num_classes, (c.batch,), generator=self.generator, device=ctx.device)
+        y = drawn_labels(c.batch, ctx.num_classes, self.generator, c.balanced)
         low, high = (0 - self.mean) / self.std, (1 - self.mean) / self.std
         jitter = c.jitter or max(1, ctx.image_shape[1] // 8)
-        best, lowest = u.detach().clone(), torch.full((), float("inf"), device=ctx.device)
+        best = Best()
 
         with batchnorm_inputs(ctx.teacher) as taps:
             for shrink, steps in ((2, c.low), (1, c.iterations)):
                 opt = torch.optim.Adam([u], lr=c.lr, betas=c.betas, fused=True)
                 for i in range(steps):
                     terms = self._terms(nnf.avg_pool2d(u, 2) if shrink > 1 else u, y, student, jitter // shrink, taps)
-                    loss = torch.stack(list(terms.values())).sum()
+                    loss = total(terms)
                     if c.best and shrink == 1:
-                        with torch.no_grad():
-                            best = torch.where(loss < lowest, u, best)
-                            lowest = torch.minimum(loss, lowest)
+                        best.offer(loss, u)
                     opt.param_groups[0]["lr"] = self._rate(i, steps)
                     opt.zero_grad()
-                    loss.backward(inputs=[u])  # the student gets no gradients, nor pays for them
+                    loss.backward(inputs=[u])  # no gradients for the student
                     opt.step()
                     if c.clip:
                         with torch.no_grad():
                             u.copy_(torch.minimum(torch.maximum(u, low), high))
                     ctx.progress("inverting", (shrink == 1) * c.low + i + 1, c.low + c.iterations)
-        self.terms = {name: value.detach() for name, value in terms.items()}
-        chosen = best if c.best else u.detach()
+        self.terms = detached(terms)
+        chosen = best.tensors[0] if c.best else u.detach()
         return Acquired((self.mean + self.std * chosen).clamp_(0, 1))
 
     def _rate(self, i: int, steps: int) -> float:

@@ -28,8 +28,8 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from ..core.context import Context
-from ..errors import DodistillError
-from .shared.base import Acquired, Kind, Source, SourceConfig, ask, at_least
+from ..errors import DodistillError, at_least
+from .shared.base import Acquired, Kind, Source, SourceConfig, ask
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ class Dfnd(Source):
     def __init__(self, config: Config, context: Context) -> None:
         super().__init__(context)
         self.config = config
-        at_least(config, 2, "n")
-        at_least(config, 1, "chunk")
+        at_least(2, "source", n=config.n)
+        at_least(1, "source", chunk=config.chunk)
         have = 0 if context.unlabeled is None else len(context.unlabeled)
         if have < 2:
             raise DodistillError(

@@ -27,12 +27,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..core.context import Context
+from ..core.runtime import seeded
+from ..errors import at_least
 from ..functional.memory_format import place
-from .shared.base import Acquired, Kind, Source, at_least, balanced_labels
-from .shared.generators import ConvGenerator, seeded
+from .shared.base import Acquired, Kind, Source, drawn_labels
+from .shared.generators import ConvGenerator
 from .shared.guided import Guided, GuidedConfig
 
 _COMMON: dict[str, Any] = {
@@ -90,7 +92,7 @@ class Config(GuidedConfig):
         **_pairs("vgg11", 1.0, 0.5),
         **_pairs("resnet34", 1.33, 0.5),
         "desk": {
-            **_pair(10, 1.1, 0.4),
+            **_COMMON,
             "source": {"K": 5, "batch": 128, "width": 32, "warmup": 10, "every": 20, "reset_at": 0},
             "optim": {"lr": 0.1, "weight_decay": 5e-4, "floor": 0.0},
             "loop": {"steps": 2000, "batch": 128},
@@ -113,11 +115,12 @@ class Config(GuidedConfig):
 class Fast(Guided):
     """The meta-generator and its inner descent."""
 
+    config: Config
+
     def __init__(self, config: Config, context: Context) -> None:
         super().__init__(config, context)
-        self.config = config
-        at_least(config, 1, "K", "latent", "width")
-        at_least(config, 2, "batch")
+        at_least(1, "source", K=config.K, latent=config.latent, width=config.width)
+        at_least(2, "source", batch=config.batch)
         args = (config.latent, context.image_shape, config.width)
         self.meta = place(seeded(ConvGenerator, self.generator, *args), context.device)
         self.fast = place(seeded(ConvGenerator, self.generator, *args), context.device)  # overwritten each time
@@ -125,18 +128,12 @@ class Fast(Guided):
             self.meta.parameters(), lr=config.lr_g * config.K, betas=(0.5, 0.999), fused=True
         )
 
-    def _labels(self) -> Tensor:
-        n, classes, g = self.config.batch, self.context.num_classes, self.generator
-        if self.config.balanced:
-            return balanced_labels(n, classes, g)
-        return torch.randint(classes, (n,), generator=g, device=g.device)
-
     def acquire(self, student: nn.Module, round: int) -> Acquired:
         c, ctx = self.config, self.context
         if c.reset_at and round + 1 == c.reset_at + c.warmup:
             self.meta.reset_first_layers(self.generator)
         z = torch.randn(c.batch, c.latent, generator=self.generator, device=ctx.device).requires_grad_()
-        y = self._labels()
+        y = drawn_labels(c.batch, ctx.num_classes, self.generator, c.balanced)
         with torch.no_grad():
             self.fast.load_state_dict(self.meta.state_dict())
         groups = [{"params": self.fast.parameters(), "lr": c.lr_g}, {"params": [z], "lr": c.lr_z}]

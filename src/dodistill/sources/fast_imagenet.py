@@ -35,10 +35,12 @@ import torch
 from torch import Tensor, nn
 
 from ..core.context import Context
-from ..errors import DodistillError
+from ..core.runtime import seeded
+from ..errors import DodistillError, at_least
 from ..functional.memory_format import place
-from .shared.base import Acquired, Kind, Source, at_least
-from .shared.generators import DeepGenerator, seeded
+from .shared.banks import BankType, GeneratorBank
+from .shared.base import Acquired, Kind, Source, drawn_labels
+from .shared.generators import DeepGenerator
 from .shared.guided import Guided, GuidedConfig
 
 
@@ -79,7 +81,7 @@ class Config(GuidedConfig):
     width: int = 64  #: channels of the generator's last hidden layers
     doublings: int = 4  #: H and W of the images are 2^doublings times those of the map
     per_class: int = 0  #: classes per acquisition, each with a generator of its own; 0: one generator for all
-    bank_dtype: Literal["float32", "bfloat16"] = "float32"  #: of the classes' generators on the host
+    bank_dtype: BankType = "float32"  #: of the classes' generators on the host
 
     name: ClassVar[str] = "fast_imagenet"
     kind: ClassVar[Kind] = "generator"
@@ -116,43 +118,16 @@ class Config(GuidedConfig):
         return FastImagenet(self, context)
 
 
-class Bank:
-    """Class -> the parameters of its generator, one flat vector on the host. A class is there once it was stored."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.rows: dict[int, Tensor] = {}
-
-    def store(self, k: int, net: nn.Module) -> None:
-        self.rows[k] = torch.cat([p.detach().flatten() for p in net.parameters()]).to("cpu", self.dtype)
-
-    @torch.no_grad()
-    def load(self, k: int, net: nn.Module) -> None:
-        parameters = list(net.parameters())
-        row = self.rows[k].to(parameters[0].device, parameters[0].dtype)
-        for p, values in zip(parameters, row.split([p.numel() for p in parameters])):
-            p.copy_(values.view(p.shape))
-
-    @property
-    def mib(self) -> float:
-        return sum(row.numel() * row.element_size() for row in self.rows.values()) / 2**20
-
-    def state_dict(self) -> dict[int, Tensor]:
-        return dict(self.rows)
-
-    def load_state_dict(self, state: dict[int, Tensor]) -> None:
-        self.rows = {k: row.to("cpu", self.dtype) for k, row in state.items()}
-
-
 class FastImagenet(Guided):
     """The meta-generator with its latents, or the bank of generators."""
 
+    config: Config
+
     def __init__(self, config: Config, context: Context) -> None:
         super().__init__(config, context)
-        self.config = config
-        at_least(config, 1, "K", "latent", "width", "doublings")
-        at_least(config, 0, "reinit", "per_class")
-        at_least(config, 2, "batch")
+        at_least(1, "source", K=config.K, latent=config.latent, width=config.width, doublings=config.doublings)
+        at_least(0, "source", reinit=config.reinit, per_class=config.per_class)
+        at_least(2, "source", batch=config.batch)
         m = config.per_class
         if m > context.num_classes or (m and (config.batch % m or config.batch < 2 * m)):
             raise DodistillError(
@@ -162,7 +137,7 @@ class FastImagenet(Guided):
         #: the copies that descend
         self.nets = [place(self._fresh(), context.device) for _ in range(m or 1)]
         if m:
-            self.bank = Bank(torch.float32 if config.bank_dtype == "float32" else torch.bfloat16)
+            self.bank = GeneratorBank(config.bank_dtype)
             numbers, width = sum(p.numel() for p in self.nets[0].parameters()), self.bank.dtype.itemsize
             self.notes.append(
                 f"A generator for each class: up to {context.num_classes} of {numbers:,} parameters, "
@@ -192,11 +167,11 @@ class FastImagenet(Guided):
         return Acquired(self._by_class(student) if self.config.per_class else self._by_meta(student, round))
 
     def _by_meta(self, student: nn.Module, round: int) -> Tensor:
-        c, g, fast = self.config, self.generator, self.nets[0]
+        c, fast = self.config, self.nets[0]
         if c.reinit and (round + 1) % c.reinit == 0:
             self.z = self._latents()
             self.opt_meta = self._meta_optimizer()
-        y = torch.randint(self.context.num_classes, (c.batch,), generator=g, device=g.device)
+        y = drawn_labels(c.batch, self.context.num_classes, self.generator)
         fast.load_state_dict(self.meta.state_dict())
         z = self.z.detach().clone().requires_grad_()
         x = self._together(lambda: fast(z), y, student, z)

@@ -1,26 +1,28 @@
 """MosaicKD: Mosaicking to Distill, Knowledge Distillation from Out-of-Domain Data (Fang et al., NeurIPS 2021).
 
-Images of other classes are made of the same patches. A generator G makes whole images whose patches a discriminator D
-cannot tell from those of the out-of-domain images u, and which the teacher T reads as its own classes. With x = G(z),
+Images of other classes consist of the same patches. A generator G makes images that the teacher T assigns to its own
+classes, and whose patches a discriminator D cannot tell from those of the out-of-domain images u. With x = G(z),
 
     D:  min  local * 1/2 [ sum softplus(D(x)) + sum softplus(-D(u)) ]
     G:  min  local * sum softplus(-D(x)) + align * H(T(x)) - adv * KL(T(x) || S(x)) + balance * sum_k p_k log2 p_k
 
-Sums go over an image's patches; all is a mean over images. H is the entropy of the teacher's answer, p the mean answer:
-the images should be of one class each, of all classes together, and such that the student S is wrong about them. An
-acquisition is one step of D and one of G; then S makes `every` steps on fresh x and on u, on as many of each.
+Sums run over the patches of an image, and every term is a mean over images. H is the entropy of the teacher's
+prediction, p the mean prediction over the batch. The terms of G ask for images of one class each, for all classes in a
+batch, and for a disagreement between T and the student S. An acquisition is one step of D and one of G. S then makes
+`every` steps, each on fresh x and u in equal numbers.
 
 Deviations, and why (tests/test_parity_wild.py has the released numbers)
- 1. S normalises with the batch's own statistics in G's step, as in the release, where it is in train mode. There its
-    BatchNorm averages also take in that batch of made images; here it is left as it is, like everything that a source
-    is given. `student_bn = "running"` is eval mode, for which `adversarial` has a warning.
- 2. The `every` batches of an acquisition are mixed: each of S's batches is about half x, half u. There, exactly.
- 3. u is drawn with replacement, there by epochs. Images reach S in 256 levels.
- 4. A source does not know the length of the run: the rates fall by a cosine over `anneal` acquisitions (steps / every).
-    S's rate falls with every step; there it is constant over the `every` steps of an acquisition.
- 5. u goes through the teacher's normalisation everywhere. In the release D sees it so, but T and S in the constants of
-    its own data set: mean 0.5, deviation 0.5 for ImageNet and Places at 32x32 (`ood_normalise = "half"`), CIFAR-10's
-    for CIFAR-10 under a CIFAR-100 teacher (no switch: the pixels would leave [0, 1]).
+ 1. In G's step, S normalises with the statistics of the batch. So does the release, where S is in train mode and its
+    running statistics take in the generated batch. Here the running statistics stay unchanged, as a source changes
+    nothing that it is given. `student_bn = "running"` is eval mode; `adversarial` says why to avoid it.
+ 2. The `every` batches of an acquisition are mixed, so each batch of S is half x and half u only on average. In the
+    release it is exactly half.
+ 3. u is drawn with replacement; in the release, by epochs. S sees images in 256 levels.
+ 4. A source does not know the length of the run, so its rates fall by a cosine over `anneal` acquisitions (steps /
+    every). The rate of S falls with every step; in the release it is constant during the `every` steps.
+ 5. The teacher's normalisation applies to u everywhere. In the release it applies to the input of D. The inputs of T
+    and S have the constants of the set of u: mean 0.5 and deviation 0.5 for ImageNet and Places at 32x32
+    (`ood_normalise = "half"`), CIFAR-10's for CIFAR-10 under a CIFAR-100 teacher (no switch: pixels leave [0, 1]).
 """
 
 from __future__ import annotations
@@ -35,48 +37,30 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from ..core.context import Context
-from ..errors import DodistillError
+from ..core.runtime import seeded
+from ..errors import DodistillError, at_least
 from ..functional import losses
 from ..functional.augment import crop_flip, to_float, to_uint8
 from ..functional.memory_format import place
-from ..models.normalized import Normalized
-from .adversarial import batch_statistics
-from .shared.base import Acquired, Kind, Source, SourceConfig, ask, at_least
-from .shared.generators import ConvGenerator, normalised_space, seeded
-
-
-class PatchDiscriminator(nn.Module):
-    """Is each 10x10 patch real? [B, C, H, W], normalised -> logits [B, 1, H/4, W/4]. 531 328 parameters for RGB."""
-
-    def __init__(self, channels: int, width: int = 128) -> None:
-        super().__init__()
-        self.net = nn.Sequential(
-            nn.Conv2d(channels, width, 4, 2, 1),
-            nn.LeakyReLU(0.2, inplace=True),
-            nn.Conv2d(width, 2 * width, 4, 2, 1, bias=False),
-            nn.BatchNorm2d(2 * width),
-            nn.LeakyReLU(0.2, inplace=True),
-            nn.Conv2d(2 * width, 1, 1, bias=False),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.net(x)
-        return out.float()
-
-
-def called(d: Tensor, real: bool) -> Tensor:
-    """Cross-entropy of patch logits d [B, 1, h, w] to "real" or "made", summed over patches, mean over images; >= 0."""
-    return nnf.softplus(-d if real else d).flatten(1).sum(1).mean()
+from ..functional.schedules import cosine
+from ..functional.terms import detached, total
+from ..models.batchnorm import current_statistics
+from ..models.normalized import Normalized, normalised_space
+from .shared.base import Acquired, Kind, Source, SourceConfig, ask
+from .shared.discriminator import PatchDiscriminator, patch_loss
+from .shared.generators import ConvGenerator
+from .shared.wild import WildImages
 
 
 def entropy(t: Tensor) -> Tensor:
-    """H of softmax(t), [B, K] -> [B], nats, in [0, ln K]. MosaicKD's alignment (its mean), and its measure of doubt."""
+    """H of softmax(t), [B, K] -> [B], nats, in [0, ln K]. Its mean is MosaicKD's alignment term; it also ranks the
+    out-of-domain images by the teacher's uncertainty."""
     log_p = nnf.log_softmax(t, 1)
     return -(log_p.exp() * log_p).sum(1)
 
 
 def balance(t: Tensor) -> Tensor:
-    """sum_k p_k log2 p_k of the batch's mean prediction p, in [-log2 K, 0]: lowest where classes are as frequent."""
+    """sum_k p_k log2 p_k of the batch's mean prediction p, in [-log2 K, 0]; lowest for equally frequent classes."""
     h: Tensor = torch.special.entr(torch.softmax(t, 1).mean(0)).sum()
     return -h / math.log(2)
 
@@ -100,7 +84,7 @@ class Config(SourceConfig):
 
     warmup: int = 0
     every: int = 5
-    batch: int = 256  #: images of each kind: made and real for D and G, and per step of the student
+    batch: int = 256  #: images of each kind, generated and real: for D and G, and per step of the student
     latent: int = 100  #: size of z
     width: int = 64  #: channels of the generator's last hidden layer
     base: int = 256  #: channels of its first
@@ -111,11 +95,11 @@ class Config(SourceConfig):
     align: float = 1.0  #: weight of the entropy of the teacher's answers
     adv: float = 1.0  #: weight of the divergence between teacher and student
     balance: float = 10.0  #: weight of the balance of classes
-    n: int = 0  #: out-of-domain images kept, those the teacher is least sure of (0: all)
-    pad: int = 4  #: random crop of the student's out-of-domain images after padding by this many pixels (0: none)
-    flip: bool = True  #: random horizontal flip of those
-    padding: Literal["zeros", "reflect"] = "zeros"  #: what that crop brings in from outside the image
-    student_bn: Literal["batch", "running"] = "batch"  #: statistics that the student's BatchNorm has in G's step
+    n: int = 0  #: out-of-domain images kept: those with the most uncertain teacher prediction (0: all)
+    pad: int = 4  #: padding in pixels before a random crop of the student's out-of-domain images (0: no crop)
+    flip: bool = True  #: random horizontal flip of the student's out-of-domain images
+    padding: Literal["zeros", "reflect"] = "zeros"  #: values of the pixels outside the image
+    student_bn: Literal["batch", "running"] = "batch"  #: statistics that the student's BatchNorm uses in G's step
     ood_normalise: Literal["teacher", "half"] = "teacher"  #: half: as if normalised with mean 0.5 and deviation 0.5
 
     name: ClassVar[str] = "mosaic"
@@ -130,21 +114,14 @@ class Config(SourceConfig):
         "desk": {
             **_PAPER,
             "source": {
-                **_PAPER["source"],
-                "batch": 64,
-                "width": 32,
-                "base": 128,
-                "patches": 64,
-                "warmup": 30,
-                "lr_g": 3e-3,
-                "anneal": 430,
-                "local": 0.1,
+                **_PAPER["source"], "batch": 64, "width": 32, "base": 128, "patches": 64, "warmup": 30, "lr_g": 3e-3,
+                "anneal": 430, "local": 0.1,
             },
             "optim": {"lr": 0.1, "weight_decay": 5e-4, "floor": 0.0},
             "pool": {"capacity": 640},
             "loop": {"steps": 2000, "batch": 128},
         },
-    }
+    }  # fmt: skip
     origin: ClassVar[dict[str, str]] = {
         "paper": "release README, CIFAR-100 from CIFAR-10, one setting for all pairs",
         "subset": "the same from the 50 000 images of ImageNet or Places at 32x32 that the teacher doubts most",
@@ -165,9 +142,9 @@ class Mosaic(Source):
     def __init__(self, config: Config, context: Context) -> None:
         super().__init__(context)
         self.config = c = config
-        at_least(c, 1, "every", "latent", "width", "base", "patches")
-        at_least(c, 2, "batch")
-        at_least(c, 0, "n", "pad", "anneal")
+        at_least(1, "source", every=c.every, latent=c.latent, width=c.width, base=c.base, patches=c.patches)
+        at_least(2, "source", batch=c.batch)
+        at_least(0, "source", n=c.n, pad=c.pad, anneal=c.anneal)
         have = 0 if context.unlabeled is None else len(context.unlabeled)
         if have < 2 or c.n == 1:
             raise DodistillError(
@@ -179,7 +156,9 @@ class Mosaic(Source):
             raise DodistillError(f"source.pad is {c.pad}; images of {height}x{width} need a smaller one.")
         model = context.teacher.model
         if c.ood_normalise == "half" and not isinstance(model, Normalized):
-            raise DodistillError("source.ood_normalise is half, and this teacher has no normalisation to undo.")
+            raise DodistillError(
+                "source.ood_normalise is half, but this teacher has no normalisation to undo; give teacher instead."
+            )
         self.mean, self.std = (v.to(context.device) for v in normalised_space(model))
         args = (c.latent, context.image_shape, c.width, c.base)
         self.G = place(seeded(ConvGenerator, self.generator, *args), context.device)
@@ -187,17 +166,14 @@ class Mosaic(Source):
         self.opt_G, self.opt_D = (
             torch.optim.Adam(net.parameters(), lr=c.lr_g, betas=(0.5, 0.999), fused=True) for net in (self.G, self.D)
         )
-        self.keep = torch.empty(0, dtype=torch.long)  # which of the unlabelled images, where not all
-        self.ood = torch.empty(0, dtype=torch.uint8)
+        self.ood = WildImages(context)
 
     def acquire(self, student: nn.Module, round: int) -> Acquired:
         c = self.config
         reference = self._look() if round == 0 else None
-        if not len(self.ood):
-            self._fetch()
-        fall = 0.5 * (1 + math.cos(math.pi * min(round / c.anneal, 1))) if c.anneal else 1.0
+        rate = cosine(min(round / c.anneal, 1), c.lr_g) if c.anneal else c.lr_g
         for opt in (self.opt_G, self.opt_D):
-            opt.param_groups[0]["lr"] = c.lr_g * fall
+            opt.param_groups[0]["lr"] = rate
         self.G.train()
         with self.context.autocast():
             x = self.G(self._z())
@@ -205,27 +181,14 @@ class Mosaic(Source):
         images, logits = self._material()
         return Acquired(images, logits, reference=reference)
 
-    # ------------------------------------------------------------------------------------- out-of-domain images
-
     def _look(self) -> Acquired:
-        """The out-of-domain images that are kept, and the teacher's logits of them."""
+        """Choose the out-of-domain images, and return them with the teacher's logits."""
         _, t = ask(self.context)
         if self.config.n:
             keep = entropy(t).argsort(descending=True, stable=True)[: self.config.n]
-            self.keep, t = keep.cpu(), t[keep]
-        self._fetch()
-        return Acquired(self.ood, t)
-
-    def _fetch(self) -> None:
-        x = self.context.unlabeled
-        assert x is not None  # `needs` was checked before the run began
-        self.ood = (x[self.keep.to(x.device)] if len(self.keep) else x).to(self.context.device)
-
-    def _some(self, n: int) -> Tensor:
-        """n of them at random, uint8."""
-        return self.ood[torch.randint(len(self.ood), (n,), generator=self.generator, device=self.context.device)]
-
-    # -------------------------------------------------------------------------------------------- the two steps
+            self.ood.choose(keep)
+            t = t[keep]
+        return Acquired(self.ood.images, t)
 
     def _z(self) -> Tensor:
         return torch.randn(self.config.batch, self.config.latent, generator=self.generator, device=self.context.device)
@@ -237,54 +200,51 @@ class Mosaic(Source):
         return d
 
     def _discriminate(self, x: Tensor) -> Tensor:
-        """One step of D on made images x and as many real ones; its loss."""
-        u = to_float(self._some(len(x)))
-        loss = 0.5 * self.config.local * (called(self._patches(x), False) + called(self._patches(u), True))
+        """One step of D on generated images x and as many real ones. Returns its loss."""
+        u = to_float(self.ood.draw(len(x), self.generator))
+        loss = 0.5 * self.config.local * (patch_loss(self._patches(x), False) + patch_loss(self._patches(u), True))
         self.opt_D.zero_grad()
         loss.backward()
         self.opt_D.step()
         return loss.detach()
 
     def _generate(self, x: Tensor, student: nn.Module) -> dict[str, Tensor]:
-        """One step of G, whose images x are; its weighted terms."""
+        """One step of G, which made x. Returns its weighted terms."""
         c, ctx = self.config, self.context
         with ctx.autocast():
             t = ctx.teacher(x)
-            with batch_statistics(student) if c.student_bn == "batch" else nullcontext():
+            with current_statistics(student) if c.student_bn == "batch" else nullcontext():
                 s = student(x)
         terms = {
-            "local": c.local * called(self._patches(x), True),
+            "local": c.local * patch_loss(self._patches(x), True),
             "align": c.align * entropy(t).mean(),
             "adv": -c.adv * losses.kl(s.float(), t),
             "balance": c.balance * balance(t),
         }
         self.opt_G.zero_grad()
-        loss = torch.stack(list(terms.values())).sum()
-        loss.backward(inputs=list(self.G.parameters()))  # neither D nor the student gets gradients, nor pays for them
+        loss = total(terms)
+        loss.backward(inputs=list(self.G.parameters()))  # no gradients for D and the student
         self.opt_G.step()
-        return {name: value.detach() for name, value in terms.items()}
+        return detached(terms)
 
     @torch.no_grad()
     def _material(self) -> tuple[Tensor, Tensor]:
-        """What the student matches on until the next acquisition: uint8 images, made and real, and their logits."""
-        c, ctx = self.config, self.context
-        images, logits = [], []
+        """The inputs of the student until the next acquisition: uint8 images, generated and real, and their logits."""
+        c, g, images, logits = self.config, self.generator, list[Tensor](), list[Tensor]()
         for _ in range(c.every):
-            with ctx.autocast():
+            with self.context.autocast():
                 x = to_uint8(self.G(self._z()))
-            u = self._as_normalised(crop_flip(self._some(c.batch), c.pad, self.generator, c.flip, c.padding))
+            u = self._as_normalised(crop_flip(self.ood.draw(c.batch, g), c.pad, g, c.flip, c.padding))
             images.append(torch.cat([x, u]))
-            with ctx.autocast():
-                logits.append(ctx.teacher(to_float(images[-1])))
+            with self.context.autocast():
+                logits.append(self.context.teacher(to_float(images[-1])))
         return torch.cat(images), torch.cat(logits)
 
     def _as_normalised(self, u: Tensor) -> Tensor:
-        """u (uint8); under `half` what the teacher's own constants turn into (u - 0.5) / 0.5, clipped to [0, 1]."""
+        """u (uint8). Under `half`: pixels whose normalised values are (u - 0.5) / 0.5, clipped to [0, 1]."""
         if self.config.ood_normalise == "teacher":
             return u
         return to_uint8((to_float(u) - 0.5) / 0.5 * self.std + self.mean)
-
-    # ---------------------------------------------------------------------------------------------------- state
 
     def makes_with(self) -> tuple[nn.Module, int, int]:
         return self.G, self.config.latent, 1
@@ -293,9 +253,8 @@ class Mosaic(Source):
         return {"G": self.G, "D": self.D, "opt_G": self.opt_G, "opt_D": self.opt_D}
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"keep": self.keep}
+        return super().state_dict() | {"keep": self.ood.keep}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.keep = state["keep"].cpu()
-        self.ood = self.ood[:0]  # fetched again when it is needed
+        self.ood.choose(state["keep"])

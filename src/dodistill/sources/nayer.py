@@ -34,8 +34,9 @@ from torch import Tensor, nn
 
 from ..core.context import Context
 from ..core.runtime import seeded
+from ..errors import at_least
 from ..functional.memory_format import place
-from .shared.base import Acquired, Kind, Source, at_least
+from .shared.base import Acquired, Kind, Source
 from .shared.embeddings import classifier_rows, orthogonal_rows, read_embedding
 from .shared.generators import ConvGenerator
 from .shared.guided import Guided, GuidedConfig
@@ -148,12 +149,14 @@ class Config(GuidedConfig):
 class Nayer(Guided):
     """One generator, and noisy layers that live for one batch."""
 
+    config: Config
+
     def __init__(self, config: Config, context: Context) -> None:
         super().__init__(config, context)
-        self.config = config
-        at_least(config, 1, "loops", "warmup_loops", "iterations", "noise", "width")
-        at_least(config, 0, "group", "life")
-        at_least(config, 2, "batch")
+        at_least(1, "source", loops=config.loops, warmup_loops=config.warmup_loops, iterations=config.iterations)
+        at_least(1, "source", noise=config.noise, width=config.width)
+        at_least(0, "source", group=config.group, life=config.life)
+        at_least(2, "source", batch=config.batch)
         classes, device = context.num_classes, context.device
         if config.embedding == "classifier":
             E = classifier_rows(context.teacher.model, classes)

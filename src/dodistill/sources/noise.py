@@ -30,8 +30,7 @@ Deviations, and why
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -39,28 +38,12 @@ import torch
 from torch import Tensor, nn
 
 from ..core.context import Context
-from ..errors import DodistillError
+from ..errors import at_least
 from ..functional.augment import to_float, to_uint8
-from .procedural import choose, evenness
-from .shared.base import Acquired, Kind, Source, SourceConfig, at_least
-from .shared.generators import normalised_space
-
-
-@contextmanager
-def current_statistics(model: nn.Module) -> Iterator[None]:
-    """While the block lasts every BatchNorm of `model`, in eval mode, normalises by the batch at hand.
-
-    Its running statistics are neither used nor changed. Nothing else of the model is touched.
-    """
-    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    kept = [(m, m.running_mean, m.running_var) for m in layers]
-    try:
-        for m in layers:
-            m.running_mean = m.running_var = None  # which is how PyTorch marks a layer that keeps none
-        yield
-    finally:
-        for m, mean, var in kept:
-            m.running_mean, m.running_var = mean, var
+from ..models.batchnorm import current_statistics
+from ..models.normalized import normalised_space
+from .procedural import check_candidates, choose, evenness
+from .shared.base import Acquired, Kind, Source, SourceConfig
 
 
 @dataclass(frozen=True)
@@ -103,11 +86,8 @@ class Noise(Source):
     def __init__(self, config: Config, context: Context) -> None:
         super().__init__(context)
         self.config = config
-        at_least(config, 2, "n", "batch")
-        if config.candidates < config.n:
-            raise DodistillError(
-                f"source.candidates is {config.candidates}, source.n {config.n}; draw at least as many as are kept."
-            )
+        at_least(2, "source", n=config.n, batch=config.batch)
+        check_candidates(config.candidates, config.n)
         mean, std = normalised_space(context.teacher.model)
         self.notes.append(
             "This student's BatchNorm statistics are those of noise, and on real images they mislead it: calibrate it "

@@ -34,10 +34,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from ..core.context import Context
+from ..core.runtime import seeded
+from ..errors import at_least
 from ..functional import losses
+from ..functional.fresh_weights import uniform_weights
 from . import dafl
-from .shared.base import Source, at_least
-from .shared.generators import seeded
+from .shared.base import Source
 
 
 def js_repo(s: Tensor, t: Tensor) -> Tensor:
@@ -129,19 +131,14 @@ class Pre(dafl.Dafl):
 
     def __init__(self, config: Config, context: Context) -> None:
         super().__init__(config, context)
-        at_least(config, 0, "adv")
+        at_least(0, "source", adv=config.adv)
         if config.spectral:
             self._constrain()
 
     def _constrain(self) -> None:
         """Start the weights as released, and divide each convolution by its largest singular value from then on."""
         device, c = self.context.device, self.config
-        for m in self.net.modules():
-            if isinstance(m, nn.Conv2d | nn.Linear):
-                with torch.no_grad():
-                    m.weight.uniform_(-0.08, 0.08, generator=self.generator)
-                    if m.bias is not None:
-                        m.bias.zero_()
+        uniform_weights(self.net, 0.08, self.generator)
 
         def spectral(net: nn.Module) -> nn.Module:
             for m in net.modules():

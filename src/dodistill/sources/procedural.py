@@ -32,10 +32,10 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from ..core.context import Context
-from ..errors import DodistillError
+from ..errors import DodistillError, at_least
 from ..functional.augment import to_float, to_uint8
 from .dfnd import select
-from .shared.base import Acquired, Kind, Source, SourceConfig, at_least
+from .shared.base import Acquired, Kind, Source, SourceConfig
 from .shared.pictures import KINDS, draw, shares, uniform
 
 Mix = tuple[float, float, float, float, float]
@@ -89,12 +89,9 @@ class Procedural(Source):
     def __init__(self, config: Config, context: Context) -> None:
         super().__init__(context)
         self.config = config
-        at_least(config, 2, "n")
-        at_least(config, 1, "chunk")
-        if config.candidates < config.n:
-            raise DodistillError(
-                f"source.candidates is {config.candidates}, source.n {config.n}; draw at least as many as are kept."
-            )
+        at_least(2, "source", n=config.n)
+        at_least(1, "source", chunk=config.chunk)
+        check_candidates(config.candidates, config.n)
         if not 0 <= config.mixup < 1:
             raise DodistillError(f"source.mixup is {config.mixup}; it must lie in [0, 1), as in 0.5.")
         if min(config.mix) < 0 or not 0 < sum(config.mix) < math.inf:
@@ -108,7 +105,7 @@ class Procedural(Source):
         stretch = ctx.image_shape[0] == 1 if c.stretch == "auto" else c.stretch == "on"
         x = draw(shares(c.mix, c.candidates), ctx.image_shape, g, stretch)
         x = x[torch.randperm(len(x), generator=g, device=x.device)]
-        t = self._label(x)
+        t = ctx.label(x, c.chunk, "asking the teacher")
         mixed = int(c.mixup * c.n)
         keep = choose(t, c.n - mixed, c.select, g)
         self.terms = {"drawn_entropy": evenness(t), "kept_entropy": evenness(t[keep])}
@@ -117,11 +114,14 @@ class Procedural(Source):
             a, b = parents(t, mixed, g)
             lam = uniform(g, mixed, 1, 1, 1)
             both = to_uint8(to_float(x[a]) * lam + to_float(x[b]) * (1 - lam))
-            x, t = torch.cat([x, both]), torch.cat([t, self._label(both)])
+            x, t = torch.cat([x, both]), torch.cat([t, ctx.label(both, c.chunk, "asking the teacher")])
         return Acquired(x, t)
 
-    def _label(self, x: Tensor) -> Tensor:
-        return self.context.label(x, self.config.chunk, "asking the teacher")
+
+def check_candidates(candidates: int, n: int) -> None:
+    """Raise DodistillError where fewer images are drawn than are kept."""
+    if candidates < n:
+        raise DodistillError(f"source.candidates is {candidates}, source.n {n}; draw at least as many as are kept.")
 
 
 def choose(t: Tensor, n: int, rule: str, g: torch.Generator) -> Tensor:

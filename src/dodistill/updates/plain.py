@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
+from ..functional.terms import detached, total
 from .shared.base import Objective, Update, UpdateConfig
 
 
@@ -26,5 +26,5 @@ class Plain(Update):
 
     def backward(self, student: nn.Module, acquire: Objective, retain: Objective | None = None) -> dict[str, Tensor]:
         terms = acquire(student)
-        torch.stack(list(terms.values())).sum().backward()
-        return {name: value.detach() for name, value in terms.items()}
+        total(terms).backward()
+        return detached(terms)

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..errors import DodistillError
+from ..errors import positive
+from ..functional.terms import detached, total
 from .shared.base import Objective, Update, UpdateConfig
 
 Gradients = Sequence[Tensor | None]
@@ -44,15 +45,9 @@ def stand_in(student: nn.Module, weights: Mapping[str, Tensor] | None = None) ->
     return call
 
 
-def total(terms: Mapping[str, Tensor], weight: float = 1.0) -> Tensor:
-    """The loss that named terms make up."""
-    return weight * torch.stack(list(terms.values())).sum()
-
-
 def report(terms: Mapping[str, Tensor], retained: Mapping[str, Tensor], weight: float) -> dict[str, Tensor]:
     """Both losses' terms, detached and weighted, under their names in the log."""
-    own = {name: value.detach() for name, value in terms.items()}
-    return own | {f"retain/{name}": weight * value.detach() for name, value in retained.items()}
+    return detached(terms) | {f"retain/{name}": weight * value for name, value in detached(retained).items()}
 
 
 def take(parameters: Sequence[Tensor]) -> list[Tensor | None]:
@@ -105,8 +100,7 @@ class Config(UpdateConfig):
     replays: ClassVar[bool] = True
 
     def build(self) -> Update:
-        if not self.weight > 0:
-            raise DodistillError(f"update.weight is {self.weight}; it must be above 0, as in 1.0.")
+        positive("update", ", as in 1.0", weight=self.weight)
         return Replaying(self)
 
 
@@ -127,7 +121,7 @@ class Replaying(Update):
         self.terms = {}
         if retain is not None:
             retained = retain(stand_in(student))
-            total(retained, weight).backward()
+            (weight * total(retained)).backward()
             u = take(parameters)
             self.terms = alignment(g, u)
         give(parameters, before, g, u)

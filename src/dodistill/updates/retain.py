@@ -38,10 +38,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..errors import DodistillError
+from ..errors import at_least, positive
 from ..functional.curvature import second_derivatives
 from ..functional.recompute import recomputed
-from .replay import Gradients, alignment, give, length, report, stand_in, take, total
+from ..functional.terms import total
+from .replay import Gradients, alignment, give, length, report, stand_in, take
 from .shared.base import Objective, Update, UpdateConfig
 
 
@@ -57,10 +58,8 @@ class Config(UpdateConfig):
     replays: ClassVar[bool] = True
 
     def build(self) -> Update:
-        if not self.alpha >= 0:
-            raise DodistillError(f"update.alpha is {self.alpha}; it must be at least 0, as in 0.1.")
-        if not self.weight > 0:
-            raise DodistillError(f"update.weight is {self.weight}; it must be above 0, as in 1.0.")
+        at_least(0, "update", ", as in 0.1", alpha=self.alpha)
+        positive("update", ", as in 1.0", weight=self.weight)
         return Retain(self)
 
 
@@ -107,7 +106,7 @@ class Retain(Update):
         moved = {n: w.detach().requires_grad_() for n, w in moved.items()}
         with recomputed() if exact else nullcontext():
             retained = retain(stand_in(student, moved))
-        total(retained, c.weight).backward()
+        (c.weight * total(retained)).backward()
         u = [w.grad for w in moved.values()]
         del moved
         self.terms = alignment(g, u) | {"inner_step": c.alpha * length(g) / length(parameters)}

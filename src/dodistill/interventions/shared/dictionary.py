@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.context import Context
-from ...errors import DodistillError
+from ...errors import at_least
 from ...functional import kmeans
 
 #: N and what it is made of, by kind of source (KDCI section 4.3).
@@ -39,16 +39,12 @@ class DictionaryConfig:
 
     def resolve(self, kind: str) -> DictionaryConfig:
         """With `clusters` and `of` filled in for a source of `kind`. Raises DodistillError for what makes no sense."""
-        if self.of not in ("auto", "latest", "pool", "batch"):
-            raise DodistillError(f"dictionary: of is {self.of!r}; use auto, latest, pool or batch.")
         if kind not in CLUSTERS:
             raise ValueError(f"kind of source {kind!r}, not one of {sorted(CLUSTERS)}")
         clusters = CLUSTERS[kind] if self.clusters is None else self.clusters
-        for field, value, least in (("clusters", clusters, 1), ("iterations", self.iterations, 0)):
-            if value < least:
-                raise DodistillError(f"dictionary: {field} is {value}; it must be at least {least}.")
-        if self.pca_dim is not None and self.pca_dim < 0:
-            raise DodistillError(f"dictionary: pca_dim is {self.pca_dim}; use 0 for none, or a positive number.")
+        at_least(1, "dictionary", clusters=clusters)
+        at_least(0, "dictionary", iterations=self.iterations)
+        at_least(0, "dictionary", " (0: no PCA)", pca_dim=self.pca_dim)
         return replace(self, clusters=clusters, of=OF[kind] if self.of == "auto" else self.of)
 
     def build(self, context: Context, kind: str) -> ConfounderDictionary:
@@ -135,7 +131,7 @@ class ConfounderDictionary(nn.Module):
         return centred if self.basis is None else centred @ self.basis
 
     @torch.no_grad()
-    def build(self, logits: Tensor) -> None:
+    def rebuild(self, logits: Tensor) -> None:
         """Replaces Z and P by the clusters of M = `logits` [n, d], n >= 1. No wait for the device but PCA's own."""
         with torch.autocast(logits.device.type, enabled=False):
             M = logits.float()

@@ -33,7 +33,7 @@ class Replay:
         """Is there anything to replay?"""
         return False
 
-    def observe(self, images: Tensor, logits: Tensor, round: int) -> None:
+    def remember(self, images: Tensor, logits: Tensor, round: int) -> None:
         """After acquisition number `round`: images uint8 [n, C, H, W] that the student may see, teacher's logits."""
 
     def draw(self, student: nn.Module, step: int) -> tuple[Tensor, Tensor | None]:

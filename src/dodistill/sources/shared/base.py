@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ...config.contracts import Kind as Kind
 from ...config.plugins import Named
 from ...core.context import Context
-from ...errors import DodistillError
 
 
 @dataclass(frozen=True)
@@ -50,19 +49,19 @@ class SourceConfig(Named, ABC):
     def build(self, context: Context) -> Source: ...
 
 
-def at_least(config: SourceConfig, least: int, *fields: str) -> None:
-    """Raise DodistillError for the first of the config's `fields` that is below `least`."""
-    for name in fields:
-        if getattr(config, name) < least:
-            raise DodistillError(f"source.{name} is {getattr(config, name)}; it must be at least {least}.")
-
-
 def balanced_labels(n: int, classes: int, generator: torch.Generator) -> Tensor:
     """[n] long: every class equally often, in order; of more classes than n a random choice, each once."""
     device = generator.device
     if n < classes:
         return torch.randperm(classes, generator=generator, device=device)[:n]
     return torch.arange(n, device=device) % classes
+
+
+def drawn_labels(n: int, classes: int, generator: torch.Generator, balanced: bool = False) -> Tensor:
+    """[n] long: target classes drawn uniformly, or by `balanced_labels`."""
+    if balanced:
+        return balanced_labels(n, classes, generator)
+    return torch.randint(classes, (n,), generator=generator, device=generator.device)
 
 
 @dataclass
@@ -126,5 +125,5 @@ class Source(ABC):
 def ask(context: Context, chunk: int = 512) -> tuple[Tensor, Tensor]:
     """The unlabelled images (uint8 [n, C, H, W]) and the teacher's logits [n, K] of them, on the run's device."""
     x = context.unlabeled
-    assert x is not None  # `needs` was checked before the run began
+    assert x is not None  # the job checks `needs` before the run begins
     return x, context.label(x, chunk, "asking the teacher")

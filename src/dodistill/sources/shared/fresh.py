@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from ...config.tree import Pool
 from ...core.context import Context
 from ...core.runtime import seeded
-from ...errors import DodistillError
+from ...errors import at_least, positive
 from ...functional.augment import to_uint8
 from ...functional.memory_format import place
-from .base import Acquired, Source, SourceConfig, at_least
-from .generators import ConvGenerator, normalised_space
+from ...functional.terms import detached, total
+from ...models.normalized import normalised_space
+from .base import Acquired, Source, SourceConfig
+from .generators import ConvGenerator
 
 
 def pooled(images: int) -> int:
@@ -67,14 +69,15 @@ class FreshConfig(SourceConfig):
 class Fresh(Source):
     """A generator, its Adam, and the loop of one acquisition. `_losses` is the method."""
 
+    config: FreshConfig
+
     def __init__(self, config: FreshConfig, context: Context) -> None:
         super().__init__(context)
-        self.fresh = config
-        at_least(config, 1, "latent", "width", "g_steps")
-        at_least(config, 0, "fresh", "base")
-        at_least(config, 2, "batch")
-        if not config.lr_g > 0 or not config.eps > 0:
-            raise DodistillError(f"source.lr_g is {config.lr_g} and source.eps {config.eps}; both must be above 0.")
+        self.config = config
+        at_least(1, "source", latent=config.latent, width=config.width, g_steps=config.g_steps)
+        at_least(0, "source", fresh=config.fresh, base=config.base)
+        at_least(2, "source", batch=config.batch)
+        positive("source", lr_g=config.lr_g, eps=config.eps)
         space = normalised_space(context.teacher.model) if config.output == "standardised" else None
         args = (config.latent, context.image_shape, config.width, config.base, config.eps, space)
         self.net = place(seeded(ConvGenerator, self.generator, *args), context.device)
@@ -85,7 +88,7 @@ class Fresh(Source):
         """The weighted terms of the generator's loss at its images x [B, C, H, W], and the teacher's logits of x."""
 
     def acquire(self, student: nn.Module, round: int) -> Acquired:
-        c = self.fresh
+        c = self.config
         for _ in range(c.g_steps):
             x, t = self._step(student)
         if c.fresh:
@@ -98,21 +101,21 @@ class Fresh(Source):
             x: Tensor = self.net(self._z())
         terms, t = self._losses(x, student)
         self.opt.zero_grad()
-        loss = torch.stack(list(terms.values())).sum()
-        loss.backward(inputs=list(self.net.parameters()))  # the student gets no gradients, nor pays for them
+        loss = total(terms)
+        loss.backward(inputs=list(self.net.parameters()))  # no gradients for the student
         self.opt.step()
-        self.terms = {name: value.detach() for name, value in terms.items()}
+        self.terms = detached(terms)
         return x, t
 
     def makes_with(self) -> tuple[nn.Module, int, int]:
-        return self.net, self.fresh.latent, self.fresh.g_steps
+        return self.net, self.config.latent, self.config.g_steps
 
     def _nets(self) -> list[nn.Module]:
         """The networks that each hand over `fresh` batches."""
         return [self.net]
 
     def _z(self) -> Tensor:
-        c = self.fresh
+        c = self.config
         return torch.randn(c.batch, c.latent, generator=self.generator, device=self.context.device)
 
     @torch.no_grad()

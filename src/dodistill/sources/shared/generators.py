@@ -5,20 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ...core.runtime import seeded as seeded
 from ...errors import DodistillError
 from ...functional.memory_format import laid_out
-from ...models.normalized import Normalized
+from ...models.normalized import Space
 from ...models.upsample import UpsampleConv
-
-Space = tuple[Tensor, Tensor]  #: (mean, std) of a normalisation, [1, C or 1, 1, 1]
-
-
-def normalised_space(model: nn.Module) -> Space:
-    """The normalisation that `model` owns; mean 0.5 and deviation 0.25 where none is known."""
-    if isinstance(model, Normalized):
-        return model.mean, model.std
-    return torch.full((1, 1, 1, 1), 0.5), torch.full((1, 1, 1, 1), 0.25)
 
 
 class _Pixels(nn.Module):

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from ...core.context import Context
 from ...functional import losses
+from ...functional.terms import detached, total
 from ...models.taps import batchnorm_inputs
 from .base import Source, SourceConfig
+from .best import Best
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,11 @@ class GuidedConfig(SourceConfig):
 class Guided(Source):
     """The smoothed statistics, and the descent."""
 
+    config: GuidedConfig
+
     def __init__(self, config: GuidedConfig, context: Context) -> None:
         super().__init__(context)
-        self.guided = config
+        self.config = config
         #: smoothed BatchNorm input statistics, one (mean, var) per layer; empty until the first batch
         self.ema: list[tuple[Tensor, Tensor]] = []
 
@@ -58,11 +62,10 @@ class Guided(Source):
         Gradients reach `leaves` and nothing else. `student`: whom the adversarial term is about, None for none.
         `each` is called between a backward pass and the step. `last`: the images of the last step instead.
         """
-        c, ctx = self.guided, self.context
-        best = torch.empty(0)
-        lowest = torch.full((), float("inf"), device=ctx.device)
+        c, ctx = self.config, self.context
+        best = Best()
         with batchnorm_inputs(ctx.teacher) as taps:
-            for k in range(steps):
+            for _ in range(steps):
                 with ctx.autocast():
                     x = make()
                     xa = ctx.view(x, self.generator)
@@ -75,19 +78,17 @@ class Guided(Source):
                     with ctx.autocast():
                         s = student(xa)
                     terms["adv"] = c.adv * losses.adversarial(s.float(), t)
-                loss = torch.stack(list(terms.values())).sum()
-                with torch.no_grad():
-                    better = loss < lowest
-                    best = torch.where(better, x, best) if k and not last else x.detach().clone()
-                    lowest = torch.minimum(loss, lowest)
+                loss = total(terms)
+                if not last:
+                    best.offer(loss, x)
                 opt.zero_grad()
-                loss.backward(inputs=list(leaves))  # the student gets no gradients, nor pays for them
+                loss.backward(inputs=list(leaves))  # no gradients for the student
                 each()
                 opt.step()
             if c.bn_momentum > 0:
                 self.ema = losses.bn_average(self.ema or None, taps, c.bn_momentum)
-        self.terms = {name: value.detach() for name, value in terms.items()}
-        return best.detach()
+        self.terms = detached(terms)
+        return x.detach() if last else best.tensors[0]
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"ema": [t for pair in self.ema for t in pair]}
