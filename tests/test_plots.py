@@ -137,6 +137,7 @@ def test_a_figure_follows_the_page_and_has_a_name(plot: Plot) -> None:
     assert not set(re.findall(r"#[0-9a-f]{6}\b", text)) & set(LIGHT.values())  # each is a variable of the page
     assert set(re.findall(r"var\(--(\w+)\)", text)) <= set(LIGHT) & set(DARK)
     assert "font-family" not in text
+    assert "DejaVu" not in text
     assert "<style" not in text
     assert "metadata" not in text
 
@@ -157,6 +158,22 @@ def test_figures_are_written_beside_the_page_and_none_twice(tmp_path: Path) -> N
     made = page.write_figures(tmp_path / "look.html", [first, None, nothing, second])
     assert [p.relative_to(tmp_path).as_posix() for p in made] == ["figures/look-a-b-c.pdf", "figures/look-a-b-c-2.pdf"]
     assert made[0].read_bytes() != made[1].read_bytes()
+
+
+def test_any_text_can_be_a_name() -> None:
+    odd = "a\x00\x1b\ud800\n<b>&\t" + "long " * 40
+    for plot in (
+        plots.lines("p", [plots.Series(odd, [0, 1], [1, 2])], y_label="loss"),
+        plots.dots("p", [plots.Seeds(odd, [1.0]), plots.Seeds("", [2.0])], x_label="%"),
+        plots.bars("p", [(odd, [0.5, 0.5])], x_label="class"),
+        plots.points("p", [0.0, 1.0], [0.0, 1.0], [0, 1], label=odd),
+    ):
+        text = str(plot)
+        Page(text)
+        assert "<b>" not in text
+        assert "\x00" not in text
+        assert text.encode()
+        assert plot.pdf()
 
 
 def test_drawing_leaves_matplotlib_as_it_was() -> None:

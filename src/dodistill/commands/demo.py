@@ -1,7 +1,7 @@
 """The main job in minutes, on data that comes with scikit-learn: real scans of digits, and two photographs.
 
-A teacher learns the digits; the digits are put away; a student is distilled by each of three methods, plainly, with
-KDCI, and with stratified draws. Only then are the students scored on the digits that were held out.
+A teacher learns the digits. Students are distilled from it without the digits, by three methods, each plainly, with
+KDCI, and with stratified draws. At the end, the students are scored on digits that were held out.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def demo(out: Path, seed: int = 0, steps: int = 450) -> list[dict[str, Any]]:
     accuracy = top1(predict(teacher, held_out.x), held_out.y)
     del digits  # from here on there is no training data
 
-    console.print("2. The scans are put away. Students learn from what each method makes or finds instead.")
+    console.print("2. Students are distilled without the scans, from the inputs that each method makes or finds.")
     cells: list[dict[str, Any]] = []
     students: list[nn.Module] = []
     for name, (_, settings) in SOURCES.items():
@@ -80,7 +80,7 @@ def demo(out: Path, seed: int = 0, steps: int = 450) -> list[dict[str, Any]]:
             cells.append(record_of_summary({"source": name, "intervention": arm, "seed": str(seed)}, result.summary))
             students.append(result.student)
 
-    console.print("3. Only now do the students meet the digits that were held out.\n")
+    console.print("3. The students are scored on the digits that were held out.\n")
     for cell, net in zip(cells, students):
         cell["last"] = top1(predict(net, held_out.x), held_out.y)
     console.print(_table(cells, accuracy, parameters(teacher), cells[0]["summary"]["student_parameters"]))
@@ -100,7 +100,7 @@ def _inside(out: Path) -> Path:
 
 
 def _picture(out: Path) -> None:
-    """`out/samples.png`: what each method gave its students to learn from, one under the other."""
+    """`out/samples.png`: inputs of each method, one under the other."""
     rows = []
     for name in SOURCES:
         image = Image.open(out / f"{name}-none" / "samples.png").convert("RGB")

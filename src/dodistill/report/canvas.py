@@ -67,6 +67,11 @@ def drawing(salt: str = "") -> Iterator[None]:
         yield
 
 
+def printable(text: str) -> str:
+    """The text on one line, without control characters and half surrogates, which no SVG may hold."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
 def new_figure(height: float) -> Figure:
     """An empty figure of WIDTH x `height` pixels; call it inside `drawing`."""
     from matplotlib.figure import Figure
@@ -103,6 +108,7 @@ class Plot:
 
 
 _COLOUR = re.compile(r"#[0-9a-f]{6}")
+_FONT = re.compile(r"(?:(\w+) )?([\d.]+px)")
 _DIGITS = re.compile(r"-?\d+\.\d+")
 _OURS = "class "  #: an artist with the gid "class NAME" is a group with that class in the SVG
 _LINK = "{http://www.w3.org/1999/xlink}href"
@@ -110,6 +116,7 @@ _LINK = "{http://www.w3.org/1999/xlink}href"
 
 def _for_page(text: str, label: str) -> str:
     """matplotlib's SVG, as an element of the page."""
+    label = printable(label)
     root = ET.fromstring(text)
     used = set(re.findall(r"#([a-z][0-9a-f]{10})\b", text))
     for parent in list(root.iter()):
@@ -145,8 +152,11 @@ def _clean(part: ET.Element, used: set[str]) -> None:
     if part.attrib.get("transform", "").startswith("rotate(-0 "):
         del part.attrib["transform"]
     if "style" in part.attrib:
-        style = dict(pair.split(":", 1) for pair in part.attrib["style"].split(";") if ":" in pair)
-        style = {k.strip(): v.strip() for k, v in style.items() if k.strip() != "font-family"}
+        pairs = (pair.partition(":") for pair in part.attrib["style"].split(";"))
+        style = {key.strip(): value.strip() for key, _, value in pairs if value}
+        style.pop("font-family", None)
+        if font := _FONT.match(style.pop("font", "")):  # matplotlib before 3.10
+            style |= {"font-weight": font[1], "font-size": font[2]} if font[1] else {"font-size": font[2]}
         inherited = {"stroke-dashoffset": "0", "stroke-linejoin": "round", "text-anchor": "start"}
         kept = [f"{k}:{v}" for k, v in style.items() if inherited.get(k) != v]
         part.set("style", _COLOUR.sub(lambda m: f"var(--{_NAME[m[0]]})" if m[0] in _NAME else m[0], ";".join(kept)))

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .canvas import FONT, LIGHT, WIDTH, new_figure
+from .canvas import FONT, LIGHT, WIDTH, new_figure, printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -110,7 +110,7 @@ def finish(fig: Figure, ax: Axes, x_label: str, y_label: str) -> None:
 
 
 def shortened(text: str, most: int) -> str:
-    text = " ".join(text.split())
+    text = printable(text)
     return text if len(text) <= most else text[: most - 1] + "…"
 
 

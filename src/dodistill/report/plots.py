@@ -162,7 +162,7 @@ def dots(
     seen = [[v for v in r.values if math.isfinite(v)] for r in rows]
     if not any(seen):
         return Plot(name, "No run has finished yet.")
-    labels = [textwrap.wrap(shortened(r.name, 60), 22) for r in rows]
+    labels = [textwrap.wrap(shortened(r.name, 60), 22) or ["–"] for r in rows]
     left = max(len(t) for label in labels for t in label) * CHARACTER + 12
     tall = [13.0 * len(label) + 7 for label in labels]
     places = [math.fsum(tall[:i]) + tall[i] / 2 for i in range(len(rows))]
