@@ -59,7 +59,7 @@ def main() -> None:
 
     def stepper(name: str, share: float) -> measure.Step:
         choice, settings = UPDATES[name]
-        update = registry.config("update", choice)(**settings).build()  # type: ignore[attr-defined]
+        update = registry.config("update", choice)(**settings).build()
         precision = nullcontext if update.fp32 else low  # as the engine has it
         acquire, retain = objective(args.batch, precision), objective(max(2, round(share * args.batch)), precision)
         sgd = torch.optim.SGD(student.parameters(), lr=1e-4, momentum=0.9, fused=True)

@@ -44,8 +44,8 @@ def test_another_choice_drops_the_settings_of_the_presets_choice() -> None:
 
 @pytest.mark.parametrize("source", registry.names("source"))
 def test_every_preset_resolves_and_survives_being_written_down(source: str) -> None:
-    presets: dict[str, Any] = registry.config("source", source).presets  # type: ignore[attr-defined]
-    origin: dict[str, str] = registry.config("source", source).origin  # type: ignore[attr-defined]
+    presets: dict[str, Any] = registry.config("source", source).presets
+    origin: dict[str, str] = registry.config("source", source).origin
     assert set(presets) == set(origin)
     assert "desk" in presets
     for preset in presets:

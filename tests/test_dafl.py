@@ -252,7 +252,7 @@ def test_bad_settings_are_named(settings_: dict[str, Any], said: str, teacher: n
 
 
 def test_presets() -> None:
-    presets = registry.config("source", "dafl").presets  # type: ignore[attr-defined]
+    presets = registry.config("source", "dafl").presets
     for name in presets:
         config = resolve({"source": "dafl", "preset": name})
         c = config.source

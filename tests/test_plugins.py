@@ -397,7 +397,7 @@ def test_what_was_typed_runs_and_nothing_else(
     assert tree["source"]["n"] == 12  # the recipe's settings: it is the same method
     Path("again.yaml").write_text(json.dumps(tree))  # a run's config is a recipe, and no more trusted than one
     assert main(["distill", "again.yaml", *quiet, "b"]) == 2
-    assert main(["distill", "again.yaml", "--allow-code", *quiet, "b"]) == 0
+    assert main(["distill", "again.yaml", "--allow_code", *quiet, "b"]) == 0
     assert load_file("a/student.safetensors").keys() == load_file("b/student.safetensors").keys()
 
 

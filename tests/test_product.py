@@ -68,7 +68,7 @@ def test_the_product(source: str, intervention: str, teacher: nn.Module, digits:
         assert moved(it.matcher.interventions, parts) == wanted
     same(frozen, copied(it.context.teacher))
     assert all(p.grad is None for p in it.context.teacher.parameters())
-    if registry.config("source", source).trains not in CALM:  # type: ignore[attr-defined]
+    if registry.config("source", source).trains not in CALM:
         after = it.acquirer.source.state_dict()
         assert any(k != "generator" and repr(after[k]) != repr(before[k]) for k in after)
 

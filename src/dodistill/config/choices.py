@@ -41,8 +41,8 @@ def parts(words: Sequence[str]) -> list[Part]:
     """The flags of the run that a command line asks for; its first word may be a recipe."""
     recipe = read_recipe(words[0]) if words and not words[0].startswith("-") else {}
     given = expand(typed(words, (*registry.AXES, *LONG, "preset")))
-    allow = any(spelled(word) == "allow_code" for word in words) or paths(given)
-    tree = merge(expand(recipe), given)
+    anything = "allow_code" in {spelled(word) for word in words if word.startswith("--")}
+    tree, allow = merge(expand(recipe), given), anything or paths(given)
     if asks(tree):
         preset = Flag("preset", str, "of the source that is chosen; empty: chosen with it", "", "NAME")
         choosers = Part([*_axes(tree), preset], about=choosing())
