@@ -13,7 +13,7 @@ import argparse
 
 import torch
 
-from dodistill.config import tree as config
+from dodistill.config.tree import ViewConfig
 from dodistill.data.images import load_images
 from dodistill.engine.teach import Teach, teach
 from dodistill.engine.view import candidates, mismatch
@@ -30,7 +30,7 @@ VIEWS = {
 
 def line(name: str, trained: str, teacher: Teacher) -> bool:
     """Print one row of the table; whether `auto` is right."""
-    found = candidates(config.View(crop="auto", padding="auto"), teacher.image_shape)
+    found = candidates(ViewConfig(crop="auto", padding="auto"), teacher.image_shape)
     scores = {k: mismatch(v, teacher) for k, v in found.items()}
     chosen = min(scores, key=lambda k: scores[k])
     cells = " | ".join(f"{v:.1f}" for v in scores.values())

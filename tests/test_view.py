@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dodistill.config import tree as config
-from dodistill.config.tree import resolve
+from dodistill.config.tree import ViewConfig, resolve
 from dodistill.engine import view
 from dodistill.errors import DodistillError
 from dodistill.functional.augment import View, to_float
@@ -46,12 +45,12 @@ def used_to(padding: str, crop: str = "shift") -> Teacher:
 )
 def test_auto_finds_the_view_of_the_statistics(padding: str, found: set[str]) -> None:
     """Reflected borders and none look alike to so small a network; a black border does not."""
-    c = config.View(padding="auto", pad=4)
+    c = ViewConfig(padding="auto", pad=4)
     assert view.choose_view(c, used_to(padding)).padding in found
 
 
 def test_auto_finds_resized_crops() -> None:
-    found = view.choose_view(config.View(crop="auto", padding="auto", pad=4), used_to("none", "resized"))
+    found = view.choose_view(ViewConfig(crop="auto", padding="auto", pad=4), used_to("none", "resized"))
     assert found == View("resized", "none", 0, True, (0.08, 1.0))
 
 

@@ -188,9 +188,9 @@ def rows(others: Iterable[Method] = ()) -> Iterator[SourceRow]:
 
 def _slots(preset: Mapping[str, Any]) -> int:
     """Slots of the pool under a preset."""
-    from .tree import Pool
+    from .tree import PoolConfig
 
-    return int(merge({"pool": {"capacity": Pool().capacity}}, preset)["pool"]["capacity"])
+    return int(merge({"pool": {"capacity": PoolConfig().capacity}}, preset)["pool"]["capacity"])
 
 
 HEAD = ("source", "kind", "BatchNorm", "images", "trains", "keeps", "teacher", "pool", "presets")

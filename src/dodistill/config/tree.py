@@ -73,7 +73,7 @@ class Optim:
 
 
 @dataclass(frozen=True)
-class Pool:
+class PoolConfig:
     """The substitution inputs that are kept."""
 
     capacity: int = 65_536
@@ -94,7 +94,7 @@ class Augment:
 
 
 @dataclass(frozen=True)
-class View:
+class ViewConfig:
     """How the teacher is shown images during synthesis: the augmentation that the teacher was trained with."""
 
     crop: Literal["shift", "resized", "auto"] = "shift"  #: shift; resized: a random part, resized; auto: see padding
@@ -142,9 +142,9 @@ class Distill:
     dictionary: DictionarySettings
     interventions: tuple[InterventionSettings, ...]
     optim: Optim
-    pool: Pool
+    pool: PoolConfig
     augment: Augment
-    view: View
+    view: ViewConfig
     loop: Loop
     preset: str = ""
     methods: tuple[Method, ...] = ()
@@ -430,8 +430,8 @@ def interventions(tree: Mapping[str, Any], allow_code: Allow = False) -> list[tu
 
 DEFAULTS = {"source": "fast", "criterion": "kl", "update": "plain", "replay": "none"}
 PLAIN: dict[str, type] = {
-    "teacher": Model, "student": Model, "data": Data, "optim": Optim, "pool": Pool, "augment": Augment, "view": View,
-    "loop": Loop,
+    "teacher": Model, "student": Model, "data": Data, "optim": Optim, "pool": PoolConfig, "augment": Augment,
+    "view": ViewConfig, "loop": Loop,
 }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from ..config import tree as config
+from ..config.tree import ViewConfig
 from ..errors import DodistillError
 from ..functional import losses
 from ..functional.augment import View, to_float
@@ -22,7 +22,7 @@ from ..sources.shared.pictures import draw
 PICTURES = {"shapes": 256, "leaves": 256}
 
 
-def candidates(c: config.View, image_shape: tuple[int, int, int]) -> dict[str, View]:
+def candidates(c: ViewConfig, image_shape: tuple[int, int, int]) -> dict[str, View]:
     """The views that the config leaves open, by name; one where it says `auto` nowhere."""
     pad = c.pad or max(1, image_shape[1] // 8)
     flip = image_shape[0] > 1 if c.flip is None else c.flip
@@ -50,7 +50,7 @@ def mismatch(view: View, teacher: Teacher, seed: int = 0) -> float:
     return total
 
 
-def choose_view(c: config.View, teacher: Teacher) -> View:
+def choose_view(c: ViewConfig, teacher: Teacher) -> View:
     """The view of a run. Raises DodistillError for `auto` with a teacher that has no BatchNorm statistics."""
     open_ = candidates(c, teacher.image_shape)
     if len(open_) == 1:

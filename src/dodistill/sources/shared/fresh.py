@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ...config.tree import Pool
+from ...config.tree import PoolConfig
 from ...core.context import Context
 from ...core.runtime import seeded
 from ...errors import at_least, positive
@@ -32,7 +32,7 @@ def pooled(images: int) -> int:
 
     A pool of that capacity has the newest acquisition and nothing else.
     """
-    return images - max(1, round(images * Pool().holdout))
+    return images - max(1, round(images * PoolConfig().holdout))
 
 
 @dataclass(frozen=True)
