@@ -323,7 +323,7 @@ def test_no_write_permission(refused: Refused, tmp_path: Path, monkeypatch: pyte
 
 
 class Sours(nn.Module):
-    """A sound teacher until it has been asked `calls` times."""
+    """A sound teacher until it, or the copy of it that labels images, has been asked `calls` times."""
 
     def __init__(self, model: nn.Module, calls: int, value: float = float("nan")) -> None:
         super().__init__()
@@ -353,7 +353,7 @@ def test_a_teacher_that_sours_is_named_and_the_last_checkpoint_is_good(
     saved = RunFolder(tmp_path / "run", cfg).load()
     assert saved is not None
     state = saved[0]
-    assert 8 <= state["step"] <= 13
+    assert 4 <= state["step"] <= 13
     assert all(torch.isfinite(v).all() for v in state["matcher"]["student"].values())
     again, whole = job(teacher, cfg, digits.x[:300]), job(teacher, cfg, digits.x[:300])
     assert ended(again, tmp_path)

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from dodistill.config.methods import HOUR, Choice, asks, choose, first_words, ro
 from dodistill.config.tree import resolve
 from dodistill.data.images import Images
 from dodistill.errors import DodistillError
+from dodistill.functional.augment import to_float
 from helpers import SHAPE, context, student
 
 RGB = (3, 32, 32)
@@ -198,10 +200,13 @@ def test_the_passes_are_counted_right(name: str, teacher: nn.Module, digits: Ima
         backwards += len(args[0]) * args[0].requires_grad
 
     pupil = student().eval()
+    wrapped = source.context.teacher
+    handle = wrapped.model.register_forward_pre_hook(count)
+    wrapped.answers(to_float(digits.x[:2]))  # makes the copy that labels images, which takes the hook along
     source.acquire(pupil, 0)  # samplers look at everything once; counted from the second on, where there is one
     if config.every == 0:
-        source = config.build(context(teacher, 0, digits.x[:50]))
-    handle = source.context.teacher.register_forward_pre_hook(count)
+        source = config.build(replace(context(teacher, 0, digits.x[:50]), teacher=wrapped))
+    forwards = backwards = 0
     got = source.acquire(pupil, int(config.every != 0))
     handle.remove()
     if got.logits is None:
