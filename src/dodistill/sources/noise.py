@@ -90,8 +90,8 @@ class Noise(Source):
         check_candidates(config.candidates, config.n)
         mean, std = normalised_space(context.teacher.model)
         self.notes.append(
-            "This student's BatchNorm statistics are those of noise. For real images, calibrate it with a few unlabelled "
-            "ones, or let it normalise by the batch (docs/methods/noise.md)."
+            "This student's BatchNorm statistics are those of noise. For real images, calibrate it with a few "
+            "unlabelled ones, or let it normalise by the batch (docs/methods/noise.md)."
         )
         if config.statistics == "current" and (context.augment.pad or context.augment.flip):
             self.notes.append(
