@@ -17,9 +17,9 @@ Deviations, and why
  3. The delivered student. After training on noise, its running statistics are those of noise. On real images they cause
     the same shift, and the accuracy is far below what the student has learned. The release avoids this because it
     evaluates in train mode: each test batch is normalised with its own statistics (and its schedule follows the test
-    loss). That is `current_statistics(student)` (models/batchnorm.py). `calibrate(student, images)` also works: it takes the running
-    statistics from a few unlabelled real images, so that the prediction of an image does not depend on its batch. The
-    engine's evaluation does neither, and the run's summary says so.
+    loss). That is `current_statistics(student)` (models/batchnorm.py). `calibrate(student, images)` also works: it
+    takes the running statistics from a few unlabelled real images, so that the prediction of an image does not depend
+    on its batch. The engine's evaluation does neither, and the run's summary says so.
  4. After rejection, the student's batches differ from those of the teacher's statistics. Batches of a few hundred have
     nearly the same statistics.
  5. The logits in the pool are used only without augmentation (as in the preset). With it, the teacher evaluates the
