@@ -18,8 +18,9 @@ from dodistill.data.images import Images, load_images
 from dodistill.engine import Distiller
 from dodistill.errors import DodistillError
 from dodistill.functional.augment import to_float
+from dodistill.functional.losses import balance, entropy
 from dodistill.models import Normalized
-from dodistill.sources.mosaic import Config, Mosaic, balance, entropy
+from dodistill.sources.mosaic import Config, Mosaic
 from dodistill.sources.shared.discriminator import PatchDiscriminator, patch_loss
 from dodistill.sources.shared.generators import ConvGenerator
 from helpers import SHAPE, context, job, same, student, tree, untimed

@@ -1,4 +1,4 @@
-"""What a matching step knows of its inputs beside the logits that it compares."""
+"""One batch of inputs: as drawn for the student, and as criteria and interventions read it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ..models.taps import Features
 
 @dataclass
 class Batch:
-    """One batch of B inputs. Features are there only where a criterion or an intervention `needs` them.
+    """A batch of B inputs, for criteria and interventions. It has features only where one of them `needs` these.
 
     Attributes:
         index: long [B], the inputs' slots in the pool; -1 for replayed inputs.
         labels: long [B], true classes where the data have them, else the teacher's prediction.
         raw: [B, K], the student's own logits, before any intervention.
-        done: share of the run's steps that lie behind, in [0, 1).
-        student: its features (in graph); teacher: its features (constants).
+        done: share of the run's steps that are done, in [0, 1).
+        student, teacher: their features. The student's are in the graph, the teacher's are constants.
     """
 
     index: Tensor
@@ -31,7 +31,7 @@ class Batch:
 
 @dataclass
 class Drawn:
-    """One batch of inputs for the student, with what the teacher says of them.
+    """A batch of B inputs for the student, with the teacher's logits.
 
     Attributes:
         x: float in [0, 1], [B, C, H, W], channels last.

@@ -1,4 +1,4 @@
-"""What a method may know of the run it is built for."""
+"""What a method may read of its run."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ def _silent(_message: str, _done: int, _total: int) -> None:
 
 @dataclass
 class Context:
-    """What a source, an intervention or a criterion may know of the run it is built for."""
+    """What a source, an intervention or a criterion may read of its run."""
 
     teacher: Teacher
     device: torch.device
     seed: int = 0
     autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
     augment: Augment = field(default_factory=Augment)
-    view: View = field(default_factory=View)  #: what the teacher is shown during synthesis
+    view: View = field(default_factory=View)  #: augmentation of the teacher's inputs during synthesis
     unlabeled: Tensor | None = None  #: uint8 [n, C, H, W], the images of a sampler
-    labels: Tensor | None = None  #: long [n], their true classes, where the user has them and the source is data
-    student: nn.Module | None = None  #: as it is before training, to read widths off (`taps.probe`)
+    labels: Tensor | None = None  #: long [n], their true classes, where the user gives them and the source reads them
+    student: nn.Module | None = None  #: before training, for the widths of its features (`taps.probe`)
     capacity: int = 65_536  #: slots of the pool, the range of `Batch.index`
     progress: Callable[[str, int, int], None] = _silent  #: (what, done, total) inside a long acquisition
-    extra: Mapping[str, Any] = field(default_factory=dict)  #: what only one part needs (a foreign dictionary's model)
+    extra: Mapping[str, Any] = field(default_factory=dict)  #: for one part only (the model of a foreign dictionary)
 
     @property
     def num_classes(self) -> int:

@@ -1,4 +1,4 @@
-"""The substitution inputs, on the device: uint8 images, the teacher's clean logits beside them, and the draw."""
+"""The substitution inputs on the device: uint8 images with the teacher's logits, and the draw of batches."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ..functional.augment import to_uint8
 
 
 class Pool:
-    """At most `capacity` images and what the teacher says of each.
+    """At most `capacity` images, with the teacher's logits of each.
 
     Attributes:
         x: uint8 [size, C, H, W], a view of the filled part.
         logits: float [size, K], the teacher's logits of the clean images.
         labels: long [size], true classes where the data have them, else the teacher's.
-        seen: how many images were ever offered.
-        version: grows with every change, so that a checkpoint can skip an unchanged pool.
+        seen: number of images ever offered.
+        version: increases with every change, so that a checkpoint can skip an unchanged pool.
 
     Eviction, when full: `oldest` overwrites in order of arrival (a ring); `reservoir` keeps a uniform sample of
     everything ever offered (Vitter's algorithm R).

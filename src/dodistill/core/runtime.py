@@ -1,4 +1,4 @@
-"""Device, precision and random numbers: what every part needs and none should decide alone."""
+"""Device, precision and random numbers, as all parts of a run use them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def at_once(device: torch.device, most: int) -> int:
-    """How many images, `most` at most, a pass without gradients takes at once.
+    """How many images, at most `most`, a pass without gradients takes at once.
 
     On the CPU 64: larger batches fall out of the cache, and the allocator maps their memory anew in every layer; for
     WRN-16-2 64 images at a time are 1.7 times as fast as 512 (benchmarks/README.md).

@@ -1,4 +1,4 @@
-"""What a run tells the outside. The engine calls watchers and shows nothing itself."""
+"""Watchers: objects that follow a run. The engine calls them, and shows nothing itself."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 class Watcher:
     """Base of everything that follows a run: the run folder's metrics, the progress display, a tracker, a user's own.
 
-    All methods do nothing by default. Values are plain numbers; nothing that a watcher does changes the run. `step` is
-    the number of matching steps done. After a resume the steps go on from the checkpoint's.
+    All methods do nothing by default. Values are plain numbers, and a watcher cannot change the run. `step` is the
+    number of matching steps done. After a resume, it continues from the checkpoint.
     """
 
     def on_start(self, step: int, steps: int) -> None:
-        """Once, before the first step of this process; `step` is above 0 where a checkpoint was loaded."""
+        """Once, before the first step of this process. `step` is above 0 where a checkpoint was loaded."""
 
     def on_note(self, text: str) -> None:
         """A sentence for the user about the whole run."""
@@ -33,14 +33,14 @@ class Watcher:
         """From time to time: the pool's size and the class shares of what is in it and of what is drawn."""
 
     def on_warning(self, step: int, symptom: str, text: str) -> None:
-        """Something has collapsed; each symptom once."""
+        """A symptom of collapse, told once."""
 
     def on_end(self, step: int, finished: bool) -> None:
         """Once, when the loop ends: at its last step, at the deadline, or by an error (`finished` is False)."""
 
 
 class Watchers(Watcher):
-    """Several as one, called in order."""
+    """Calls several watchers in order."""
 
     def __init__(self, parts: Iterable[Watcher] = ()) -> None:
         self.parts = list(parts)

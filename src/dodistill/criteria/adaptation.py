@@ -1,7 +1,7 @@
 """`adaptation`: DFND's loss for images from the wild. Chen et al., Learning Student Networks in the Wild (2021).
 
-Soft labels at T = 4, plus the teacher's hard label seen through a learned confusion matrix Q (Eq. 6-8): on images that
-are of no class the hard label is noise, and Q takes the noise so that the student need not.
+Soft labels at T = 4, plus the teacher's hard label through a learned confusion matrix Q (Eq. 6-8). On images of no
+class the hard label is noise. Q models this noise, so that the student does not fit it.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Adaptation(Criterion):
 @dataclass(frozen=True)
 class Config(CriterionConfig):
     """The released code sets `teacher_accuracy` to the teacher's measured test accuracy (0.9523 on CIFAR-10, 0.7774 on
-    CIFAR-100). Without data it cannot be measured, and the teacher's mean confidence over-states it: the default is a
-    round guess, to be replaced by what is known of the teacher (as the recipes of KDCI's tables do)."""
+    CIFAR-100). Without data it cannot be measured, and the teacher's mean confidence overestimates it. The default is a
+    round guess; replace it where the accuracy is known (as the recipes of KDCI's tables do)."""
 
     name: ClassVar[str] = "adaptation"
     temperature: float = 4.0

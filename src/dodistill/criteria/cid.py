@@ -5,14 +5,14 @@ Distillation (NeurIPS 2021), as its released code has it. With f, h the penultim
     L_class  = (1/|U|) sum_{k in U} (1/n_k^2) sum_{i,j: y_i = y_j = k} ( cos(f_i, f_j) - cos(h_i, h_j) )^2
     L        = a ( CE(z', y) + L_KL(z, t) ) + b L_sample + c L_class
 
-U are the classes with two or more inputs in the batch, z the student's own logits, z' what an intervention made of them
-(`interventions/cid.py`; without one z' = z), L_KL = T^2 KL at temperature T. The first `init` share of the run has no
-CE.
+U are the classes with two or more inputs in the batch. z are the student's own logits, and z' those after an
+intervention (`interventions/cid.py`; without one z' = z). L_KL = T^2 KL at temperature T. The first `init` share of the
+run has no CE.
 
 Deviations, and why
- 1. Where the data have no labels, data-free sources among them, y is the teacher's answer and its hard label would say
-    less than it knows: L_KL(z', t) stands in the place of CE (`supervise`). Nobody has published CID without data.
- 2. L_class is one masked product [B, B] and not a loop over classes: the same number.
+ 1. Without labels, as in all data-free sources, y is the teacher's prediction. Its hard label has less information than
+    its logits, so L_KL(z', t) replaces CE (`supervise`). There is no published version of CID without data.
+ 2. L_class is one masked product [B, B] instead of a loop over classes. The value is the same.
 """
 
 from __future__ import annotations

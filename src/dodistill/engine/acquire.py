@@ -1,4 +1,4 @@
-"""From a source to a batch: substitution inputs are acquired, rest in the pool, and leave it as one `Drawn`."""
+"""From a source to a batch: acquires substitution inputs, keeps them in the pool, and draws batches (`Drawn`)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _require_images(got: object, source: str, shape: tuple[int, int, int]) -> No
 
 
 class Acquirer:
-    """Owns source, pool, held-back inputs, replay, dictionary and draw. It alone asks the teacher.
+    """Owns source, pool, held-back inputs, replay, dictionary and draw. Only it evaluates the teacher.
 
     Args:
         needs: features of the teacher that the matching reads (see `taps.tapped`).
@@ -63,7 +63,7 @@ class Acquirer:
         self.replay.follow(self.source)
         shape, classes, device = context.image_shape, context.num_classes, context.device
         self.pool = Pool(config.pool.capacity, shape, classes, device, config.pool.eviction)
-        #: inputs that the student never sees; it is judged by them
+        #: held-back inputs, which the student never sees; its agreement is measured on them
         self.holdout = Pool(config.pool.holdout_capacity, shape, classes, device, "reservoir")
         self.sampler = Draw()
         self.views = Views(self.pool, config.augment, context.generator("views"))
@@ -77,7 +77,7 @@ class Acquirer:
 
     @property
     def warming(self) -> bool:
-        """Whether the source still warms up: the student learns nothing yet."""
+        """Whether the source is still in its warm-up, before the first matching step."""
         return self.round <= self.config.source.warmup
 
     def due(self, step: int) -> bool:

@@ -1,4 +1,4 @@
-"""From a batch to a better student: the matching step."""
+"""The matching step: one step of the student on a batch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Matcher:
         self.criterion = criterion.to(context.device)
         self.update = config.update.build()
         require_kind(self.update, Update, config.update)
-        #: what criterion and interventions read of both networks' insides
+        #: features of both networks that criterion and interventions read
         self.needs: frozenset[str] = self.criterion.needs | self.interventions.needs
         self.optimizers = self._optimizers()
         #: the last objective on new inputs, for the log
@@ -54,8 +54,8 @@ class Matcher:
         return [its[k] for k in names], [mine[k] for k in names]
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
-        """SGD for the student; parts without a rate of their own join it, without weight decay unless they want it;
-        others get Adam."""
+        """SGD for the student and for parts without their own rate (these have no weight decay unless they ask for it);
+        Adam for parts with their own rate."""
         c = self.config.optim
         groups: list[dict[str, Any]] = [{"params": list(self.student.parameters())}]
         others: list[torch.optim.Optimizer] = []
@@ -136,9 +136,9 @@ class Matcher:
 
 
 class Objective:
-    """The matching loss on one batch, as a function of the student (or of a stand-in at other weights).
+    """The matching loss on one batch, as a function of the student (or of the student at other weights).
 
-    `batch` is what the last call saw. `exactly`: the student's passes in fp32, whatever the run's precision.
+    `batch` is the batch of the last call. `exactly`: the student's passes in fp32, whatever the run's precision.
     """
 
     def __init__(

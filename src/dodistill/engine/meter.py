@@ -1,4 +1,4 @@
-"""The meter: mean loss terms, and whatever is not finite or has collapsed."""
+"""The meter: mean loss terms, terms that are not finite, and symptoms of collapse."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Diverged(DodistillError):
 
 
 class Meter:
-    """Sums each term of the matching steps between two looks, and remembers which symptoms of collapse were told."""
+    """Sums each term of the matching steps between two log lines, and remembers the reported symptoms of collapse."""
 
     def __init__(self, classes: int, device: torch.device) -> None:
         self.classes, self.device = classes, device

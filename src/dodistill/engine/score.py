@@ -1,4 +1,4 @@
-"""The scorer: how well the student does, and which of its two versions ships."""
+"""The scorer: evaluates the student, and chooses which of its two versions is delivered."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The view: how the teacher is shown images during synthesis, given by the config or found without data.
+"""The view: the augmentation of the teacher's inputs during synthesis, from the config or chosen without data.
 
 A teacher's BatchNorm statistics are those of its training images as augmented: shifted over a black border, reflected
 at the border, or cropped and resized. Under another view natural images do not have these statistics, and a generator

@@ -1,7 +1,7 @@
-"""Collapse is watched: what goes wrong first when there are no data, in numbers and in words.
+"""Detection of collapse, in numbers and in words.
 
-A generator that has collapsed makes one class, or one picture; a student that learns nothing agrees with its teacher by
-chance. All three show long before any accuracy could, and without a label.
+A collapsed generator makes one class, or one picture. A student that learns nothing agrees with its teacher by chance.
+All three are visible long before any accuracy, and without labels.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: Below these the inputs or the student are called collapsed.
+#: Thresholds of collapse.
 FEW_CLASSES = 0.3  #: effective classes of the newest inputs, as a share of all
 SAME_PICTURE = 0.02  #: standard deviation of a pixel over the newest inputs, of [0, 1]
-CHANCE = 2.0  #: agreement, in multiples of what guessing gets
-ENOUGH = 20  #: inputs per class from which on a class without any is called absent
-WARM = 0.2  #: share of the run that a generator is given to find all classes
-PATIENCE = 0.5  #: share of the run that a student is given before its agreement is judged
+CHANCE = 2.0  #: agreement, in multiples of chance
+ENOUGH = 20  #: inputs per class from which a class without any counts as absent
+WARM = 0.2  #: share of the run after which absent classes are a symptom
+PATIENCE = 0.5  #: share of the run after which low agreement is a symptom
 
 
 @torch.no_grad()
@@ -25,7 +25,7 @@ def vital_signs(images: Tensor, logits: Tensor) -> dict[str, Tensor]:
     effective_classes: exp(entropy) of the class histogram of the teacher's predictions, in [1, K].
     diversity: standard deviation of a pixel over the inputs, mean over pixels, in [0, 0.5].
     confidence: the teacher's mean largest probability, in [1/K, 1].
-    absent_classes: classes that no input is of; where there are `ENOUGH` inputs per class to tell.
+    absent_classes: number of classes without inputs; only where there are `ENOUGH` inputs per class.
     """
     x = images.float() / 255 if images.dtype == torch.uint8 else images.float()
     share = torch.nn.functional.one_hot(logits.argmax(1), logits.shape[1]).float().mean(0)
@@ -42,13 +42,13 @@ def vital_signs(images: Tensor, logits: Tensor) -> dict[str, Tensor]:
 def symptoms(
     signs: dict[str, float], classes: int, agreement: float | None = None, done: float = 0.0
 ) -> dict[str, str]:
-    """Symptom -> a sentence that names it and what to turn. Empty when all is well.
+    """Symptom -> a sentence that names it and the settings to change. Empty without symptoms.
 
     Args:
-        signs: what `vital_signs` gave, read back.
+        signs: the values of `vital_signs`.
         classes: K.
         agreement: with the teacher on held-back inputs, in percent; None: not known yet.
-        done: share of the run that lies behind.
+        done: share of the run that is done.
     """
     found: dict[str, str] = {}
     effective, diversity = signs.get("effective_classes"), signs.get("diversity")

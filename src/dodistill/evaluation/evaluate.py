@@ -1,5 +1,5 @@
-"""What is measured of a classifier: accuracy where there are labels, agreement with the teacher where not; and of the
-images that it learned from: how far they lie from real ones."""
+"""Measures of a classifier: accuracy with labels, agreement with the teacher without; and the distance of its training
+images from real ones."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def top1(logits: Tensor, y: Tensor) -> float:
 
 
 def agreement(logits_a: Tensor, logits_b: Tensor) -> float:
-    """Share, in percent, of rows on which two models name the same class."""
+    """Share, in percent, of rows on which two models predict the same class."""
     return top1(logits_a, logits_b.argmax(1))
 
 
 def class_shares(logits: Tensor) -> Tensor:
-    """Proportion [K] of rows of logits [n, K] that go to each class; sums to 1."""
+    """Share [K] of each class among the predictions of logits [n, K]; sums to 1."""
     return torch.bincount(logits.argmax(1), minlength=logits.shape[1]).float() / len(logits)
 
 

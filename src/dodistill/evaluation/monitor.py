@@ -1,17 +1,17 @@
-"""How a run went, and not only where it ended.
+"""Statistics of the curve of a run, not only of its last point.
 
-Without validation data nobody can pick the best epoch, so the whole curve counts. LRA (Patel et al., CVPR 2023)
-reports, of the test accuracy Acc_e after each epoch e = 1..E,
+Without validation data the best epoch is unknown, so the whole curve counts. LRA (Patel et al., CVPR 2023) reports, of
+the test accuracy Acc_e after each epoch e = 1..E,
 
     mu = mean_e Acc_e  [%]        sigma^2 = var_e Acc_e  [% squared]        Acc_max = max_e Acc_e  [%]
 
-Here an evaluation (`loop.eval_every`) stands for an epoch, and the same is computed of the agreement with the teacher
-on the held-back reservoir: a uniform sample of everything ever acquired, so that its curve falls where the student
-forgets, and no test image is needed to see it. Some papers print sigma where they write sigma^2: here both are given,
-under their names.
+Here each evaluation (`loop.eval_every`) counts as an epoch. The same statistics are computed for the agreement with the
+teacher on the held-back reservoir. It is a uniform sample of everything ever acquired, so its curve falls where the
+student forgets, and this needs no test images. Some papers print sigma where they write sigma^2; here both are given by
+name.
 
-The early ramp makes up most of sigma^2 of a short run, so each curve is also measured without its first half. Acc_max
-is chosen on the curve itself (on test accuracy: it flatters); `last`, `last_ten` and `drop` choose nothing.
+The early ramp dominates sigma^2 of a short run, so each curve is also measured without its first half. Acc_max is
+selected on the curve itself, so on test accuracy it is optimistic; `last`, `last_ten` and `drop` involve no selection.
 """
 
 from __future__ import annotations

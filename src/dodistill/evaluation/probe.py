@@ -1,4 +1,4 @@
-"""What a student carries to where it was not trained: a linear probe on another data set, and its bias by context."""
+"""Transfer and bias of a student: a linear probe on another data set, and the accuracy gap between contexts."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ def linear_probe(
 ) -> dict[str, float]:
     """Accuracy (%) on `train` and `test` of a linear classifier on the frozen features of `model`.
 
-    As in the transfer experiments of CRD and CID nothing of the model moves, its BatchNorm included, and the classifier
-    has no weight decay. It begins at 0 and learns by SGD (momentum 0.9, cosine to 0) on features computed once, without
-    augmentation, and scaled to mean 0 and deviation 1 over `train`. Raises DodistillError without labels.
+    As in the transfer experiments of CRD and CID, the model is frozen, including its BatchNorm, and the classifier has
+    no weight decay. It starts at 0 and learns by SGD (momentum 0.9, cosine to 0) on features that are computed once,
+    without augmentation, and scaled to mean 0 and deviation 1 over `train`. Raises DodistillError without labels.
     """
     if train.y is None or test.y is None:
         raise DodistillError("a probe learns from labels, and these images have none.")
@@ -92,7 +92,7 @@ def context_gap(
 ) -> dict[str, float]:
     """Accuracy (%) on the two of `data.contexts_of`, aligned and conflicting, and the gap between them.
 
-    A network that does not read the context has a gap of 0; one that reads nothing else has 100.
+    A network that ignores the context has a gap of 0; one that reads only the context has 100.
     """
     a, c = (accuracy(model, images, autocast=autocast) for images in pair)
     return {"aligned": a, "conflicting": c, "gap": a - c}

@@ -58,6 +58,21 @@ def adversarial(s: Tensor, t: Tensor) -> Tensor:
     return -((s.argmax(1) == t.argmax(1)) * _kl_rows(s, t)).mean()
 
 
+def entropy(t: Tensor) -> Tensor:
+    """Entropy of softmax(t), [B, K] -> [B], in nats, in [0, ln K]. Its mean is MosaicKD's alignment loss."""
+    log_p = nnf.log_softmax(t, 1)
+    return -(log_p.exp() * log_p).sum(1)
+
+
+def balance(t: Tensor) -> Tensor:
+    """sum_c p_c log2 p_c, p = mean over the batch of softmax(t), [B, K] -> in [-log2 K, 0]. MosaicKD's balance loss.
+
+    It is lowest for equally frequent classes.
+    """
+    h: Tensor = torch.special.entr(torch.softmax(t, 1).mean(0)).sum()
+    return -h / math.log(2)
+
+
 def coverage(t: Tensor, least: float = 0.25) -> Tensor:
     """mean_c max(0, ln(least / K) - ln p_c), p = mean over the batch of softmax(t), [B, K] -> >= 0, in nats. Ours.
 

@@ -1,27 +1,27 @@
-"""CID's intervention: the student predicts from its features and from the context that its classes stand in.
+"""CID's intervention: the student predicts from its features and from the contexts of its classes.
 
-Comprehensive, Interventional Distillation (Deng and Zhang, NeurIPS 2021), as its released code has it. The bias that
-the training data leave in a teacher is the context that goes with a class (grass with dogs). Contexts are one prototype
-per class, a mean of the student's features f_i over one pass through the data, weighed by how sure the teacher is:
+Comprehensive, Interventional Distillation (Deng and Zhang, NeurIPS 2021), as its released code has it. Training data
+bias a teacher by the context of a class (grass with dogs). The contexts are one prototype per class: the mean of the
+student's features f_i over one pass through the data, weighted by the teacher's confidence:
 
     c_k  = sum_{i: y_i = k} w_i f_i / sum_{i: y_i = k} w_i,   w_i = softmax(t_i / T)[y_i]        C [K, d]
-    C   <- u C + (1 - u) C_new                       after each pass; the next pass uses it, and builds the one after
+    C   <- u C + (1 - u) C_new                       after each pass, for use in the next pass
     q_i  = softmax(z_i / T),  ctx_i = q_i C          z_i the student's own logits; ctx is held constant
     z'_i = W' [f_i ; ctx_i] + b'                     what is trained on the labels, and what is deployed
 
-The first `init` share of the run trains z alone, while C is gathered. Without true labels y_i is the teacher's answer.
-The delivered student carries C and W' in its own classifier's place (`models.heads`): one module, no teacher.
+The first `init` share of the run trains only z, and gathers C. Without true labels, y_i is the teacher's prediction.
+In the delivered student, C and W' replace the classifier (`models.heads`): one module, no teacher.
 
 Deviations, and why
- 1. The back-door formula sums over contexts under their prior P(c). The code weighs them by q_i, the input's own
-    prediction: an attention over prototypes. `weights` softened is the code's, prior the formula's, uniform a control.
- 2. A pass is a share of the run (`refresh`), for inputs are drawn, not walked through. With 240 epochs it is the same.
- 3. A class that no input of a pass belongs to keeps its prototype; there it is 0, or u times the old one.
- 4. z' is added as z' + (s - z), s the prediction so far: the same alone; beside an intervention that adds to the
-    logits, both act, in either order.
- 5. The student's moving average ships with the head and the contexts of the student itself.
- 6. W' has no weight decay unless `decay`; there it has the student's. The presets `cid-*` have it.
- 7. u > 0 acts from the second pass on; there the first contexts are those of the last pass of `init` alone.
+ 1. The back-door formula sums over contexts under their prior P(c). The code weights them by q_i, the input's own
+    prediction: an attention over prototypes. `weights`: softened is the code, prior the formula, uniform a control.
+ 2. A pass is a share of the run (`refresh`), as inputs are drawn at random. With 240 epochs it is the same.
+ 3. A class without inputs in a pass keeps its prototype; in the release it becomes 0, or u times the old one.
+ 4. The result is z' + (s - z), where s is the prediction so far. Alone, this is z'. Together with an intervention that
+    adds to the logits, both act, in either order.
+ 5. The delivered moving average has the head and the contexts of the student itself.
+ 6. W' has no weight decay unless `decay` is set; in the release it has the student's. The presets `cid-*` set it.
+ 7. u > 0 acts from the second pass on; in the release the first contexts come only from the last pass of `init`.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ from .shared.dictionary import ConfounderDictionary
 
 
 class CID(Intervention):
-    """Until the first prototypes are there, and before `init`, it changes nothing."""
+    """Changes nothing before the first prototypes exist, and before `init`."""
 
     at_test = True
     needs = frozenset({"features"})
 
-    C: Tensor  #: [K, d], the prototypes in use
-    share: Tensor  #: [K], the classes' shares in the pass that they are from (uniform: 1 / K)
-    total: Tensor  #: [K, d], what gathers the next ones: sum of w_i f_i,
-    mass: Tensor  #: [K], sum of w_i,
-    count: Tensor  #: [K], number of inputs
+    C: Tensor  #: [K, d], the current prototypes
+    share: Tensor  #: [K], class shares in the pass of these prototypes (uniform: 1 / K)
+    total: Tensor  #: [K, d], sums for the next prototypes: of w_i f_i,
+    mass: Tensor  #: [K], of w_i,
+    count: Tensor  #: [K], and the number of inputs
 
     def __init__(self, config: Config, classes: int, dim: int, generator: torch.Generator):
         super().__init__()
@@ -62,7 +62,7 @@ class CID(Intervention):
             self.register_buffer(name, torch.zeros(shape))
         for name in ("share", "mass", "count"):
             self.register_buffer(name, torch.zeros(classes))
-        self.passes = 0  #: that have begun since the first
+        self.passes = 0  #: passes begun since the first
         self.gathered = self.filled = self.active = False
 
     def compensate(self, s: Tensor, dictionary: ConfounderDictionary | None, batch: Batch | None = None) -> Tensor:
@@ -91,7 +91,7 @@ class CID(Intervention):
 
     @torch.no_grad()
     def _turn(self, done: float) -> None:
-        """At the beginning of a pass, what the last one gathered comes into use."""
+        """At the beginning of a pass, update the prototypes from the sums of the last pass."""
         c, passes = self.config, int(done / self.config.refresh + 1e-9)
         if passes > self.passes and self.gathered:
             there = (self.mass > 0)[:, None]
@@ -106,7 +106,7 @@ class CID(Intervention):
         self.active = self.active or (self.filled and done >= c.init)
 
     def deliver(self, student: nn.Module, dictionary: ConfounderDictionary | None) -> nn.Module:
-        """A copy with the head built in; the student itself while z' is not trained yet."""
+        """A copy with the head built in; the student itself while z' is not yet trained."""
         if not self.active:
             return student
         c = self.config
@@ -116,7 +116,7 @@ class CID(Intervention):
     def log(
         self, s: Tensor, t: Tensor, dictionary: ConfounderDictionary | None, batch: Batch | None = None
     ) -> dict[str, Tensor]:
-        """What it does to a batch; docs/methods/cid.md explains each quantity."""
+        """Quantities of a batch; docs/methods/cid.md explains each."""
         assert batch is not None
         label, z = t.argmax(1), batch.raw
         members = torch.zeros_like(self.count).index_add_(0, batch.labels, torch.ones_like(z[:, 0]))
@@ -138,17 +138,17 @@ class CID(Intervention):
 
 @dataclass(frozen=True)
 class Config(InterventionConfig):
-    """CID's contexts. `criterion cid` is its loss; with another criterion z' is what that sees."""
+    """CID's contexts. `criterion cid` is its loss; another criterion gets z' as the prediction."""
 
     name: ClassVar[str] = "cid"
     weights: Literal["softened", "prior", "uniform"] = (
-        "softened"  #: of the prototypes: the input's own softened prediction (released) | the classes' shares | 1/K
+        "softened"  #: of the prototypes: the input's own softened prediction (released) | the class shares | 1/K
     )
     temperature: float = 4.0  #: T of q and w
-    init: float = 20 / 240  #: share of the run before z' is trained; the criterion has one too
-    refresh: float = 1 / 240  #: share of the run after which the prototypes are replaced; about one pass over the data
-    u: float = 0.0  #: how much of the old prototypes stays, in [0, 1)
-    decay: bool = False  #: the student's weight decay on W' and b' too (released: yes, and the presets cid-* have it)
+    init: float = 20 / 240  #: share of the run before z' is trained; the criterion has the same setting
+    refresh: float = 1 / 240  #: share of the run between two updates of the prototypes; about one pass over the data
+    u: float = 0.0  #: weight of the old prototypes in an update, in [0, 1)
+    decay: bool = False  #: apply the student's weight decay to W' and b' (the release and the presets cid-* do)
 
     def build(self, context: Context) -> CID:
         positive("cid", temperature=self.temperature)
@@ -162,16 +162,16 @@ class Config(InterventionConfig):
 
 
 def _width(student: nn.Module, context: Context) -> int:
-    """d. Raises DodistillError for a student whose last layer is no Linear: the head takes its place."""
+    """d. Raises DodistillError for a student whose last layer is not a Linear, as the head replaces this layer."""
     _, linear = classifier(student)
     seen = probe(student, context.image_shape, CID.needs, context.device)
     f = seen.penultimate
     assert f is not None
     if not isinstance(linear, nn.Linear) or f.dim() != 2 or linear.out_features != context.num_classes:
         raise DodistillError(
-            "cid: the student's last layer must be a Linear from one feature vector per image to the classes, for "
-            f"that is where the intervened head goes; it is {type(linear).__name__} on {tuple(f.shape)}."
+            "cid: the student's last layer must be a Linear from one feature vector per image to the classes, because "
+            f"the intervened head replaces it; it is {type(linear).__name__} on {tuple(f.shape)}."
         )
     if heads.find(student) is not None:
-        raise DodistillError("cid: the student has a context head already; begin with the network it was made from.")
+        raise DodistillError("cid: the student has a context head already; start from the network without it.")
     return f.shape[1]

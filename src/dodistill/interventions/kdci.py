@@ -6,9 +6,9 @@ De-confounded Data-free Knowledge Distillation for Handling Distribution Shifts 
     lam_i    = softmax_i( W_t^T tanh(W_q f_S(X) + W_k z_i) )               (Eq. 5)
     P(S|do(X)) is approximated by  f_S(X) + F(z)      in the distillation loss only, before the temperature
 
-The NWGM step that leads there (Eq. 2-3) is taken as motivation. The paper is silent or ill-typed on 22 points; each has
-a reading here as default, and a switch where another is defensible: docs/methods/kdci.md lists them all. The ablations
-of its Tables 4 and 5, and a control that it lacks, are the same module with another argument:
+The NWGM step that leads there (Eq. 2-3) serves as motivation only. On 22 points the paper is silent or its types do not
+fit. Each has a default reading here, and a switch where another is defensible; docs/methods/kdci.md lists them all. The
+ablations of its Tables 4 and 5, and a control that it lacks, are the same module with another argument:
 
     Table 4 (2) random weights      weights="random"
     Table 4 (3) random dictionary   DictionaryConfig(random=True)
@@ -33,20 +33,21 @@ from ..errors import at_least, positive
 from .shared.base import Intervention, InterventionConfig
 from .shared.dictionary import FOREIGN, ConfounderDictionary, feature_dim
 
-#: Numbers that tanh in Eq. 5 may leave behind for the backward pass. Where B N d_n is more, it goes part by part and is
-#: done again on the way back: 11 % of a step's memory for 0.3 % of its time (batch 256, 100 classes, N = 128).
+#: Largest B N d_n for which tanh in Eq. 5 keeps its output for the backward pass. Above it, the score is computed in
+#: parts, which are recomputed in the backward pass: 11 % less memory of a step for 0.3 % more time (batch 256, 100
+#: classes, N = 128).
 ROOM = 2**19
 
 
 def _matrix(rows: int, columns: int, generator: torch.Generator) -> nn.Parameter:
-    """Uniform in +-1/sqrt(columns): what nn.Linear(columns, rows) starts from."""
+    """Uniform in +-1/sqrt(columns), as nn.Linear(columns, rows) initialises its weight."""
     values = torch.rand(rows, columns, generator=generator, device=generator.device)
     return nn.Parameter((2 * values - 1) / math.sqrt(columns))
 
 
 class PriorAttention(nn.Module):
-    """lam [B, N] of Eq. 5, over the slots that are `valid`. One set of matrices serves every dictionary: the sum over i
-    knows no order, so they survive a new clustering."""
+    """lam [B, N] of Eq. 5, over the `valid` slots. The same matrices serve every dictionary: the sum over i does not
+    depend on the order of the slots, so a new clustering does not invalidate them."""
 
     def __init__(self, classes: int, dim: int, width: int, generator: torch.Generator):
         super().__init__()
@@ -113,7 +114,7 @@ class KDCI(Intervention):
     def log(
         self, s: Tensor, t: Tensor, dictionary: ConfounderDictionary | None, batch: Batch | None = None
     ) -> dict[str, Tensor]:
-        """What the term does to this batch; docs/methods/kdci.md explains each quantity."""
+        """Quantities of this batch; docs/methods/kdci.md explains each."""
         dictionary = _ready(dictionary)
         with torch.autocast(s.device.type, enabled=False):
             s = s.float()

@@ -1,10 +1,10 @@
-"""`stratified` (ours): the back-door adjustment on the draw, where it acts.
+"""`stratified` (ours): the back-door adjustment, applied to the draw.
 
-The confounder decides which inputs there are: the student is matched under P(z|X) as the substitution data has it.
-Back-door adjustment asks for sum_z P(S|X, z) P*(z) with a prior P* of our choosing. Here z is the stratum of an input,
-the teacher's class or the cluster of its prediction, and each input is drawn with weight P*(z) / (share of z in the
-pool), so that the strata come at the rates of P*. No prediction is touched: a fixed teacher's label of an input does
-not move with the shares, only how often the student sees it does.
+The confounder determines which inputs exist: the student is matched under the P(z|X) of the substitution data.
+Back-door adjustment asks for sum_z P(S|X, z) P*(z) with a prior P* of our choice. Here z is the stratum of an input:
+the teacher's class, or the cluster of its prediction. Each input is drawn with weight P*(z) / (share of z in the pool),
+so that the strata occur at the rates of P*. The predictions stay unchanged: a fixed teacher's logits of an input do not
+depend on the shares. The shares only determine how often the student sees the input.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ def stratum_weights(share: Tensor, target: Tensor, power: float = 1.0, cap: floa
     """Weight [k] of a member of each stratum, with mean 1 over the members: sum_z share_z weight_z = 1.
 
     share [k] >= 0 with sum 1, the strata in the pool; target [k] >= 0, the prior P*, any scale, taken over the strata
-    that have members. weight_z ~ (target_z / share_z)^power, and at most `cap` >= 1: what the cap takes from the rare
-    strata goes to the others in proportion. An empty stratum gets 0.
+    that have members. weight_z ~ (target_z / share_z)^power, and at most `cap` >= 1. The weight above the cap is
+    distributed to the other strata in proportion. An empty stratum gets 0.
     """
     there = share > 0
     w = torch.where(there, (target / share.clamp_min(1e-12)) ** power, 0.0)
     w = w / (share * w).sum().clamp_min(1e-12)
-    # Weights min(a w, cap) with mean 1, in closed form: with the j largest capped, the rest need the factor a_j; the
-    # least j whose a_j leaves the next one below the cap is right (strata of weight 0 cannot take what is left over).
+    # Weights min(a w, cap) with mean 1, in closed form. With the j largest capped, the others need the factor a_j. The
+    # smallest j for which a_j keeps the next one below the cap is the solution (strata of weight 0 stay at 0).
     w_down, order = w.sort(descending=True)
     mass = share[order]
     capped = mass.cumsum(0) - mass
     rest = (mass * w_down).flip(0).cumsum(0).flip(0)
     a = ((1 - cap * capped) if cap != torch.inf else torch.ones_like(mass)) / rest.clamp_min(1e-12)
     fits = (a * w_down <= cap) & (w_down > 0)
-    j = fits.float().argmax(keepdim=True)  # the first that fits; index_select keeps the choice on the device
+    j = fits.float().argmax(keepdim=True)  # the first that fits; index_select avoids a sync
     factor = torch.where(fits.any(), a.index_select(0, j)[0], torch.inf)
     return torch.where(w > 0, (factor * w).clamp_max(cap), 0.0)
 
@@ -108,7 +108,7 @@ class Config(InterventionConfig):
     name: ClassVar[str] = "stratified"
     by: Literal["class", "cluster"] = "class"  #: class (the teacher's) | cluster (of the confounder dictionary)
     prior: tuple[float, ...] | None = None  #: P*, one number >= 0 for each stratum, any scale; None: uniform
-    power: float = 1.0  #: in [0, 1]: 0 leaves the draw alone, 1 reaches P* (up to the cap)
+    power: float = 1.0  #: in [0, 1]: 0 leaves the draw unchanged, 1 reaches P* (up to the cap)
     cap: float = 20.0  #: >= 1: no image is drawn more often than this times the mean; keeps a stratum of two or three
     #: strays from filling 1/K of each batch, and hardly touches class shares that fall off 100:1
 

@@ -1,4 +1,4 @@
-"""A classifier that sees the context of its input, built into a network where its last Linear stood.
+"""A classifier that reads the context of its input. It replaces the last Linear of a network.
 
 CID (Deng and Zhang, NeurIPS 2021) deploys z' = W' [f ; ctx] + b' in place of z = W f + b: f the penultimate features,
 C [K, d] a dictionary of one prototype per class, and ctx a mean of prototypes,
@@ -7,8 +7,8 @@ C [K, d] a dictionary of one prototype per class, and ctx a mean of prototypes,
                  q = P(c)             prior: the classes' shares, the back-door formula as written
                  q = 1 / K            uniform
 
-The network around it stays what it was: one module, one state dict, no hooks, so that it is saved, loaded and exported
-like any other.
+The network remains one module with one state dict and no hooks, so that it is saved, loaded and exported like any
+other.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def context(z: Tensor, C: Tensor, share: Tensor, temperature: float, weights: st
 
 
 class ContextHead(nn.Module):
-    """[B, d] -> z' [B, K]. `classifier` is the Linear that stood here, `head` maps [f ; ctx] to z'."""
+    """[B, d] -> z' [B, K]. `classifier` is the replaced Linear, and `head` maps [f ; ctx] to z'."""
 
     share: Tensor  #: [K], read unless the weights are softened
 
@@ -52,7 +52,7 @@ class ContextHead(nn.Module):
 
 
 def find(net: nn.Module) -> ContextHead | None:
-    """The head of a network that has one."""
+    """The context head of a network, or None."""
     return next((m for m in net.modules() if isinstance(m, ContextHead)), None)
 
 
@@ -66,9 +66,9 @@ def attach(net: nn.Module, temperature: float = 4.0, weights: str = "softened") 
     """Put an empty head around the last Linear of `net`, in place. Raises DodistillError where that cannot be done."""
     name, linear = classifier(net)
     if not isinstance(linear, nn.Linear) or not name:
-        raise DodistillError("a context head takes the place of a Linear inside the network; this one has none.")
+        raise DodistillError("a context head replaces a Linear inside the network; this network has none.")
     if find(net) is not None:
-        raise DodistillError("this network has a context head already; take the network that it was made from.")
+        raise DodistillError("this network has a context head already; use the network without it.")
     if weights not in WEIGHTS:
         raise DodistillError(f"context head: weights is {weights!r}; use one of {', '.join(WEIGHTS)}.")
     parent, _, last = name.rpartition(".")
@@ -81,7 +81,7 @@ def attach(net: nn.Module, temperature: float = 4.0, weights: str = "softened") 
 def with_context(
     net: nn.Module, head: nn.Linear, C: Tensor, share: Tensor, temperature: float, weights: str
 ) -> nn.Module:
-    """A copy of `net` that carries these; `net` is left as it is."""
+    """A copy of `net` with this context head. `net` stays unchanged."""
     out = copy.deepcopy(net)
     new = attach(out, temperature, weights)
     for mine, given in ((new.head.weight, head.weight), (new.head.bias, head.bias), (new.C, C), (new.share, share)):

@@ -97,7 +97,7 @@ _Own = tuple[Values, Values] | None  # a normalisation that belongs to the netwo
 
 
 def _check_grammar(spec: str) -> None:
-    """Refuse what is no model spec at all, by naming the fix."""
+    """Refuse an invalid model spec, and name the fix."""
     origin, colon, _ = spec.partition(":")
     if ".py:" in spec or (colon and origin in ("timm", "torchvision")):
         return
@@ -121,7 +121,7 @@ def _build(
     if spec.startswith("torchvision:"):
         return _from_torchvision(spec[12:], num_classes, in_channels), NORMALISATION["imagenet"]
     if num_classes is None and (spec in zoo.zoo_names() or spec.startswith("tiny")):
-        raise DodistillError(f"how many classes has {spec}? Give num_classes, or weights to read it from.")
+        raise DodistillError(f"cannot infer num_classes for {spec}; pass it, or weights to read it from.")
     return zoo.build(spec, num_classes or 1, in_channels or zoo.default_channels(spec)), None
 
 

@@ -1,4 +1,4 @@
-"""A network and the normalisation that it was trained with, as one module on images in [0, 1]."""
+"""A network with the normalisation of its training, as one module on images in [0, 1]."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A network as an ONNX file, images in [0, 1] to logits, its normalisation and its context head inside."""
+"""Export of a network to ONNX, from images in [0, 1] to logits, including normalisation and context head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a network computes inside, by hooks that exist only within a `with` block. Works on any nn.Module."""
+"""Inner activations of any network, by hooks that exist only within a `with` block."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class BatchNormInputs(Sequence[Moments]):
 
 @contextmanager
 def batchnorm_inputs(model: nn.Module) -> Iterator[BatchNormInputs]:
-    """Tap the input of every BatchNorm2d of `model` while the block lasts."""
+    """Record the input moments of every BatchNorm2d of `model` within the block."""
     taps = BatchNormInputs(batchnorms(model))
     with _hooked(m.register_forward_pre_hook(taps._record) for m in taps.modules):
         try:
@@ -71,16 +71,16 @@ def batchnorm_inputs(model: nn.Module) -> Iterator[BatchNormInputs]:
 
 @dataclass
 class Features:
-    """What `tapped` saw in the latest forward pass."""
+    """The features of the latest forward pass, from `tapped`."""
 
-    penultimate: Tensor | None = None  #: [B, d], what entered the classifier
+    penultimate: Tensor | None = None  #: [B, d], the input of the classifier
     stages: list[Tensor] = field(default_factory=list)  #: [B, C, H, W], one per resolution, the finest first
 
 
 @contextmanager
 def tapped(model: nn.Module, needs: frozenset[str]) -> Iterator[Features]:
-    """Gather what `needs` names of the forward passes of `model` in this block: `features` (the penultimate ones),
-    `stages` (see `stages`)."""
+    """Record the features that `needs` names, of each forward pass of `model` in this block: `features` (the
+    penultimate ones), `stages` (see `stages`)."""
     seen = Features()
     if not needs:
         yield seen
@@ -98,7 +98,7 @@ def tapped(model: nn.Module, needs: frozenset[str]) -> Iterator[Features]:
 
 
 def probe(model: nn.Module, image_shape: tuple[int, int, int], needs: frozenset[str], device: torch.device) -> Features:
-    """What `tapped` sees of two grey images, in eval mode and without gradients: for widths and resolutions."""
+    """The features of two grey images, in eval mode and without gradients: for widths and resolutions."""
     with evaluating(model), torch.no_grad(), tapped(model, needs) as seen:
         model(torch.full((2, *image_shape), 0.5, device=device))
     return seen
@@ -108,10 +108,10 @@ def probe(model: nn.Module, image_shape: tuple[int, int, int], needs: frozenset[
 def stages(model: nn.Module) -> Iterator[dict[tuple[int, int], Tensor]]:
     """(H, W) -> the last feature map [B, C, H, W] of that size in the latest forward pass, in graph; 1x1 is left out.
 
-    What a submodule returns is seen, and what a function returns is not. Where stages end in modules (ResNet) these are
-    the stages' outputs; where ReLU and pooling are functions (VGG, Tiny) the last map before them, which may be
-    negative; where the next unit begins at the old size, what it begins with (WRN: the BatchNorm of the stage's output;
-    MobileNetV2: its expansion). A network whose maps do not shrink (a ViT) has none that compare.
+    Only outputs of submodules are recorded, not those of functions. Where stages end in modules (ResNet), the maps are
+    the outputs of the stages. Where ReLU and pooling are functions (VGG, Tiny), they are the last maps before these,
+    which may be negative. Where the next unit begins at the old size, they are its first map (WRN: the BatchNorm of the
+    stage's output; MobileNetV2: its expansion). A network whose maps do not shrink (a ViT) has no stages.
     """
     found: dict[tuple[int, int], Tensor] = {}
 
@@ -129,7 +129,7 @@ def stages(model: nn.Module) -> Iterator[dict[tuple[int, int], Tensor]]:
 
 
 class Penultimate:
-    """`value` [B, D] (or the shape that the layer gets): what entered the classifier in the latest forward pass."""
+    """`value` [B, D] (or the shape of the layer's input): the input of the classifier in the latest forward pass."""
 
     def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
         self.layer = layer
@@ -162,7 +162,7 @@ def classifier(model: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d]:
 
 @contextmanager
 def penultimate(model: nn.Module) -> Iterator[Penultimate]:
-    """Tap the input of the `classifier` of `model` (averaged over space, where that is a convolution)."""
+    """Record the input of the `classifier` of `model` within the block (averaged over space for a convolution)."""
     tap = Penultimate(classifier(model)[1])
     with _hooked([tap.layer.register_forward_pre_hook(tap._record)]):
         yield tap
@@ -200,9 +200,9 @@ class PooledInputs(BatchNormInputs):
 
 @contextmanager
 def pooled_inputs(model: nn.Module, layers: Sequence[nn.Module] = (), moments: bool = True) -> Iterator[PooledInputs]:
-    """Tap the inputs of `layers` (none: every BatchNorm2d of `model`) averaged over space, while the block lasts.
+    """Record the inputs of `layers` (empty: every BatchNorm2d of `model`), averaged over space, within the block.
 
-    With `moments` also the statistics that `batchnorm_inputs` taps, for the price of one pass.
+    With `moments`, also the statistics of `batchnorm_inputs`, in the same pass over the activations.
     """
     norms = batchnorms(model)
     taps = PooledInputs(norms if moments else [], layers or norms)

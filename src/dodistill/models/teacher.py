@@ -1,4 +1,4 @@
-"""The teacher: any classifier, frozen, and probed once so that what is wrong with it is said before the work begins."""
+"""The teacher: any classifier, frozen, and checked once before the run begins."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Teacher(nn.Module):
     """A frozen classifier of images [B, C, H, W] in [0, 1].
 
     `model` is any module that gives logits [B, K]; it owns its normalisation (`models.Normalized`). It is frozen in
-    place: no gradients for its parameters, eval mode for good. Two random images are passed through it once.
-    Raises DodistillError when it returns no tensor, another shape, NaN or infinity, probabilities in place of logits,
-    another class count than `num_classes`, or does not take `image_shape` (C, H, W).
+    place: its parameters get no gradients, and it stays in eval mode. The constructor passes two random images through
+    it. Raises DodistillError when it returns no tensor, another shape, NaN or infinity, probabilities in place of
+    logits, another class count than `num_classes`, or does not take `image_shape` (C, H, W).
     """
 
     model: nn.Module
@@ -55,7 +55,7 @@ class Teacher(nn.Module):
         return logits.float()
 
     def train(self, mode: bool = True) -> Teacher:
-        """A teacher does not train: always eval."""
+        """A teacher stays in eval mode."""
         super().train(False)
         return self
 

@@ -1,4 +1,4 @@
-"""Weights in and out: never by running code from a file, never half a file, never silently the wrong ones."""
+"""Reading and writing weights: no code of a file runs, files are written whole, and mismatches are refused."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ torch.save(o.state_dict() if hasattr(o, 'state_dict') else o, 'converted.pt')\""
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """What `save_model` wrote beside the tensors of a `.safetensors` file; {} for a file of another origin."""
+    """The metadata that `save_model` wrote into a `.safetensors` file; {} for a file of another origin."""
     path = _existing(path)
     try:
         with safe_open(path, "pt") as f:
@@ -130,7 +130,8 @@ def load_state(net: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
 
 
 def load_saved(model: nn.Module, path: str | Path) -> None:
-    """Into `model`, in place, what `save_model` wrote of one like it, with the context head that it may have got."""
+    """Load into `model`, in place, weights that `save_model` wrote for the same network, and its context head, if
+    any."""
     net, known = getattr(model, "model", model), read_metadata(path)
     if "head" in known:
         attach(net, **known["head"])

@@ -1,23 +1,22 @@
-"""A memory bank: some of what the student once saw, kept as it was (MB-DFKD, WACV 2022; LRA, CVPR 2023).
+"""A memory bank: keeps some of the student's past inputs unchanged (MB-DFKD, WACV 2022; LRA, CVPR 2023).
 
 MB-DFKD: Preventing Catastrophic Forgetting and Distribution Mismatch in Knowledge Distillation via Synthetic Data
 (Binici et al.).
 
-    eviction oldest      a ring of `capacity` batches of `size` images, as published. Of every `every`-th acquisition
-                         `size` images replace the oldest batch. A step replays one whole batch, each as likely.
-    eviction reservoir   ours: a uniform sample of everything in those acquisitions (Vitter's algorithm R), of
+    eviction oldest      a ring of `capacity` batches of `size` images, as published. `size` images of every `every`-th
+                         acquisition replace the oldest batch. A step replays one whole batch; all are equally likely.
+    eviction reservoir   ours: a uniform sample of all images of these acquisitions (Vitter's algorithm R), with
                          capacity * size images. A step replays `size` of them, drawn with replacement.
 
-Images are kept as uint8 on the device with the teacher's logits beside them, so that a replayed batch costs the teacher
-nothing.
+Images are kept as uint8 on the device with the teacher's logits, so that replay needs no pass through the teacher.
 
 Deviations, and why
- 1. The release pushes at the end of epochs 0, 5, 10, ...; an epoch is 36 acquisitions of its generator at batch 1024,
-    72 at batch 512. Here that is `first` = 36, `every` = 180 (72 and 360), in acquisitions.
- 2. It keeps floats in normalised coordinates on the host and asks the teacher again; here they are pixels, rounded as
-    all that the student sees, and the teacher's answers are its answers to those.
- 3. A batch joins when it is acquired, before the student's steps on it; there, after them. It is a random part of the
-    acquisition; there, the first eighth of its last batch.
+ 1. The release adds a batch at the end of epochs 0, 5, 10, ... An epoch is 36 acquisitions of its generator at batch
+    1024, 72 at batch 512. Here that is `first` = 36, `every` = 180 (72 and 360), in acquisitions.
+ 2. The release keeps floats in normalised coordinates on the host, and evaluates the teacher again. Here the bank keeps
+    pixels in 256 levels, like all inputs of the student, and the teacher's logits of these.
+ 3. A batch is added when it is acquired, before the student's steps on it; in the release, after them. It is a random
+    part of the acquisition; in the release, the first eighth of its last batch.
 """
 
 from __future__ import annotations
@@ -37,12 +36,12 @@ from .shared.base import Replay, ReplayConfig
 
 @dataclass(frozen=True)
 class Config(ReplayConfig):
-    """How much is kept, and how often something joins; defaults are those for batches of 1024."""
+    """How much is kept, and how often it is replaced; the defaults are for batches of 1024."""
 
-    capacity: int = 10  #: batches that are kept
+    capacity: int = 10  #: batches kept
     size: int = 128  #: images per batch, and replayed per step (the papers: an eighth of the student's batch)
-    every: int = 180  #: acquisitions from one push to the next
-    first: int = 36  #: acquisitions up to and with the first push
+    every: int = 180  #: acquisitions between two additions
+    first: int = 36  #: acquisitions up to and including the first addition
     eviction: Literal["oldest", "reservoir"] = "oldest"  #: a ring of batches, or a uniform sample of all images
 
     name: ClassVar[str] = "bank"
@@ -52,7 +51,7 @@ class Config(ReplayConfig):
 
 
 class Bank(Replay):
-    """A pool of its own, written rarely and read at every step."""
+    """A pool that is written rarely and read at every step."""
 
     def __init__(self, config: Config, context: Context) -> None:
         super().__init__(context)

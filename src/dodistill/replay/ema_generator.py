@@ -1,21 +1,21 @@
-"""An averaged generator as a memory: it makes what the generator made some time ago (MAD, NeurIPS 2022).
+"""An averaged generator as a memory: it generates images like those of some time ago (MAD, NeurIPS 2022).
 
 Momentum Adversarial Distillation: Handling Large Distribution Shifts in Data-Free Knowledge Distillation (Do et al.).
 
-Beside the source's generator G(z; theta) stands a copy that follows it slowly,
+A copy of the source's generator G(z; theta) follows it slowly,
 
     theta~ <- decay * theta~ + (1 - decay) * theta
 
-and each step of the student replays `size` images G(z; theta~), z ~ N(0, I). No image is kept: the memory is one more
-generator. Needs a source with one generator that goes on through the run.
+and each step of the student replays `size` images G(z; theta~), z ~ N(0, I). No image is kept; the memory is a second
+generator. This needs a source that trains one generator through the whole run.
 
 Deviations, and why
- 1. The average moves after each acquisition, by decay^g_steps where the generator makes several steps in one; there,
-    after each step. The same after an acquisition but for what lies between its steps.
- 2. Its decay warms up, min(decay, (1 + n) / (10 + n)) after n acquisitions, as averages usually do, and it begins as
-    the generator after the first one: else it makes images of an untrained generator for the first hundred steps.
- 3. There the student matches on both kinds in one batch. So does the preset `mad` of source `adversarial`, where the
-    averaged generator's images join the pool; here the update decides what to do with them.
+ 1. The average is updated after each acquisition, by decay^g_steps where the generator makes several steps per
+    acquisition; in the paper, after each step. The two differ only by the weights between the steps of an acquisition.
+ 2. The decay warms up, min(decay, (1 + n) / (10 + n)) after n acquisitions, as is usual, and the average starts as the
+    generator after the first one. Otherwise it generates untrained images for the first hundred steps.
+ 3. In the paper the student matches on both kinds in one batch. So does the preset `mad` of source `adversarial`, where
+    the averaged generator's images join the pool. Here the update decides how to use them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .shared.base import Replay, ReplayConfig
 
 @dataclass(frozen=True)
 class Config(ReplayConfig):
-    """How slowly the average follows."""
+    """The rate of the average."""
 
     size: int = 128  #: images replayed per step
     decay: float = 0.95  #: of the average, per step of the generator
@@ -48,7 +48,7 @@ class Config(ReplayConfig):
 
 
 class Ema(Replay):
-    """The averaged generator; like the source's own it works with its batch's statistics."""
+    """The averaged generator. Like the source's generator, it uses the statistics of its batch."""
 
     net: nn.Module
 

@@ -1,31 +1,31 @@
-"""Generative replay: what was seen is not kept but learnt, by a small VAE (PRE-DFKD, AAAI 2022; LRA, CVPR 2023).
+"""Generative replay: a small VAE learns the student's past inputs (PRE-DFKD, AAAI 2022; LRA, CVPR 2023).
 
 PRE-DFKD: Robust and Resource-Efficient Data-Free Knowledge Distillation by Generative Pseudo Replay (Binici et al.).
 
-An encoder E and a decoder D learn from inputs x, of which some are new and some are D's own ("self-decoded", so that it
-does not forget either), with (mu, sigma) = E(x), x^ = D(mu + sigma * eps):
+An encoder E and a decoder D learn from inputs x. Some are new, and some come from D itself ("self-decoded", so that D
+does not forget), with (mu, sigma) = E(x), x^ = D(mu + sigma * eps):
 
     L = |x^ - x| + |T(x^) - T(x)| + kld * KL(N(mu, sigma) || N(0, I))      synthetic-data-aware reconstruction
 
-means over elements, x in the teacher's normalised coordinates: images that look right but make the teacher say
-something else are not remembered. What D is asked for is balanced over classes: from z ~ N(0, I), one step of Adam
-(lr_z) on
+means over elements, with x in the teacher's normalised coordinates. The second term keeps the teacher's predictions of
+the images. The replayed images are balanced over classes: z ~ N(0, I) first takes one step of Adam (lr_z) on
 
     ie * sum_c p_c log10 p_c + oh * CE(T(D(z)), argmax) + MSE(var z, 1) + MSE(mean z, 0)      p = mean softmax T(D(z))
 
 with moments over the batch of z, per latent. A step of the student replays `size` such images.
 
 Deviations, and why
- 1. With `shapes_decoder` off the tuning of z moves z alone. In the release the gradient of that loss stays in the
-    decoder, uncleared, and D steps on the sum of both: it also learns to make confident images of evenly many classes.
-    Whether that is meant we cannot tell; the presets `pre` and `lra-generative` have it on.
- 2. `train` steps per acquisition, at the acquisition, each on its own part of the new images; there, after each of the
-    first 4 of the 10 student steps between two acquisitions, on the images of that step. The student waits for the
-    first of them; there it replays images of an untrained decoder first.
- 3. The first step has new images alone, those after it D's own too; there, the first 4 have new ones alone.
- 4. Images that leave [0, 1] are clipped before teacher or student reads them; in the release nothing is clipped.
- 5. A teacher without a known normalisation gets mean 0.5 and deviation 0.25; the released decoders know theirs only by
-    the standardisation of their last layer. Images need a height and width divisible by 4; there, by 8.
+ 1. With `shapes_decoder` off, the tuning of z changes z only. In the release the gradient of that loss stays in the
+    decoder and is added to its next step, so that D also learns to make confident images of balanced classes. We cannot
+    tell whether this is intended. It is on in the presets `pre` and `lra-generative`.
+ 2. D makes `train` steps per acquisition, at the acquisition, each on its own part of the new images. In the release it
+    makes one after each of the first 4 of the 10 student steps between two acquisitions, on the images of that step.
+    Here replay begins after the first of them; in the release it begins with images of an untrained decoder.
+ 3. The first step uses only new images, later ones also D's own; in the release the first 4 use only new images.
+ 4. Images outside [0, 1] are clipped before teacher and student read them; the release clips nothing.
+ 5. A teacher without a known normalisation gets mean 0.5 and deviation 0.25. The released decoders know the
+    normalisation only by the standardisation of their last layer. Height and width must be divisible by 4; in the
+    release, by 8.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from .shared.vae import kl_to_normal, vae
 
 
 def balance(t: Tensor, z: Tensor, ie: float, oh: float) -> dict[str, Tensor]:
-    """What latents z [B, d] are tuned by, given the teacher's logits t [B, K] of what they decode to; see the file."""
+    """The loss that tunes latents z [B, d], given the teacher's logits t [B, K] of their decoded images; see above."""
     log_p = torch.logsumexp(nnf.log_softmax(t, 1), 0) - math.log(len(t))
     variance, mean = z.var(0), z.mean(0)
     return {
@@ -118,14 +118,14 @@ class Generative(Replay):
         self.rounds += 1
 
     def _with_own(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs and the teacher's logits of them, with images behind them that the decoder makes now."""
+        """Inputs and their teacher logits, with newly decoded images and their logits appended."""
         mine = self._decode_balanced(self.config.shapes_decoder)
         with torch.no_grad(), self.context.autocast():
             return torch.cat([x, mine]), torch.cat([t, self.context.teacher(mine).float()])
 
     def _train(self, x: Tensor, t: Tensor) -> None:
-        """One step of Adam towards inputs x [n, C, H, W] and the teacher's logits t [n, K] of them, with the gradients
-        that are there already."""
+        """One step of Adam on inputs x [n, C, H, W] and their teacher logits t [n, K]. It adds to the gradients that
+        the parameters already have."""
         with self.context.autocast():
             mu, log_var = self.encoder((x - self.mean) / self.std)
             eps = torch.randn(mu.shape, generator=self.generator, device=mu.device)
@@ -141,13 +141,13 @@ class Generative(Replay):
         self.terms |= detached(terms)
 
     def _decode(self, z: Tensor) -> Tensor:
-        """Pixels of z, around [0, 1]."""
+        """Pixels of z. They may lie outside [0, 1]."""
         out: Tensor = self.mean + self.std * self.decoder(z)
         return out
 
     def _decode_balanced(self, shapes_decoder: bool = False) -> Tensor:
-        """`size` images in [0, 1] of latents that were tuned once; constants. `shapes_decoder`: the gradient of the
-        tuning is added to the decoder's."""
+        """`size` images in [0, 1] of tuned latents, without a graph. `shapes_decoder`: add the gradient of the tuning
+        to the decoder's."""
         c = self.config
         z = torch.randn(c.size, c.latent, generator=self.generator, device=self.context.device).requires_grad_()
         with self.context.autocast():

@@ -1,5 +1,5 @@
-"""The adversarial family: a generator looks for inputs on which student and teacher disagree. One loop, three papers,
-and a fourth that steadies it; they differ in the discrepancy D and in what keeps the images sane.
+"""The adversarial family: a generator finds inputs on which student and teacher disagree. One loop serves four papers,
+which differ in the discrepancy D and in the regularisation of the images; the fourth adds a moving average.
 
     x = G(z), z ~ N(0, I);   t = T(x);   s = S(x)
     G descends  L_G = -adv * D(s, t) + bn * L_bn + oh * L_oh + ie * L_ie         S descends  D(s, t) on fresh x
@@ -9,23 +9,23 @@ and a fourth that steadies it; they differ in the discrepancy D and in what keep
     dfq   Data-Free Network Quantization with Adversarial Knowledge Distillation (Choi et al., CVPRW 2020): D = KL, and
           L_bn = sum_l (|| mu_l - E_l ||_2 + || var_l - V_l ||_2), L_oh = CE(t, argmax t), L_ie = sum_c p_c log p_c
     mad   Momentum Adversarial Distillation (Do et al., NeurIPS 2022): the student also matches on images of a moving
-          average of the generator, theta~ <- ema * theta~ + (1 - ema) * theta, which changes slowly and so reminds it
+          average of the generator, theta~ <- ema * theta~ + (1 - ema) * theta, which changes slowly (less forgetting)
 
 Deviations, and why
- 1. D compares the teacher with the *student*. One released toolbox (Fast-Datafree) hands the teacher to this place
-    twice, so that its D and the gradient of D are 0 for all of these methods; the other (CMI) has the student.
- 2. zskt: attention transfer (beta 250) is left out, since it needs networks of one family; the release's KL is a mean
-    over elements too (a factor K, which Adam undoes, but for its clipping of gradients at norm 5, left out as well);
-    its student has Adam, ours SGD with the toolbox's settings; its generator has no Tanh and starts from 10x10 maps.
- 3. The student is in eval mode while the generator steps. In train mode, as ZSKT and DFAD have it, its BatchNorm uses
-    the batch's own statistics: `student_bn = "batch"` does that alone, and leaves its running ones as they are. With
-    `running` (the toolbox) the generator can widen D by images on which only the running statistics are wrong.
- 4. The generator's rate is constant (ZSKT: a cosine; DFAD: optional steps, here for the student alone).
- 5. dfq: settings of the toolbox, for the paper has no release; the paper measures the BatchNorm statistics by a KL of
+ 1. D compares the teacher with the *student*. One released toolbox (Fast-Datafree) passes the teacher twice, so that D
+    and its gradient are 0 for all of these methods. The other toolbox (CMI) passes the student.
+ 2. zskt: we leave out attention transfer (beta 250), which needs networks of one family, and the clipping of gradients
+    at norm 5. The release's KL is also a mean over classes; Adam cancels this factor K. Its student uses Adam, ours SGD
+    with the toolbox's settings. Its generator has no Tanh and starts from 10x10 maps.
+ 3. The student is in eval mode during the generator's step. ZSKT and DFAD have it in train mode, where its BatchNorm
+    uses the statistics of the batch. `student_bn = "batch"` does that, and leaves the running statistics unchanged.
+    With `running` (the toolbox) the generator can increase D by images on which only the running statistics are wrong.
+ 4. The generator's rate is constant (ZSKT: a cosine; DFAD: optional steps, here for the student only).
+ 5. dfq: settings of the toolbox, as the paper has no release. The paper compares BatchNorm statistics by a KL of
     Gaussians.
- 6. mad: class-conditional generators, the bounds on its losses and its pretraining of G are left out. The losses are
-    those of dfq, and all weights but the decay are ours, unverified against the paper.
- 7. Images in normalised coordinates are clipped to [0, 1] as they leave the generator, as in `dafl`.
+ 6. mad: we leave out class-conditional generators, the bounds on its losses and its pretraining of G. The losses are
+    those of dfq. All weights except the decay are ours, unverified against the paper.
+ 7. Images in normalised coordinates are clipped to [0, 1] in the generator, as in `dafl`.
 """
 
 from __future__ import annotations
@@ -82,14 +82,14 @@ _RELEASE: dict[str, Any] = {"betas": (0.9, 0.999), "lr_g": 1e-3, "output": "stan
 class Config(FreshConfig):
     """Hyper-parameters of the family; defaults are those of DFAD's losses with the toolbox's generator."""
 
-    loss: Literal["kl", "l1", "js"] = "l1"  #: the discrepancy D of student and teacher that the generator widens
+    loss: Literal["kl", "l1", "js"] = "l1"  #: the discrepancy D of student and teacher, which the generator increases
     adv: float = 1.0  #: weight of the discrepancy
     bn: float = 0.0  #: weight of the teacher's BatchNorm statistics (dfq)
     oh: float = 0.0  #: weight of the one-hot loss (dfq)
     ie: float = 0.0  #: weight of the information entropy (dfq; the toolbox: `balance`)
     coverage: float = 0.0  #: weight of the coverage of classes, see `dafl`; ours
-    student_bn: Literal["batch", "running"] = "batch"  #: statistics that the student's BatchNorm has in this loss
-    ema: float = 0.0  #: decay of an averaged generator that hands over as many images as the generator itself; 0: none
+    student_bn: Literal["batch", "running"] = "batch"  #: statistics that the student's BatchNorm uses in this loss
+    ema: float = 0.0  #: decay of an averaged generator, which makes as many images as the generator; 0: none
 
     name: ClassVar[str] = "adversarial"
     kind: ClassVar[Kind] = "generator"
@@ -134,7 +134,7 @@ class Config(FreshConfig):
 
 
 class Adversarial(Fresh):
-    """A generator against the student, and perhaps its moving average."""
+    """A generator against the student, and optionally its moving average."""
 
     config: Config
 
@@ -156,7 +156,7 @@ class Adversarial(Fresh):
                 f"source.ema is {config.ema} and source.fresh {config.fresh}: a decay lies in [0, 1), as in 0.95, and "
                 "an averaged generator needs fresh batches (fresh 1 or more)."
             )
-        #: the moving average of the generator's weights; like it, it always works with its batch's own statistics
+        #: the moving average of the generator's weights; it uses the statistics of its batch, like the generator
         self.average = copy.deepcopy(self.net).requires_grad_(False) if config.ema else None
 
     def _losses(self, x: Tensor, student: nn.Module) -> tuple[dict[str, Tensor], Tensor]:

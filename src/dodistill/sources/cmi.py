@@ -1,25 +1,25 @@
 """CMI: Contrastive Model Inversion for Data-Free Knowledge Distillation (Fang et al., IJCAI 2021).
 
-Images are inverted so that each can be told from all others made before. Per acquisition a generator G begins anew; it
-and its latents z ~ N(0, I), with random labels y, descend together on
+Images are inverted so that each differs from all earlier ones. Each acquisition reinitialises a generator G and
+optimises it together with its latents z ~ N(0, I), for random labels y, on
 
     L    = bn * sum_l (|| mu_l - E_l || + || var_l - V_l ||) + oh * CE(T(x), y) + adv * L_adv + cr * L_cr,   x = G(z)
     L_cr = mean_i l_i over the current images + mean_i l_i over the cached ones
     l_i  = -log( exp(p_i . q_i / tau) / sum_j exp(p_i . q_j / tau) )
 
-x passes T in two views: the global one (crop, flip), of which all other terms are, and the local one (a part of the
-image, resized). p_i = h(local), q_i = h(global), held constant, are unit vectors that a small head h makes of a view's
-features: the inputs of T's BatchNorm layers, averaged over space. The features of earlier images lie in a bank; each
-step compares with `negatives` of them. The head goes on from one acquisition to the next. L_adv is Fast's.
+T reads x in two views: a global one (crop, flip), which all other terms use, and a local one (a part of the image,
+resized). A small head h maps the features of a view to unit vectors: p_i = h(local) and q_i = h(global), where q_i is
+constant. The features are the inputs of T's BatchNorm layers, averaged over space. A bank keeps the features of earlier
+images, and each step compares with `negatives` of them. The head is kept between acquisitions. L_adv is Fast's.
 
 Deviations, and why
- 1. L_adv sets in once the student has matched at all (acquisition `warmup` + 1); in the release at the first one.
- 2. The bank lies on the run's device and may be any size. The release's reads as empty in the one acquisition after it
-    is exactly full (the 160th); the loss is NaN there, and the first, untrained iterate is kept as the best.
- 3. The global features are projected without a graph (the release detaches them afterwards): the same gradients.
- 4. A part that would stick out of the image is made to fit; the release's library draws another, and aligns corners.
- 5. `cr = 0` makes no local view at all (one of the two releases crashes).
- 6. `layers` names other features; the release takes the inputs of the four stages, for its ResNet-34 alone.
+ 1. L_adv begins after the student's first matching step (acquisition `warmup` + 1); in the release, with the first.
+ 2. The bank is on the run's device and may have any size. The release's bank counts as empty in the acquisition after
+    it is exactly full (the 160th). The loss is NaN there, and the first, untrained iterate is kept as the best.
+ 3. The global features are projected without a graph; the release detaches them afterwards. The gradients are the same.
+ 4. A part that would exceed the image is shrunk to fit; the release's library redraws it, and aligns corners.
+ 5. `cr = 0` makes no local view (one of the two releases crashes).
+ 6. `layers` selects other features; the release uses the inputs of the four stages, for its ResNet-34 only.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ from .shared.generators import ConvGenerator
 
 
 def contrast(p: Tensor, q: Tensor, n: int, tau: float) -> Tensor:
-    """L_cr of unit rows p, q [N, d], of which row i of p belongs to row i of q; the first n are the current images.
+    """L_cr of unit rows p, q [N, d]: row i of p matches row i of q, and the first n rows are the current images.
 
-    Mean of l_i over the first n plus mean over the others, if any; in [0, 2 (ln N + 2 / tau)]. As CMI's release has it.
+    The mean of l_i over the first n, plus the mean over the others, if any; in [0, 2 (ln N + 2 / tau)]. As released.
     """
     similarity = p @ q.T / tau
     rows = similarity.logsumexp(1) - similarity.diagonal()
@@ -69,7 +69,7 @@ class Head(nn.Module):
 
 
 def _preset(floor: float = 0.0, batch: int = 128, **source: Any) -> dict[str, Any]:
-    """A preset whose student has that batch, and a cosine that ends at `floor`."""
+    """A preset: `batch` is the student's, and its cosine schedule ends at `floor`."""
     return {
         "source": {
             "batch": 256, "iterations": 200, "lr_g": 1e-3, "adv": 0.5, "bn": 1.0, "oh": 1.0, "cr": 0.8, "tau": 0.1,
@@ -98,10 +98,10 @@ class Config(SourceConfig):
     cr: float = 0.8  #: weight of the contrastive term (0: no local view, no bank)
     tau: float = 0.1  #: temperature of the contrastive term
     bank: int = 40_960  #: images whose features are remembered
-    negatives: int = 4096  #: of them, how many join each step
+    negatives: int = 4096  #: of these, how many each step compares with
     bank_dtype: BankType = "float32"  #: bfloat16 halves the bank's memory and its checkpoint
     head: int = 256  #: size of the vectors that are contrasted
-    layers: tuple[str, ...] = ()  #: the teacher's modules whose inputs are the features (none: all BatchNorms)
+    layers: tuple[str, ...] = ()  #: teacher modules whose inputs are the features (empty: all BatchNorms)
     balanced: bool = False  #: every class equally often, instead of labels drawn uniformly
 
     name: ClassVar[str] = "cmi"
@@ -139,7 +139,7 @@ class Config(SourceConfig):
 
 
 class Cmi(Source):
-    """The head and the bank; the generator is drawn anew for each acquisition."""
+    """The head and the bank persist; each acquisition reinitialises the generator."""
 
     def __init__(self, config: Config, context: Context) -> None:
         super().__init__(context)
@@ -224,7 +224,7 @@ class Cmi(Source):
         """L_cr of local and global features [B, D], among them and rows of the bank."""
         ctx = self.context
         cached = self.bank.sample(self.config.negatives, self.generator).chunk(2, 1)
-        with ctx.autocast():  # apart: the cached rows' gradient, which nobody wants, is then never computed
+        with ctx.autocast():  # two calls: no gradient with respect to the cached rows is computed
             p = torch.cat([self.head(part), self.head(cached[0])])
         with torch.no_grad(), ctx.autocast():
             q = torch.cat([self.head(whole), self.head(cached[1])])
@@ -235,7 +235,7 @@ class Cmi(Source):
 
 
 def _find(model: nn.Module, name: str) -> nn.Module:
-    """The module of that name, or whose dotted name ends with it (wrappers go before it)."""
+    """The module with this name, or whose dotted name ends with it (wrappers add prefixes)."""
     found: list[nn.Module] = [m for key, m in model.named_modules() if key == name or key.endswith("." + name)]
     if len(found) != 1:
         top = ", ".join(key for key, _ in model.named_modules() if key and key.count(".") < 2)

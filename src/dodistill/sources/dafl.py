@@ -1,29 +1,31 @@
 """DAFL: Data-Free Learning of Student Networks (Chen et al., ICCV 2019).
 
-A generator is trained to make what the teacher takes for its training data, judged by three properties of the teacher's
-answers t = T(x) and features f (the input of its classifier) on a batch x = G(z), z ~ N(0, I):
+A generator learns to make images that the teacher treats like its training data. Three properties of the teacher's
+logits t = T(x) and features f (the input of its classifier), on a batch x = G(z), z ~ N(0, I), measure this:
 
-    L_oh = CE(t, argmax t)      one-hot: each image is of one class, whichever
-    L_a  = -mean |f|            activation: it excites the teacher's features
-    L_ie = sum_c p_c log p_c    information entropy: the batch has every class alike; p = mean softmax(t)
+    L_oh = CE(t, argmax t)      one-hot: each image is clearly of some class
+    L_a  = -mean |f|            activation: the images activate the teacher's features
+    L_ie = sum_c p_c log p_c    information entropy: all classes are equally frequent in the batch; p = mean softmax(t)
     L_c  = mean_c max(0, ln(1 / 4K) - ln p_c)            coverage (ours, weight 0 in what is published)
     L_G  = oh * L_oh + act * L_a + ie * L_ie + coverage * L_c
 
-The student matches the teacher on fresh batches. It takes no part in the generator's loss.
+The student matches the teacher on fresh batches. The generator's loss does not depend on the student.
 
 Deviations, and why
- 1. Huawei's code makes one batch and steps generator and student on it: `fresh = 0`. Its images are in the teacher's
-    normalised coordinates (`output = "standardised"`), where they may lie beyond valid pixels. Ours are clipped to
-    [0, 1] as they leave the generator, so that whoever reads them reads the same: clipped only when handed over, MNIST
-    digits that the teacher took for ten classes became five. Without a known normalisation, mean 0.5, deviation 0.25.
- 2. Huawei's entropy has log10, its weights belong to that: `log = "log10"`. The toolbox's has the natural logarithm.
- 3. Huawei's hidden BatchNorms have eps 0.8, a slip of an old code that its authors kept on purpose: `eps`.
- 4. The toolbox's script says T = 20, its code matches at T = 1 for this method; the presets say 1. `toolbox` is the
-    copy in Fast's repository; CMI's has a larger generator, and makes the student's batches with it in eval mode.
- 5. Huawei's MNIST student has Adam; here SGD, rate ours. Its CIFAR-100 teacher had CIFAR-10's constants; ours its own.
- 6. 3 % of each acquisition is held back, to judge the student by; the student meets as many of the others twice.
- 7. `coverage` (ours): a class that no image of the batch is of has p_c near 0, and the gradient that L_ie gives it
-    is in proportion to p_c: it stays away. L_c pulls at it with 1/K, and at no class with a quarter of its share.
+ 1. Huawei's code makes one batch, and steps generator and student on it: `fresh = 0`. Its images are in the teacher's
+    normalised coordinates (`output = "standardised"`), where they may exceed valid pixels. Ours are clipped to [0, 1]
+    in the generator, so that teacher and student read the same images. When they were clipped only afterwards, MNIST
+    images of ten classes became images of five. Without a known normalisation: mean 0.5, deviation 0.25.
+ 2. Huawei's entropy uses log10, and its weights assume that: `log = "log10"`. The toolbox uses the natural logarithm.
+ 3. Huawei's hidden BatchNorms have eps 0.8, a slip of older code that its authors kept on purpose: `eps`.
+ 4. The toolbox's script says T = 20, but its code matches at T = 1 for this method; the presets use 1. `toolbox` is the
+    copy in Fast's repository. CMI's copy has a larger generator, and makes the student's batches with it in eval mode.
+ 5. Huawei's MNIST student uses Adam; ours uses SGD at a rate of our choice. Its CIFAR-100 teacher has CIFAR-10's
+    normalisation; ours has its own.
+ 6. 3 % of each acquisition is held back to score the student. The student draws as many of the others twice.
+ 7. `coverage` (ours): the gradient of L_ie with respect to class c is proportional to p_c. A class that is absent from
+    the batch has p_c near 0, so L_ie does not bring it back. The gradient of L_c is 1/K for such a class, and 0 for any
+    class with at least a quarter of its share.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ from .shared.fresh import Fresh, FreshConfig, pooled
 def one_hot(t: Tensor) -> Tensor:
     """CE of logits t [B, K] to their own argmax, mean over the batch, >= 0. Chen et al. (2019), Eq. 2.
 
-    0 for a teacher that is sure of every image, at most ln K.
+    0 where the teacher is certain of every image; at most ln K.
     """
     return nnf.cross_entropy(t, t.argmax(1))
 
@@ -56,7 +58,7 @@ def one_hot(t: Tensor) -> Tensor:
 def information_entropy(t: Tensor, log: str = "natural") -> Tensor:
     """sum_c p_c log p_c with p = mean over the batch of softmax(t), logits t [B, K]. Chen et al. (2019), Eq. 4.
 
-    Minus the entropy of the batch's classes: -log K where they are equally frequent, 0 where one class has all.
+    The negative entropy of the batch's classes: -log K where they are equally frequent, 0 where there is one class.
     `log`: "natural" or "log10". Finite for any finite t, even where p_c underflows.
     """
     log_p = torch.logsumexp(nnf.log_softmax(t, 1), 0) - math.log(len(t))
@@ -72,7 +74,7 @@ def activation(f: Tensor) -> Tensor:
 def _preset(
     source: dict[str, Any], optim: dict[str, Any], steps: int, batch: int, handed: int
 ) -> dict[str, dict[str, Any]]:
-    """A preset whose acquisitions hand over `handed` images, which the pool keeps until the next."""
+    """A preset whose acquisitions return `handed` images, which the pool keeps until the next acquisition."""
     return {
         "source": source,
         "criterion": {"name": "kl", "temperature": 1.0},
@@ -94,14 +96,14 @@ def _huawei(oh: float, ie: float, act: float) -> dict[str, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Config(FreshConfig):
-    """Hyper-parameters of DAFL; defaults are the toolbox's, which made the literature's tables but for one column."""
+    """Hyper-parameters of DAFL; defaults are the toolbox's, behind most of the literature's tables."""
 
     latent: int = 512  #: size of z
     oh: float = 1.0  #: weight of the one-hot loss
     ie: float = 20.0  #: weight of the information entropy (the toolbox: `balance`)
     act: float = 1e-3  #: weight of the activation loss
     log: Literal["natural", "log10"] = "natural"  #: logarithm of the information entropy
-    coverage: float = 0.0  #: weight of L_c: ours, so that classes that are lacking come back
+    coverage: float = 0.0  #: weight of L_c (ours): brings absent classes back
 
     name: ClassVar[str] = "dafl"
     kind: ClassVar[Kind] = "generator"

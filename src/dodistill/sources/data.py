@@ -1,11 +1,11 @@
 """Distillation with data: every image of a real dataset, with its label where it has one.
 
-The case that most of the distillation literature is about, as one more source: the whole set goes into the pool, once,
-with the teacher's clean logits beside it, and everything else (loop, interventions, replay, report) is as without data.
-The student is chosen by what was held back of it, never by a test set.
+This is the setting of most of the distillation literature, as one more source. The whole set enters the pool once, with
+the teacher's logits. Everything else (loop, interventions, replay, report) is the same as without data. The delivered
+student is chosen on held-back images of the set, never on a test set.
 
-Labels are what a criterion with a cross-entropy reads (`hinton`, `cid`, the baselines). Where there are none the
-teacher's answers stand in. `real` is the source that never reads labels, and that can skew the classes.
+Criteria with a cross-entropy (`hinton`, `cid`, the baselines) read the labels. Where there are none, the teacher's
+predictions replace them. Source `real` never reads labels, and can skew the classes.
 
 The presets hold the student's schedule of CID and RepDistiller: 240 passes over CIFAR's 50 000 images in batches of 64.
 Deviations: batches are drawn with replacement, and 3 % of the images (1024 at most) are held back to judge by.
@@ -44,11 +44,11 @@ def _cid(b: float, c: float, lr: float = 0.05) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Config(SourceConfig):
-    """How much of the data."""
+    """The share of the data."""
 
     warmup: int = 0
     every: int = 0
-    share: float = 1.0  #: of the images, in (0, 1]; the same ones whatever the seed
+    share: float = 1.0  #: share of the images, in (0, 1]; the same images for every seed
 
     name: ClassVar[str] = "data"
     kind: ClassVar[Kind] = "data"
@@ -84,7 +84,7 @@ class Config(SourceConfig):
 
 
 class Data(Source):
-    """Hands over the images once."""
+    """Returns the images once."""
 
     def __init__(self, config: Config, context: Context) -> None:
         super().__init__(context)

@@ -1,29 +1,30 @@
 """DeepInv: Dreaming to Distill, Data-free Knowledge Transfer via DeepInversion (Yin et al., CVPR 2020).
 
-Per acquisition the pixels x themselves descend, from noise, towards labels y and the teacher's BatchNorm statistics:
+Each acquisition optimises the pixels x themselves, from noise, for labels y and the teacher's BatchNorm statistics:
 
     L = oh * CE(T(x), y) + bn * sum_l r_l + tv * R_tv(x) + l2 * ||x||_2 + adv * (1 - JS(T(x), S(x)))
 
     r_l  = || mu_l - E_l ||_2 + || var_l - V_l ||_2      statistics of each BatchNorm's input
     R_tv = sum over the four difference images (right, down, two diagonals) of their mean absolute value
 
-The last term is Adaptive DeepInversion: it looks for images on which teacher and student disagree. With `low` the
-first iterations see every 2x2 block of x as one pixel, their mean, as NVIDIA's code does on ImageNet.
+The last term is Adaptive DeepInversion: it finds images on which teacher and student disagree. With `low`, the first
+iterations replace each 2x2 block of x by its mean, as NVIDIA's ImageNet code does.
 
 Deviations, and why
  1. `js = "true"` is the Jensen-Shannon divergence at temperature 3. The released code's "JS" is KL(M || P) with
-    probabilities clamped to [0.01, 0.99], which has almost no gradient with 100 classes; it stands as
-    `js = "published"`, clamped to [0, 1] as there.
- 2. `best` returns the iterate of lowest loss, as the release means to; the release's copy aliases the tensor that is
-    updated in place, so it always returns the last one. `best = false` is that. NVIDIA's ImageNet code has a copy, one
-    step late and of either resolution; ours is of the full one, as the losses of the two do not compare.
- 3. Pixels descend in the teacher's normalised coordinates, as in the release, and are clipped to valid pixels after
+    probabilities clamped to [0.01, 0.99], which has almost no gradient with 100 classes. `js = "published"` is that,
+    clamped to [0, 1] as in the release.
+ 2. `best` returns the iterate of lowest loss, as the release intends. The release's copy aliases the tensor that it
+    updates in place, so it always returns the last iterate: `best = false`. NVIDIA's ImageNet code copies, one step
+    late and at either resolution. Ours compares at full resolution only, as losses of two resolutions do not compare.
+ 3. Pixels are optimised in the teacher's normalised coordinates, as in the release, and clipped to valid pixels after
     each step. A teacher without a known normalisation gets mean 0.5 and deviation 0.25.
  4. `tv_norm = "l2"` is NVIDIA's R_tv: the sum of the four L2 norms over the batch, a thousand times as large on noise
-    of 256 images. L1 is of the image as it lies there, L2 of the rolled one, as in the two codes.
+    of 256 images. As in the two codes, L1 reads the image itself and L2 the rolled image.
  5. The toolbox has two copies. `toolbox` is the one in CMI's repository: tv 1e-3, and the student's cosine ends at 0.
-    Fast's has tv 0, ends at 2e-4, and subtracts 0.001 of the student's BatchNorm loss, which no paper has, nor have we.
- 6. NVIDIA's ImageNet code inverts 42 hand-picked classes, or random ones (`--random_label`); ours are random.
+    Fast's has tv 0 and ends at 2e-4. It also subtracts 0.001 of the student's BatchNorm loss. No paper has this term,
+    so we leave it out.
+ 6. NVIDIA's ImageNet code inverts 42 hand-picked classes, or random ones (`--random_label`). Ours are random.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ _TOOLBOX: dict[str, Any] = {
 
 
 def _imagenet(**source: Any) -> dict[str, Any]:
-    """NVIDIA's setting 0 for ImageNet. What belongs to the student is ours: nobody released it."""
+    """NVIDIA's setting 0 for ImageNet. The student's settings are ours: they were not released."""
     return {
         "source": {
             "batch": 84, "low": 2000, "iterations": 1000, "lr": 0.25, "betas": (0.5, 0.9), "schedule": "cosine",
@@ -80,8 +81,8 @@ class Config(SourceConfig):
     low: int = 0  #: steps before them at half the resolution
     lr: float = 0.1  #: Adam's rate, in the teacher's normalised coordinates
     betas: tuple[float, float] = (0.5, 0.99)
-    schedule: Literal["constant", "cosine"] = "constant"  #: of that rate, over the iterations of a resolution
-    lr_warmup: int = 0  #: iterations in which the rate rises to it, at each resolution
+    schedule: Literal["constant", "cosine"] = "constant"  #: of this rate, over the iterations of a resolution
+    lr_warmup: int = 0  #: iterations of linear warm-up of the rate, at each resolution
     oh: float = 1.0  #: weight of the cross-entropy to the drawn labels
     bn: float = 10.0  #: weight of the BatchNorm statistics
     first_bn: float = 1.0  #: extra factor on the first BatchNorm (10 in NVIDIA's ImageNet setting)
@@ -93,7 +94,7 @@ class Config(SourceConfig):
     js: Literal["true", "published"] = "true"
     temperature: float = 3.0  #: of the Jensen-Shannon term
     jitter: int = 0  #: largest roll in pixels; 0 means an eighth of the height
-    flip: bool = True  #: mirror the whole batch at half of the iterations (never where view.flip is off)
+    flip: bool = True  #: mirror the whole batch in half of the iterations (never where view.flip is off)
     clip: bool = True  #: keep pixels valid after each step
     best: bool = True  #: return the iterate of lowest loss instead of the last
     balanced: bool = False  #: every class equally often, instead of labels drawn uniformly
@@ -146,7 +147,7 @@ class Config(SourceConfig):
 
 
 class DeepInv(Source):
-    """Inversion of pixels; nothing but the random stream lives from one acquisition to the next."""
+    """Inversion of pixels. Only the random streams persist between acquisitions."""
 
     def __init__(self, config: Config, context: Context) -> None:
         super().__init__(context)
@@ -156,7 +157,7 @@ class DeepInv(Source):
         at_least(2, "source", batch=config.batch)
         if config.low:
             self._check_half()
-        self.host = torch.Generator().manual_seed(context.seed)  # rolls and flips are host decisions: no sync
+        self.host = torch.Generator().manual_seed(context.seed)  # rolls and flips are drawn on the host: no sync
         self.mean, self.std = (v.to(context.device) for v in normalised_space(context.teacher.model))
 
     def acquire(self, student: nn.Module, round: int) -> Acquired:
@@ -190,7 +191,10 @@ class DeepInv(Source):
         return Acquired((self.mean + self.std * chosen).clamp_(0, 1))
 
     def _rate(self, i: int, steps: int) -> float:
-        """Adam's rate at iteration i of the `steps` at one resolution."""
+        """Adam's rate at iteration i of the `steps` of one resolution.
+
+        The cosine is computed in fp32, unlike that of `schedules`: the results of earlier runs depend on it.
+        """
         c = self.config
         if i < c.lr_warmup:
             return c.lr * (i + 1) / c.lr_warmup

@@ -1,21 +1,22 @@
 """DFND: Learning Student Networks in the Wild (Chen et al., CVPR 2021), a sampler of unlabelled images.
 
-From a large unlabelled set it keeps the n images on which the teacher is surest, those of smallest
+From a large unlabelled set it keeps the n images with the most confident teacher predictions: those of smallest
 
     v(x) = CE(T(x), argmax T(x)),
 
-once, before the first step. The student then matches the teacher on them with the noisy-adaptation criterion
-(`criterion: adaptation`, matrix Q), which belongs to the method but is an axis of its own here.
+once, before the first step. The student then matches the teacher on them with the noisy-adaptation criterion (matrix
+Q). It belongs to the method, but is a choice on another axis here: `criterion: adaptation`.
 
 Deviations, and why (tests/test_parity_wild.py has the released numbers)
- 1. `select = "balanced"` (ours) takes the surest of each predicted class in equal numbers, as far as there are any: the
-    published rule lets the teacher's preference decide the class shares. `random` is the paper's own baseline.
- 2. Unlabelled images go through the teacher's normalisation. The release feeds them with ImageNet's constants to a
-    CIFAR teacher.
+ 1. `select = "balanced"` (ours) keeps the most confident images of each predicted class in equal numbers, as far as
+    there are any. Under the published rule the class shares follow the teacher's confidence. `random` is the paper's
+    own baseline.
+ 2. Unlabelled images get the teacher's normalisation. The release gives a CIFAR teacher images with ImageNet's
+    constants.
  3. Training length is `loop.steps`; 40 000 / n * 512 epochs of n images in batches of 256 are 80 000 steps. The release
     rounds down to epochs and stops one short, at 77 352.
- 4. Larger images in a folder are cropped to their centre square on reading, as everywhere here; the release squashes
-    them to 32x32. Images of the size that is wanted, such as the downsampled ImageNet's, go through unchanged.
+ 4. Larger images of a folder are cropped to their centre square; the release squashes them to 32x32. Images of the
+    required size, such as those of downsampled ImageNet, stay unchanged.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class Config(SourceConfig):
 
 
 class Dfnd(Source):
-    """Looks once through the unlabelled images."""
+    """Labels all unlabelled images once, and keeps n."""
 
     def __init__(self, config: Config, context: Context) -> None:
         super().__init__(context)
@@ -101,7 +102,7 @@ def select(t: Tensor, n: int, rule: str, generator: torch.Generator) -> Tensor:
     surest = v.argsort(stable=True)
     if rule == "confident":
         return surest[:n]
-    # Rank of every image within its class, surest first; the n smallest ranks are as balanced as the pool allows.
+    # Rank of every image within its class, most confident first: the n smallest ranks are as balanced as possible.
     y = t.argmax(1)[surest]
     rank = torch.zeros_like(surest)
     for k in range(t.shape[1]):

@@ -1,24 +1,24 @@
 """Fast: Up to 100x Faster Data-Free Knowledge Distillation (Fang et al., AAAI 2022), "FastDFKD".
 
-A meta-generator G_meta learns a start from which a few steps suffice. Per acquisition, from z ~ N(0, I) and random
-labels y, a copy G of it and z descend together for K steps on
+A meta-generator G_meta learns initial weights from which a few steps suffice. Per acquisition, a copy G of it and
+latents z ~ N(0, I), with random labels y, are optimised together for K steps on
 
     L = bn * sum_l (|| mu_l - E_l ||_2 + || var_l - V_l ||_2)  +  oh * CE(T(x), y)  +  adv * L_adv,     x = G(z)
 
-with the batch statistics of the BatchNorm inputs smoothed over acquisitions (momentum `bn_momentum`), and
-L_adv = -mean(1[argmax s = argmax t] * KL(t || s)), the decision-adversarial term. G_meta then moves by the sum of the
-inner gradients (`fomaml`) or towards the copy (`reptile`). The batch of lowest loss joins the pool.
+The batch statistics of the BatchNorm inputs are smoothed over acquisitions (momentum `bn_momentum`).
+L_adv = -mean(1[argmax s = argmax t] * KL(t || s)) is the decision-adversarial term. G_meta then takes a step along the
+sum of the inner gradients (`fomaml`) or towards the copy (`reptile`). The batch of lowest loss joins the pool.
 
 Deviations, and why
- 1. L_adv sets in with the first acquisition after the student's first matching step: at the 22nd, for a warm-up of 20.
-    The release has it from the 20th on, in two acquisitions against an untrained student.
- 2. Labels are equally frequent in a batch when `balanced` is set. Default off, as published (uniform draw).
- 3. The reset of the first layer and, oddly, the first BatchNorm at acquisition 120 + warm-up, the 140th, is in the code
-    alone, not in the paper: `reset_at` (0 = never).
- 4. The pool is drawn with replacement; the release walks a shuffled loader over PNG files on disk.
- 5. The student's rate falls from step to step; in the release once per epoch of 400 steps.
-Published settings are presets by teacher-student pair. The release has K = 2, 5 and 10 for every pair, the paper's
-Fast-2, -5 and -10; a preset without a number is Fast-10, the row that KDCI compares with.
+ 1. L_adv begins with the first acquisition after the student's first matching step: the 22nd, for a warm-up of 20. In
+    the release it begins with the 20th, so that two acquisitions have it against an untrained student.
+ 2. With `balanced`, all labels are equally frequent in a batch. The default is the published uniform draw.
+ 3. At acquisition 120 + warm-up, the 140th, the release redraws the first layer and the first BatchNorm. The paper does
+    not mention it. Here this is `reset_at` (0: never).
+ 4. Batches are drawn from the pool with replacement; the release iterates over PNG files on disk in shuffled order.
+ 5. The student's rate falls with every step; in the release, once per epoch of 400 steps.
+The published settings are presets by teacher-student pair. For every pair the release has K = 2, 5 and 10, the paper's
+Fast-2, -5 and -10. A preset without a number is Fast-10, the row that KDCI compares with.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _pair(K: int, adv: float, oh: float) -> dict[str, Any]:
 
 
 def _pairs(name: str, adv: float, oh: float) -> dict[str, dict[str, Any]]:
-    """The presets of one pair: `name` is Fast-10, `name`-5 and `name`-2 the others."""
+    """The presets of one pair: `name` is Fast-10; `name`-5 and `name`-2 are Fast-5 and Fast-2."""
     return {name if K == 10 else f"{name}-{K}": _pair(K, adv, oh) for K in (10, 5, 2)}
 
 

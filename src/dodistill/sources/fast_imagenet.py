@@ -1,29 +1,30 @@
 """Fast on ImageNet: the variant of FastDFKD (Fang et al., AAAI 2022) that its authors released for 224x224 images.
 
-The latents of a batch are a map z [batch, latent, H/16, W/16], shared by all acquisitions. Per acquisition, from random
-labels y, a copy (G', z') of (G, z) descends for K steps on
+The latents of a batch are a map z [batch, latent, H/16, W/16], which all acquisitions share. Per acquisition, with
+random labels y, a copy (G', z') of (G, z) is optimised for K steps on
 
     L = bn * sum_l (|| mu_l - E_l ||_2 + || var_l - V_l ||_2)  +  oh * CE(T(x), y)  +  adv * L_adv,     x = G'(z')
 
-(the terms are those of `fast`; see `guided`), and then Reptile moves G towards its copy,
+(the terms are those of `fast`; see `guided`). Then Reptile moves G towards its copy,
 
     G <- Adam(G, gradient G - G'),     z <- z'   (or z <- Adam(z, gradient z - z'): `z_meta = "reptile"`).
 
-The images of the last step join the pool. At each `reinit`-th acquisition z is drawn anew and Adam forgets its moments.
+The images of the last step join the pool. At each `reinit`-th acquisition, z is redrawn and Adam's moments are reset.
 
-With `per_class = m` there is one generator for each class, as KDCI (CVPR 2024, Sec. 4.4) says of ImageNet: m classes
-are drawn per acquisition, the generator of each makes batch / m of the images from newly drawn latents, all descend
-together, and each goes on from where it stopped. They lie on the host; one exists once its class was drawn.
+With `per_class = m` each class has a generator of its own, as KDCI (CVPR 2024, Sec. 4.4) describes for ImageNet. An
+acquisition draws m classes. The generator of each makes batch / m of the images from new latents, all are optimised
+together, and each continues from its last weights. The generators are kept on the host, from the first draw of their
+class on.
 
 Deviations, and why
- 1. The released Reptile step of z does nothing: its copy of z aliases z, so the difference is 0 and z is where the
-    descent left it. That made the published logs and is the default; `reptile` is what the code means.
- 2. The logs mix in images of an earlier run (`cmi_init`) that were never released. Here there are none.
- 3. The student's crops are shifts by `augment.pad`; there they are random resized crops.
+ 1. The released Reptile step of z has no effect: its copy of z aliases z, so the difference is 0, and z keeps the value
+    from the descent. The published logs come from this, and it is the default. `reptile` is the evident intention.
+ 2. The released runs mix in images of an earlier run (`cmi_init`) that were never released. Ours do not.
+ 3. The student's crops are shifts by `augment.pad`; in the release, random resized crops.
  4. The pool has the newest 140 000 images, the number in the paper's table. The release keeps all 400 000 on disk.
- 5. The student's rate falls with every step, there once per 1000.
- 6. Nobody released code for a generator per class. `per_class` is our reading of one sentence: no Reptile, since a
-    class comes back once in classes / m acquisitions, and new latents, since the labels of a class do not differ.
+ 5. The student's rate falls with every step; in the release, once per 1000.
+ 6. There is no released code for a generator per class. `per_class` is our reading of one sentence. It omits Reptile,
+    as a class returns only once in classes / m acquisitions, and draws new latents, as all labels of a class are equal.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from .shared.guided import Guided, GuidedConfig
 
 
 def _preset(adv: float, **source: Any) -> dict[str, Any]:
-    """The published setting; only `adv` depends on the student."""
+    """The published setting. Only `adv` depends on the student."""
     return {
         "source": {
             "batch": 100, "warmup": 0, "every": 100, "K": 50, "lr_g": 2e-4, "lr_z": 0.01, "lr_g_meta": 1e-4,
@@ -75,13 +76,13 @@ class Config(GuidedConfig):
     lr_z: float = 0.01  #: inner rate of the latents
     lr_g_meta: float = 1e-4  #: Reptile's rate of the generator
     lr_z_meta: float = 5e-3  #: Reptile's rate of the latents, with z_meta reptile
-    z_meta: Literal["carried", "reptile"] = "carried"  #: latents stay where the descent left them, or Reptile
-    reinit: int = 50  #: draw latents anew, and forget Adam's moments, at each so-manyeth acquisition (0: never)
+    z_meta: Literal["carried", "reptile"] = "carried"  #: latents keep their optimised values, or take a Reptile step
+    reinit: int = 50  #: acquisitions between two redraws of the latents, with new Adam moments (0: never)
     latent: int = 256  #: channels of the map of latents
     width: int = 64  #: channels of the generator's last hidden layers
     doublings: int = 4  #: H and W of the images are 2^doublings times those of the map
-    per_class: int = 0  #: classes per acquisition, each with a generator of its own; 0: one generator for all
-    bank_dtype: BankType = "float32"  #: of the classes' generators on the host
+    per_class: int = 0  #: classes per acquisition, each with its own generator; 0: one generator for all
+    bank_dtype: BankType = "float32"  #: precision of the classes' generators on the host
 
     name: ClassVar[str] = "fast_imagenet"
     kind: ClassVar[Kind] = "generator"
@@ -203,7 +204,7 @@ class FastImagenet(Guided):
         return x
 
     def _together(self, make: Any, y: Tensor, student: nn.Module, z: Tensor) -> Tensor:
-        """The images of the last of K steps of the copies and of z."""
+        """Optimise the copies and z for K steps; return the images of the last step."""
         c = self.config
         parameters = [p for net in self.nets for p in net.parameters()]
         groups = [{"params": parameters, "lr": c.lr_g}, {"params": [z], "lr": c.lr_z}]

@@ -27,13 +27,11 @@ Deviations, and why (tests/test_parity_wild.py has the released numbers)
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from ..core.context import Context
@@ -50,20 +48,6 @@ from .shared.base import Acquired, Kind, Source, SourceConfig, ask
 from .shared.discriminator import PatchDiscriminator, patch_loss
 from .shared.generators import ConvGenerator
 from .shared.wild import WildImages
-
-
-def entropy(t: Tensor) -> Tensor:
-    """H of softmax(t), [B, K] -> [B], nats, in [0, ln K]. Its mean is MosaicKD's alignment term; it also ranks the
-    out-of-domain images by the teacher's uncertainty."""
-    log_p = nnf.log_softmax(t, 1)
-    return -(log_p.exp() * log_p).sum(1)
-
-
-def balance(t: Tensor) -> Tensor:
-    """sum_k p_k log2 p_k of the batch's mean prediction p, in [-log2 K, 0]; lowest for equally frequent classes."""
-    h: Tensor = torch.special.entr(torch.softmax(t, 1).mean(0)).sum()
-    return -h / math.log(2)
-
 
 _PAPER: dict[str, Any] = {
     "source": {
@@ -185,7 +169,7 @@ class Mosaic(Source):
         """Choose the out-of-domain images, and return them with the teacher's logits."""
         _, t = ask(self.context)
         if self.config.n:
-            keep = entropy(t).argsort(descending=True, stable=True)[: self.config.n]
+            keep = losses.entropy(t).argsort(descending=True, stable=True)[: self.config.n]
             self.ood.choose(keep)
             t = t[keep]
         return Acquired(self.ood.images, t)
@@ -217,9 +201,9 @@ class Mosaic(Source):
                 s = student(x)
         terms = {
             "local": c.local * patch_loss(self._patches(x), True),
-            "align": c.align * entropy(t).mean(),
+            "align": c.align * losses.entropy(t).mean(),
             "adv": -c.adv * losses.kl(s.float(), t),
-            "balance": c.balance * balance(t),
+            "balance": c.balance * losses.balance(t),
         }
         self.opt_G.zero_grad()
         loss = total(terms)

@@ -1,25 +1,25 @@
 """NAYER: Noisy Layer Data Generation for Efficient and Effective Data-free KD (Tran et al., CVPR 2024), data-free form.
 
-The source of randomness is a layer, and the input is constant: the embedding E_y of label y. Per batch the noisy layer
-is drawn anew, W ~ N(0, 1), b = 0, one layer for each group of K labels ("K-to-1"), and then descends, together with the
-generator G, which is kept, on
+The randomness is in a layer. The input is constant: the embedding E_y of the label y. Each batch redraws the noisy
+layer, W ~ N(0, 1), b = 0, one layer for each group of K labels ("K-to-1"). The layer and the generator G, which is
+kept, are then optimised together on
 
     x = G( W_g BN(E_y) + b_g ),        y: every class equally often
     L = bn * sum_l (|| mu_l - E_l ||_2 + || var_l - V_l ||_2)  +  oh * CE(T(x), y)  +  adv * L_adv
 
 with smoothed batch statistics and L_adv as in `fast`. The batch of lowest L joins the pool. An acquisition makes
-`loops` such batches (`warmup_loops` before the first match); G starts anew every `life` acquisitions.
+`loops` such batches (`warmup_loops` before the first match). G is reinitialised every `life` acquisitions.
 
-Which E: the paper embeds the class names with CLIP. That is knowledge from outside, so here it is the exception:
-`classifier` (the rows of the teacher's last layer) and `orthogonal` need the teacher alone; a FILE with [classes, d]
-numbers is the prior-assisted form, another league, and the run's summary says so.
+The embedding E: the paper embeds the class names with CLIP, which is external knowledge. Here the defaults need only
+the teacher: `classifier` (the rows of its last layer) or `orthogonal`. A FILE with [classes, d] numbers makes the run
+prior-assisted; its summary says so, because such runs do not compare with data-free ones.
 
 Deviations, and why
  1. E, see above. The release reads pickled CLIP vectors; we read .npy, .npz or .safetensors, which run no code.
- 2. L_adv sets in once the student has matched at all, as in our `fast`; the release starts one acquisition earlier.
- 3. The release carries the lowest L over from one batch of an acquisition to the next, so that a later batch may hold
-    its first iterate. Here each batch has its own.
- 4. A generator that starts anew gets PyTorch's initialisation, as the release's does.
+ 2. L_adv begins after the student's first matching step, as in our `fast`; in the release, one acquisition earlier.
+ 3. The release carries the lowest L of one batch of an acquisition over to the next batch, which then may keep its
+    first iterate. Here each batch has its own lowest L.
+ 4. A reinitialised generator has PyTorch's initialisation, as in the release.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class NoisyGenerator(nn.Module):
 
     Args:
         E: label embeddings [K, d], kept as a buffer.
-        groups: how many noisy layers; a batch is cut into so many runs of `group` labels, the last one perhaps shorter.
+        groups: number of noisy layers. A batch is cut into this many runs of `group` labels; the last may be shorter.
         group: labels per noisy layer.
         noise: outputs of the noisy layer.
         image_shape, width: of the ConvGenerator.
@@ -104,10 +104,10 @@ class Config(GuidedConfig):
     warmup_loops: int = 10  #: batches per acquisition before the first match
     iterations: int = 40  #: descent steps per batch
     lr: float = 4e-3  #: Adam's rate for generator and noisy layer
-    group: int = 0  #: images that share a noisy layer; 0: as many as there are classes
+    group: int = 0  #: images that share a noisy layer; 0: the number of classes
     noise: int = 1000  #: outputs of the noisy layer
     width: int = 64  #: channels of the generator's last hidden layer
-    life: int = 10  #: the generator starts anew after so many acquisitions (0: never)
+    life: int = 10  #: acquisitions after which the generator is reinitialised (0: never)
     oh: float = 0.5
     adv: float = 1.33
 
@@ -166,7 +166,7 @@ class Nayer(Guided):
             E = read_embedding(config.embedding, classes)
             self.notes.append(
                 f"Prior-assisted: the labels' embeddings come from {config.embedding}, so this run knows more than the "
-                "teacher. Compare it with methods of that league, not with strictly data-free ones."
+                "teacher. Compare it with prior-assisted methods, not with strictly data-free ones."
             )
         group = min(config.group or classes, config.batch)
         groups = math.ceil(config.batch / group)
@@ -174,7 +174,7 @@ class Nayer(Guided):
         self.net = place(seeded(NoisyGenerator, self.generator, *args), device)
 
     def _labels(self) -> Tensor:
-        """[batch]: runs of all classes in order, so that each noisy layer sees each once; then a few at random."""
+        """[batch]: repeated runs of all classes in order, so that each noisy layer gets each once; the rest random."""
         n, classes, g = self.config.batch, self.context.num_classes, self.generator
         rest = torch.randint(classes, (n % classes,), generator=g, device=g.device)
         return torch.cat([torch.arange(n - len(rest), device=g.device) % classes, rest])

@@ -1,31 +1,31 @@
 """Noise: Noise-engineered Data-free Knowledge Distillation (Raikwar and Mishra, NeurIPS 2022), current statistics.
 
-The inputs are noise, and nothing is trained. On noise the activations of a teacher are not distributed as its
-BatchNorms remember, and it names one or two classes for everything. Let every BatchNorm normalise by the statistics of
-the current batch instead ("current statistics"), and the shift is gone:
+The inputs are noise, and nothing is trained. On noise, a teacher's activations do not have the distribution of its
+running BatchNorm statistics, and it predicts one or two classes for all images. If every BatchNorm normalises with the
+statistics of the current batch instead ("current statistics"), the shift disappears:
 
     x ~ N(mean, std^2) per pixel in the teacher's normalisation (`gaussian`), or U(0, 1) (`uniform`)
     t = T(x) with (h - mu_B) / sqrt(var_B + eps) in every BatchNorm, mu_B, var_B over the batch x
 
-NormShift-KD (under review, 2026) adds rejection so that the classes are balanced: `candidates` > `n` images, of which
-as many of each predicted class are kept as there are.
+NormShift-KD (under review, 2026) adds rejection, which balances the classes: of `candidates` > `n` images, it keeps
+equally many of each predicted class, as far as there are any.
 
 Deviations, and why
- 1. Pixels are valid: what the Gaussian puts outside [0, 1] is clipped, and the pool rounds to 256 levels.
- 2. The teacher is in eval mode but for its BatchNorms. The release has the whole of it in train mode, dropout included,
-    and lets its running statistics drift.
- 3. What is delivered. After training on noise the student's running statistics are those of noise, and at test they
-    shift real images as noise shifts the teacher: far below what it has learned. The release never meets this, since
-    it leaves the student in train mode when it measures: each test batch is normalised by itself (and its schedule
-    follows the test loss). That is `current_statistics(student)`. The other reading that works, `calibrate(student,
-    images)` (evaluation/calibrate.py), takes the running statistics from a few unlabelled real images, so that each
-    image has one answer. The engine's evaluation does neither, and the run's summary says so.
- 4. After rejection the student meets other batches than those that the teacher's statistics were taken over. Batches of
-    a few hundred have nearly the same.
- 5. The labels in the pool count only without augmentation (the preset's): with it the engine asks the teacher again,
-    under its own statistics. The summary says that too.
- 6. The release trains with Adam at 1e-3 and a soft cross-entropy at T = 1, on new noise at every step; here the loop's
-    SGD and the criterion are axes of their own, and noise is kept for `every` steps.
+ 1. Pixels are valid: Gaussian values outside [0, 1] are clipped, and the pool rounds to 256 levels.
+ 2. The teacher is in eval mode except for its BatchNorms. The release has all of it in train mode, including dropout,
+    and its running statistics drift.
+ 3. The delivered student. After training on noise, its running statistics are those of noise. On real images they cause
+    the same shift, and the accuracy is far below what the student has learned. The release avoids this because it
+    evaluates in train mode: each test batch is normalised with its own statistics (and its schedule follows the test
+    loss). That is `current_statistics(student)` (models/batchnorm.py). `calibrate(student, images)` also works: it
+    takes the running statistics from a few unlabelled real images, so that the prediction of an image does not depend
+    on its batch. The engine's evaluation does neither, and the run's summary says so.
+ 4. After rejection, the student's batches differ from those of the teacher's statistics. Batches of a few hundred have
+    nearly the same statistics.
+ 5. The logits in the pool are used only without augmentation (as in the preset). With it, the teacher evaluates the
+    augmented images with its running statistics. The summary says so.
+ 6. The release trains with Adam at 1e-3 and a soft cross-entropy at T = 1, on new noise at every step. Here the loop's
+    SGD and the criterion are separate axes, and noise is kept for `every` steps.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ from .shared.base import Acquired, Kind, Source, SourceConfig
 
 @dataclass(frozen=True)
 class Config(SourceConfig):
-    """Which noise, and how it is labelled."""
+    """The distribution of the noise, and how it is labelled."""
 
     warmup: int = 0
     every: int = 5
     n: int = 1280  #: images kept per acquisition
     candidates: int = 1280  #: images drawn per acquisition; more than n: balanced over the teacher's classes
-    batch: int = 256  #: images per forward of the teacher, over which its BatchNorms take their statistics
+    batch: int = 256  #: images per forward of the teacher; its BatchNorms use the statistics of these
     law: Literal["gaussian", "uniform"] = "gaussian"
     statistics: Literal["current", "running"] = "current"  #: of the teacher's BatchNorms; running: the control
 
@@ -81,7 +81,7 @@ class Config(SourceConfig):
 
 
 class Noise(Source):
-    """Nothing but the random stream lives from one acquisition to the next."""
+    """Only the random stream persists between acquisitions."""
 
     def __init__(self, config: Config, context: Context) -> None:
         super().__init__(context)
@@ -90,13 +90,13 @@ class Noise(Source):
         check_candidates(config.candidates, config.n)
         mean, std = normalised_space(context.teacher.model)
         self.notes.append(
-            "This student's BatchNorm statistics are those of noise, and on real images they mislead it: calibrate it "
-            "with a few unlabelled images, or let it normalise by the batch (docs/methods/noise.md)."
+            "This student's BatchNorm statistics are those of noise. For real images, calibrate it with a few "
+            "unlabelled ones, or let it normalise by the batch (docs/methods/noise.md)."
         )
         if config.statistics == "current" and (context.augment.pad or context.augment.flip):
             self.notes.append(
-                "Augmentation has the teacher asked again under its own statistics; give --augment.pad 0 "
-                "--augment.flip false (preset desk) for the current ones."
+                "With augmentation, the teacher labels the images again with its running statistics; for current ones "
+                "give --augment.pad 0 --augment.flip false (preset desk)."
             )
         self.mean, self.std = mean.to(context.device), std.to(context.device)
 

@@ -1,26 +1,26 @@
-"""PRE: the generator of MB-DFKD (WACV 2022), PRE-DFKD (AAAI 2022) and LRA (CVPR 2023): DAFL's, with an eye on the
-student.
+"""PRE: the generator of MB-DFKD (WACV 2022), PRE-DFKD (AAAI 2022) and LRA (CVPR 2023): DAFL's loss with an adversarial
+term.
 
-It also looks for inputs on which student and teacher disagree. What the three papers (Binici et al., twice; Patel et
-al.) add to it is a memory and an update, each on its own axis; the presets put them together.
+The term finds inputs on which student and teacher disagree. The three papers (Binici et al., twice; Patel et al.) add a
+memory and an update to this generator. Each is on its own axis, and the presets combine them.
 
     L_G = oh * L_oh + ie * L_ie + act * L_a + adv * (1 - D(S(x), T(x)))          x = G(z), z ~ N(0, I)
 
 L_oh, L_ie, L_a are DAFL's (see `dafl`). One step of G, then `every` steps of the student, each on a fresh batch.
 
 Deviations, and why
- 1. D = JS at temperature 3, and 1 is left out, being constant. The release's D (`js_repo`) averages over classes too
-    and clamps probabilities to [0.01, 0.99]: with 100 classes it is all but gone, and G is nearly DAFL's. It is what
-    the presets of the papers have; `js` is the Jensen-Shannon divergence, as in `desk`.
- 2. In `js_repo` the teacher's side is a constant, as released; in the others the gradient goes through both.
- 3. The student is in eval mode while G steps; there it is in train mode, D is measured with the statistics of G's
-    batch, and that batch moves the running ones.
- 4. The student's rate falls each step; there, each epoch (360 of its steps at batch 1024, 720 at 512).
- 5. Images are in the teacher's normalised coordinates and are clipped to [0, 1] by the generator, as in `dafl`.
- 6. The released LRA halves the batch and so makes twice the steps of the other two. Its presets do so too; compare
+ 1. D = JS at temperature 3, without the constant 1. The release's D (`js_repo`) also averages over classes and clamps
+    probabilities to [0.01, 0.99]. With 100 classes it almost vanishes, and G is nearly DAFL's. The presets of the
+    papers use it. `js` is the Jensen-Shannon divergence, as in `desk`.
+ 2. In `js_repo` the teacher's side is constant, as released. In the others the gradient flows through both sides.
+ 3. The student is in eval mode during G's step. In the release it is in train mode: D uses the statistics of G's batch,
+    and this batch updates the running statistics.
+ 4. The student's rate falls each step; in the release, each epoch (360 of its steps at batch 1024, 720 at 512).
+ 5. Images are in the teacher's normalised coordinates, and the generator clips them to [0, 1], as in `dafl`.
+ 6. The released LRA halves the batch, so it makes twice the steps of the other two. Its presets do the same; compare
     them at equal `loop.steps` only.
- 7. Spectral norm estimates the singular vectors by 15 power iterations at the start; there, by one per pass from
-    random vectors. Both go on with one per pass.
+ 7. Spectral norm estimates the singular vectors by 15 power iterations at the start; the release starts from random
+    vectors. Both then make one iteration per pass.
 """
 
 from __future__ import annotations
@@ -43,8 +43,7 @@ from .shared.base import Source
 
 
 def js_repo(s: Tensor, t: Tensor) -> Tensor:
-    """What the releases of PRE-DFKD and LRA compute for JS: `losses.js_published` over K, in [0, 1]; t is a
-    constant."""
+    """The JS of the releases of PRE-DFKD and LRA: `losses.js_published` divided by K, in [0, 1]; t is constant."""
     return (losses.js_published(s, t.detach()) / s.shape[1]).clamp(0, 1)
 
 
@@ -55,7 +54,7 @@ DISTANCE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def _released(batch: int, steps: int, update: dict[str, Any], replay: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The release's settings for CIFAR-100; what else it has are the defaults below."""
+    """The release's settings for CIFAR-100. The defaults below are its other settings."""
     return {
         "source": {"batch": batch},
         "update": update,
@@ -88,9 +87,9 @@ class Config(dafl.Config):
     ie: float = 5.0  #: weight of the information entropy
     act: float = 0.1  #: weight of the activation loss
     log: Literal["natural", "log10"] = "log10"  #: logarithm of the information entropy
-    adv: float = 1.0  #: weight of the distance between student and teacher, which the generator widens
+    adv: float = 1.0  #: weight of the distance between student and teacher, which the generator increases
     distance: Literal["js_repo", "js", "kl", "l1"] = "js_repo"  #: that distance
-    spectral: bool = True  #: convolutions of spectral norm 1, and all weights started uniform in +-0.08
+    spectral: bool = True  #: convolutions of spectral norm 1, and all initial weights uniform in +-0.08
 
     name: ClassVar[str] = "pre"
     presets: ClassVar[dict[str, dict[str, Any]]] = {
@@ -125,7 +124,7 @@ class Config(dafl.Config):
 
 
 class Pre(dafl.Dafl):
-    """DAFL's generator with one term more."""
+    """DAFL's generator with an adversarial term."""
 
     config: Config
 
@@ -136,7 +135,7 @@ class Pre(dafl.Dafl):
             self._constrain()
 
     def _constrain(self) -> None:
-        """Start the weights as released, and divide each convolution by its largest singular value from then on."""
+        """Initialise the weights as released, and divide each convolution by its largest singular value from now on."""
         device, c = self.context.device, self.config
         uniform_weights(self.net, 0.08, self.generator)
 

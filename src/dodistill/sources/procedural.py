@@ -1,9 +1,9 @@
 """Procedural: pictures drawn by formulas, chosen by the teacher, as in What Makes a Good Dataset for KD (CVPR 2025).
 
-There is no data, no generator and no training: shapes, dead leaves, filtered noise, fractals and stripes are drawn on
-the device by batched tensor code; the teacher labels them; those that are kept are as balanced over its predictions as
-the drawn ones allow, since class-uniform predictions and mixup are what the cited study found to matter. It reports
-94.0 % (shader programs) and 92.1 % (dead leaves) on CIFAR-10 where real data give 96.0 %, ResNet-50 -> ResNet-18.
+There is no data, no generator and no training. Batched tensor code draws shapes, dead leaves, filtered noise, fractals
+and stripes on the device, and the teacher labels them. The kept images are as balanced over its predictions as the
+drawn ones allow: the cited study found that class-uniform predictions and mixup matter. It reports 94.0 % (shader
+programs) and 92.1 % (dead leaves) on CIFAR-10 where real data give 96.0 %, ResNet-50 -> ResNet-18.
 
     drawn   x_i ~ mix of the five kinds,   t_i = T(x_i)                        i = 1 .. candidates
     kept    (1 - mixup) n of them, of each class argmax t_i equally many as far as there are any (`dfnd.select`)
@@ -12,13 +12,13 @@ the drawn ones allow, since class-uniform predictions and mixup are what the cit
 
 Deviations, and why
  1. The study's pictures are collections of OpenGL shaders and dead leaves. Ours are formulas of a few lines.
- 2. Its mixup mixes every batch of the student anew. Here a share of the pool are mixed images, so that the loop, and
-    the teacher's logits in the pool, stay as they are. That parents are drawn evenly over the classes is ours: it
-    multiplies the images of classes that hardly any picture shows.
- 3. `select = "balanced"` takes any images of each class, by lot; `surest` takes the teacher's surest of each class,
-    `confident` the surest of all, `random` (no selection) is the control.
- 4. For a teacher of one channel every picture is stretched in contrast, to bright strokes on black more often than not
-    (`stretch`): on grey patches a teacher of digits names nearly everything an "8".
+ 2. The study applies new mixup to each batch of the student. Here a share of the pool are mixed images, so that the
+    loop and the stored logits need no change. Drawing parents evenly over the classes is ours: it multiplies the images
+    of rare classes.
+ 3. `select = "balanced"` keeps random images of each class, `surest` the most confident of each class, `confident` the
+    most confident of all, and `random` (no selection) is the control.
+ 4. For a teacher with one channel, the contrast of every picture is stretched, mostly to bright strokes on black
+    (`stretch`). On grey patches a teacher of digits predicts "8" for nearly everything.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ Mix = tuple[float, float, float, float, float]
 
 @dataclass(frozen=True)
 class Config(SourceConfig):
-    """What is drawn, and what is kept of it."""
+    """Which pictures are drawn, and which are kept."""
 
     warmup: int = 0
     every: int = 0
     n: int = 50_000  #: images kept per acquisition, mixed ones included
-    candidates: int = 150_000  #: images drawn per acquisition, of which the teacher chooses
+    candidates: int = 150_000  #: images drawn per acquisition, before the selection
     mix: Mix = (1.0, 1.0, 1.0, 1.0, 1.0)  #: shares of shapes, leaves, textures, fractals, stripes
     select: Literal["balanced", "surest", "confident", "random"] = "balanced"
     mixup: float = 0.5  #: share of the kept images that are convex combinations of two
@@ -84,7 +84,7 @@ class Config(SourceConfig):
 
 
 class Procedural(Source):
-    """Draws, asks, selects, mixes. Nothing but the random stream lives from one acquisition to the next."""
+    """Draws, labels, selects and mixes pictures. Only the random stream persists between acquisitions."""
 
     def __init__(self, config: Config, context: Context) -> None:
         super().__init__(context)
@@ -126,7 +126,7 @@ def check_candidates(candidates: int, n: int) -> None:
 
 def choose(t: Tensor, n: int, rule: str, g: torch.Generator) -> Tensor:
     """[n] indices of the pictures kept, given teacher logits t [N, K], by the rules in the head of this file."""
-    if rule == "balanced":  # the rule of `surest`, with a confidence that is drawn by lot
+    if rule == "balanced":  # the rule of `surest`, with random confidences
         t = nnf.one_hot(t.argmax(1), t.shape[1]) * uniform(g, len(t), 1, low=1, high=9)
     return select(t, n, {"surest": "balanced"}.get(rule, rule), g)
 

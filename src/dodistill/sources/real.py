@@ -1,14 +1,13 @@
-"""Real images as the substitution data, with a dial of skew: the control experiment of this house.
+"""Real images as the substitution data, with class shares of a chosen skew: the control experiment of this package.
 
-The thesis of KDCI is that the substitution data's class shares confound the student. Here they can be dialled: n real
-images whose shares, by the teacher's own prediction, fall off geometrically over the classes,
+KDCI's thesis is that the class shares of the substitution data confound the student. Here these shares are a setting:
+n real images whose shares, by the teacher's prediction, fall off geometrically over the classes,
 
     share_k ~ skew^(-k / (K - 1)),     k = 0 .. K-1 in a seeded order,
 
-so that the most frequent class has `skew` times the images of the rarest. Labels are never read. Everything else that
-differs between real and synthesized inputs is thereby held still, and the question "when does an intervention help?"
-becomes a grid of cheap runs (recipes/skew.yaml). `skew = 1` keeps classes balanced; `skew = 0` keeps the data's own
-shares.
+so that the most frequent class has `skew` times the images of the rarest. Labels are never read. All other differences
+between real and synthesized inputs are absent, so a grid of cheap runs (recipes/skew.yaml) shows when an intervention
+helps. `skew = 1` balances the classes; `skew = 0` keeps the data's own shares.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from .shared.base import Acquired, Kind, Source, SourceConfig, ask
 
 @dataclass(frozen=True)
 class Config(SourceConfig):
-    """How many real images, and how skewed."""
+    """The number of real images, and the skew of their classes."""
 
     warmup: int = 0
     every: int = 0
@@ -51,7 +50,7 @@ class Config(SourceConfig):
 
 
 class Real(Source):
-    """Looks once through the images and keeps those that the dial asks for."""
+    """Labels all images once, and keeps those that give the requested class shares."""
 
     def __init__(self, config: Config, context: Context) -> None:
         super().__init__(context)
@@ -69,7 +68,7 @@ class Real(Source):
 def thin(y: Tensor, classes: int, n: int, skew: float, generator: torch.Generator) -> Tensor:
     """Indices of about n of the labels y [N] whose class shares fall off as skew^(-k/(K-1)), in random class order.
 
-    Where a class has fewer members than its share of n, all shares shrink together: the shape is kept, not the number.
+    Where a class has fewer members than its share of n, all classes shrink in proportion: fewer than n are kept.
     """
     shuffled = torch.randperm(len(y), generator=generator, device=y.device)
     if skew == 0:

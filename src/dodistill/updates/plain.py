@@ -22,7 +22,7 @@ class Config(UpdateConfig):
 
 
 class Plain(Update):
-    """loss.backward()."""
+    """One forward and one backward pass."""
 
     def backward(self, student: nn.Module, acquire: Objective, retain: Objective | None = None) -> dict[str, Tensor]:
         terms = acquire(student)

@@ -2,15 +2,14 @@
 
     min_w  L_Acq(w) + weight * L_Ret(w)
 
-What MB-DFKD (Binici et al., WACV 2022) and PRE-DFKD (Binici et al., AAAI 2022) do, and what the released code of LRA
-(see `retain`) comes down to.
+This is the update of MB-DFKD (Binici et al., WACV 2022) and PRE-DFKD (Binici et al., AAAI 2022). The released code of
+LRA is equivalent to it (see `retain`).
 
 Deviations, and why
- 1. They take one mean over the new and the replayed images together, an eighth as many, so that the two losses weigh
-    8:1: `weight = 0.125` has their ratio (not their scale, 8/9, which a rate absorbs).
- 2. There, BatchNorm sees both kinds in one batch. Here each kind is normalised by its own statistics, and the new
-    inputs alone move the running ones: so it is in `retain` too, and the two differ in what their names say and in
-    nothing else.
+ 1. The papers take one mean over new and replayed images together. There are eight times as many new images, so the two
+    losses weigh 8:1. `weight = 0.125` has this ratio. The scale, 8/9, is absorbed by the rate.
+ 2. In the papers, BatchNorm normalises both kinds in one batch. Here each kind has its own statistics, and only the new
+    inputs update the running ones. `retain` does the same, so that the two updates differ in nothing else.
 """
 
 from __future__ import annotations
@@ -31,10 +30,10 @@ Gradients = Sequence[Tensor | None]
 
 
 def stand_in(student: nn.Module, weights: Mapping[str, Tensor] | None = None) -> Callable[[Tensor], Tensor]:
-    """x -> what the student says of it at other `weights` (name -> tensor; by default its own).
+    """x -> the student's logits at other `weights` (name -> tensor; default: its own).
 
-    Its buffers are read and left alone: the pass through BatchNorm in train mode moves copies of them. Hooks on the
-    student see this pass too.
+    The student's buffers stay unchanged: BatchNorm in train mode updates copies of them. Hooks on the student see this
+    pass too.
     """
     tensors = {name: buffer.clone() for name, buffer in student.named_buffers()} | dict(weights or {})
 
@@ -46,12 +45,12 @@ def stand_in(student: nn.Module, weights: Mapping[str, Tensor] | None = None) ->
 
 
 def report(terms: Mapping[str, Tensor], retained: Mapping[str, Tensor], weight: float) -> dict[str, Tensor]:
-    """Both losses' terms, detached and weighted, under their names in the log."""
+    """The terms of both losses, detached and weighted, under their names in the log."""
     return detached(terms) | {f"retain/{name}": weight * value for name, value in detached(retained).items()}
 
 
 def take(parameters: Sequence[Tensor]) -> list[Tensor | None]:
-    """The parameters' gradients, which are then no longer there."""
+    """Return the parameters' gradients, and set them to None."""
     taken = [p.grad for p in parameters]
     for p in parameters:
         p.grad = None
@@ -59,7 +58,7 @@ def take(parameters: Sequence[Tensor]) -> list[Tensor | None]:
 
 
 def give(parameters: Sequence[Tensor], *gradients: Gradients) -> None:
-    """Add to each parameter's gradient; None adds nothing, and where all is None nothing is there."""
+    """Add to each parameter's gradient. None adds nothing; a gradient stays None if all parts are None."""
     for p, parts in zip(parameters, zip(*gradients)):
         for part in parts:
             if part is not None:
@@ -68,9 +67,9 @@ def give(parameters: Sequence[Tensor], *gradients: Gradients) -> None:
 
 @torch.no_grad()
 def alignment(g: Gradients, u: Gradients) -> dict[str, Tensor]:
-    """Do the two losses pull the same way? For their gradients g (acquisition) and u (retention):
+    """Whether the gradients g (acquisition) and u (retention) agree.
 
-    `alignment`: their cosine over all parameters, in [-1, 1]; below 0, a step along one undoes the other.
+    `alignment`: their cosine over all parameters, in [-1, 1]. Below 0, a step along one increases the other loss.
     `retain_over_acquire`: |u| / |g|.
     """
     dot = torch.stack([(a.detach() * b).sum() for a, b in zip(g, u) if a is not None and b is not None]).sum()
@@ -84,7 +83,7 @@ def alignment(g: Gradients, u: Gradients) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def length(tensors: Gradients) -> Tensor:
-    """The Euclidean length of all of them together."""
+    """The Euclidean norm of all of them together."""
     parts: Any = torch._foreach_norm([t.detach() for t in tensors if t is not None])
     norm: Tensor = torch.linalg.vector_norm(torch.stack(parts))
     return norm
@@ -92,9 +91,9 @@ def length(tensors: Gradients) -> Tensor:
 
 @dataclass(frozen=True)
 class Config(UpdateConfig):
-    """How much the replayed inputs count."""
+    """The weight of the replayed inputs."""
 
-    weight: float = 1.0  #: of the loss on replayed inputs; the released code of PRE-DFKD and LRA amounts to 0.125
+    weight: float = 1.0  #: weight of the loss on replayed inputs; the released code of PRE-DFKD and LRA has 0.125
 
     name: ClassVar[str] = "replay"
     replays: ClassVar[bool] = True
@@ -105,7 +104,7 @@ class Config(UpdateConfig):
 
 
 class Replaying(Update):
-    """Two passes, two backward passes, one sum."""
+    """Two forward and two backward passes, and the sum of their gradients."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()

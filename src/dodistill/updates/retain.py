@@ -1,32 +1,33 @@
 """LRA: Learning to Retain while Acquiring (Patel, Mopuri, Qiu, CVPR 2023).
 
-The student learns from the new inputs so that one step of that learning does not cost it what it knew:
+The student learns from the new inputs such that one step of this does not increase the loss on replayed inputs:
 
     min_w  L_Acq(w) + weight * L_Ret(w'),      w' = w - alpha * grad L_Acq(w)
 
-L_Acq is the loss on new inputs, L_Ret that on replayed ones. By Taylor's expansion (the paper's own) the gradient of
-the second term is grad L_Ret - alpha * grad <grad L_Ret, grad L_Acq> + O(alpha^2): it rewards gradients that agree.
+L_Acq is the loss on new inputs, L_Ret the loss on replayed ones. By the paper's Taylor expansion, the gradient of the
+second term is grad L_Ret - alpha * grad <grad L_Ret, grad L_Acq> + O(alpha^2): it rewards gradients that agree.
 With u = weight * grad L_Ret(w') and H the Hessian of L_Acq at w,
 
     exact         grad = grad L_Acq(w) + u - alpha * H u
-    first_order   grad = grad L_Acq(w) + u            what evaluates at w' alone; first-order MAML's reading
+    first_order   grad = grad L_Acq(w) + u            no derivative through w', as in first-order MAML
 
-H u is not approximated and H is never formed: it is the gradient of <grad L_Acq, u> with u held constant. The
-student's passes of an exact step are in fp32, whatever `loop.precision` says: in bf16 the cosine of its gradient with
-fp32's is 0.97 at alpha 0.1 and 0.90 at 0.9 (WRN-16-1, untrained, batch 32). With criteria and interventions that learn,
-their parameters get the exact gradient of the same objective, through w' too (first_order: each loss's own). Until
-there is something to replay it is the plain update.
+H u is exact, and H is never formed: H u is the gradient of <grad L_Acq, u> with u held constant. The student's passes
+of an exact step are in fp32, whatever `loop.precision` says: in bf16 the cosine of its gradient with fp32's is 0.97 at
+alpha 0.1 and 0.90 at 0.9 (WRN-16-1, untrained, batch 32). The parameters of criteria and interventions get the exact
+gradient of the same objective, also through w' (first_order: the gradient of each loss). While there is nothing to
+replay, this is the plain update.
 
 Deviations, and why
- 1. The released code loses the meta-gradient: it opens its inner loop with a library's default that copies the initial
-    weights, which detaches them, so that L_Ret(w') reaches no weight of the student. What remains is one mean over
-    both kinds of inputs at w, 8/9 L_Acq + 1/9 L_Ret: update `replay` with `weight` 0.125, up to scale. Even attached it
-    would be 8/9 L_Acq(w) + 1/9 L_Ret(w) + L_Ret(w'), with retention twice. Here the equation holds; tests compare it
-    with finite differences, and with the released code made to keep its graph.
- 2. alpha: the paper's is not known to us. 0.9 is `lr_S_in` of both released configurations, constant over the run; by
-    (1) it never acted on a weight. The presets `lra-*` have it, our `desk` has 0.1.
- 3. The inner step there has weight decay too (5e-4), which the equation has not. Its momentum has no history.
- 4. BatchNorm: running statistics move once per step, by the pass at w on new inputs; the pass at w' moves none.
+ 1. The released code loses the meta-gradient. Its inner loop copies the initial weights by a default of a library,
+    which detaches them, so that L_Ret(w') has no gradient with respect to the student. What remains is one mean over
+    both kinds of inputs at w, 8/9 L_Acq + 1/9 L_Ret: update `replay` with `weight` 0.125, up to scale. Without the
+    detachment it would be 8/9 L_Acq(w) + 1/9 L_Ret(w) + L_Ret(w'), with retention twice. Here the equation holds. Tests
+    compare it with finite differences, and with the released code changed to keep its graph.
+ 2. alpha: we do not know the paper's value. 0.9 is `lr_S_in` of both released configurations, constant over the run; by
+    (1) it had no effect on the weights. The presets `lra-*` use it; our `desk` uses 0.1.
+ 3. The release's inner step has weight decay (5e-4), which the equation does not have. Its momentum has no history.
+ 4. BatchNorm: the running statistics are updated once per step, by the pass at w on new inputs. The pass at w' does not
+    update them.
 """
 
 from __future__ import annotations
@@ -48,11 +49,11 @@ from .shared.base import Objective, Update, UpdateConfig
 
 @dataclass(frozen=True)
 class Config(UpdateConfig):
-    """How far the inner step goes, and what of it is differentiated."""
+    """The inner step, and how it is differentiated."""
 
-    alpha: float = 0.9  #: rate of the inner step, from w to w'; that of the outer step is optim.lr
-    order: Literal["exact", "first_order"] = "exact"  #: with the Hessian product, or without
-    weight: float = 1.0  #: of the retention loss
+    alpha: float = 0.9  #: rate of the inner step, from w to w'; the rate of the outer step is optim.lr
+    order: Literal["exact", "first_order"] = "exact"  #: with or without the Hessian product
+    weight: float = 1.0  #: weight of the retention loss
 
     name: ClassVar[str] = "retain"
     replays: ClassVar[bool] = True
@@ -72,7 +73,7 @@ class Retain(Update):
 
     @property
     def fp32(self) -> bool:
-        """The Hessian product loses in bf16 what an exact gradient is for; see the file."""
+        """In bf16 the Hessian product is too inexact; see the file."""
         return self._exact
 
     @property
@@ -113,7 +114,7 @@ class Retain(Update):
         if exact:
             # grad L_Acq - alpha * H u in one pass: the loss with weight 1 and its gradients with weight -alpha * u
             reached = [v for v in u if v is not None]
-            torch._foreach_mul_(reached, -c.alpha)  # in its place: a student may be larger than its activations
+            torch._foreach_mul_(reached, -c.alpha)  # in place: a student may be larger than its activations
             pairs = [(d, v) for d, v in zip(g, u) if d is not None and v is not None and d.requires_grad]
             torch.autograd.backward([loss, *(d for d, _ in pairs)], [None, *(v for _, v in pairs)])  # type: ignore[list-item]
             g = take(parameters)

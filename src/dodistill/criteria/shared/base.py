@@ -1,4 +1,4 @@
-"""What a criterion is: it measures how far the student's (compensated) logits are from the teacher's."""
+"""The base classes of a criterion: the distance between the student's (compensated) logits and the teacher's."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Criterion(nn.Module):
         raise NotImplementedError
 
     def observe(self, t: Tensor, batch: Batch) -> None:
-        """Once per matching step, after its gradients: the place to remember something of the batch.
+        """Called once per matching step, after the backward pass, to store statistics of the batch.
 
-        `forward` may be called several times in a step, by updates that look ahead, and for replayed inputs.
+        `forward` may be called several times in a step: by updates that look ahead, and for replayed inputs.
         """
 
 
@@ -40,9 +40,9 @@ class CriterionConfig(Named):
 
 
 class Labelled(Criterion):
-    """What the baselines share: ce * CE(s, y) + kd * T^2 KL(t || s), to which each adds a term of its own.
+    """The base of the baselines: ce * CE(s, y) + kd * T^2 KL(t || s), to which each adds its own term.
 
-    y are the data's labels where they have any, else the teacher's answers. A term of weight 0 is left out.
+    y are the labels of the data, else the teacher's predictions. A term of weight 0 is left out.
     """
 
     def __init__(self, config: LabelledConfig) -> None:
@@ -55,7 +55,7 @@ class Labelled(Criterion):
         self.ce, self.kd, self.temperature = config.ce, config.kd, config.temperature
 
     def own(self, s: Tensor, t: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """The term that this criterion is about."""
+        """The criterion's own term."""
         return {}
 
     def forward(self, s: Tensor, t: Tensor, batch: Batch | None = None) -> dict[str, Tensor]:
@@ -75,7 +75,7 @@ class LabelledConfig(CriterionConfig):
 
 
 def probes(context: Context, needs: frozenset[str]) -> tuple[Features, Features]:
-    """What student and teacher show of two images: for widths and resolutions."""
+    """The features of student and teacher on two images, for widths and resolutions."""
     assert context.student is not None
     shape, device = context.image_shape, context.device
     return probe(context.student, shape, needs, device), probe(context.teacher, shape, needs, device)

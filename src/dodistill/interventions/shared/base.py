@@ -1,5 +1,8 @@
-"""What an intervention is, and how several act together. It severs the path from the confounder Z (what the
-substitution data happens to be) to the student, at one or both of two places: on the draw, and on the predictions."""
+"""The base classes of an intervention, and the combination of several.
+
+An intervention cuts the path from the confounder Z (the composition of the substitution data) to the student. It acts
+on the draw, on the predictions, or on both.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from .dictionary import ConfounderDictionary
 
 
 class PoolLike(Protocol):
-    """What an intervention may know of the pool."""
+    """The part of the pool that an intervention reads."""
 
     def __len__(self) -> int: ...
 
@@ -29,42 +32,42 @@ class PoolLike(Protocol):
 
 
 class Intervention(nn.Module):
-    """The defaults do nothing. Its parameters, if any, are trained by the distillation loss."""
+    """The defaults do nothing. The distillation loss trains its parameters, if it has any."""
 
     name: str = ""  #: in the log
-    own_lr: float | None = None  #: an Adam of its own with this rate; None: the student's optimiser
-    decays: bool = False  #: whether the student's weight decay acts on its parameters too, in that optimiser
+    own_lr: float | None = None  #: rate of an own Adam; None: the student's optimiser
+    decays: bool = False  #: whether the student's weight decay applies to its parameters, in the student's optimiser
     at_test: bool = False  #: whether `compensate` is part of the delivered student
-    needs: frozenset[str] = frozenset()  #: of both networks, for `batch`: `features` (the penultimate ones)
+    needs: frozenset[str] = frozenset()  #: features of both networks in `batch`: `features` (the penultimate ones)
 
     def weights(self, pool: PoolLike, dictionary: ConfounderDictionary | None) -> Tensor | None:
-        """On the draw: a weight >= 0 for each of the pool's images, [len(pool)], any scale; None: no opinion."""
+        """On the draw: a weight >= 0 for each image of the pool, [len(pool)], in any scale; None: no weights."""
         return None
 
     def compensate(self, s: Tensor, dictionary: ConfounderDictionary | None, batch: Batch | None = None) -> Tensor:
-        """On the student's logits [B, K], before they meet the teacher's. At test, `batch` has the student's features
-        alone."""
+        """On the student's logits [B, K], before the criterion compares them with the teacher's. At test time, `batch`
+        has only the student's features."""
         return s
 
     def observe(self, t: Tensor, batch: Batch) -> None:
-        """Once per matching step, after its gradients: the place to remember something of the batch.
+        """Called once per matching step, after the backward pass, to store statistics of the batch.
 
-        `compensate` may be called several times in a step, by updates that look ahead, and for replayed inputs.
+        `compensate` may be called several times in a step: by updates that look ahead, and for replayed inputs.
         """
 
     def deliver(self, student: nn.Module, dictionary: ConfounderDictionary | None) -> nn.Module:
-        """What ships, of a part that is there `at_test`: a copy of the student with it built in, else a wrapper."""
+        """The delivered network, for an intervention that stays `at_test`: here a wrapper around the student."""
         return Compensated(student, self, dictionary)
 
     def log(
         self, s: Tensor, t: Tensor, dictionary: ConfounderDictionary | None, batch: Batch | None = None
     ) -> dict[str, Tensor]:
-        """Scalars that tell what it does to a batch. Called at log points only; never reads them back to the host."""
+        """Scalars that describe its effect on a batch, without a sync. Called at log points only."""
         return {}
 
 
 class Compensated(nn.Module):
-    """A student, and an intervention on its predictions that stays at test time; `student` is the network alone."""
+    """A student, and an intervention on its predictions that stays at test time. `student` is the bare network."""
 
     def __init__(self, student: nn.Module, part: Intervention, dictionary: ConfounderDictionary | None) -> None:
         super().__init__()
@@ -91,7 +94,7 @@ class InterventionConfig(Named):
 
 
 class Interventions(nn.Module):
-    """Several as one: weights multiply, compensations follow each other in order, logs get the name as prefix."""
+    """Several as one: weights are multiplied, compensations are applied in order, logs get the name as prefix."""
 
     def __init__(self, parts: Iterable[Intervention] = ()):
         super().__init__()
@@ -103,7 +106,7 @@ class Interventions(nn.Module):
             yield part
 
     def weights(self, pool: PoolLike, dictionary: ConfounderDictionary | None) -> Tensor | None:
-        """[len(pool)] with mean 1, or None when no part has an opinion (every image alike)."""
+        """[len(pool)] with mean 1, or None where no part has weights (all images are equal)."""
         product: Tensor | None = None
         for part in self:
             w = part.weights(pool, dictionary)
@@ -125,7 +128,7 @@ class Interventions(nn.Module):
             part.observe(t, batch)
 
     def deliver(self, student: nn.Module, dictionary: ConfounderDictionary | None) -> nn.Module:
-        """The student with what stays in it at test time; by default nothing does, and it is itself."""
+        """The student with the interventions that stay at test time. Without any, it is the student itself."""
         for part in self:
             student = part.deliver(student, dictionary) if part.at_test else student
         return student
@@ -134,7 +137,7 @@ class Interventions(nn.Module):
     def log(
         self, s: Tensor, t: Tensor, dictionary: ConfounderDictionary | None, batch: Batch | None = None
     ) -> dict[str, Tensor]:
-        """`name/quantity` -> scalar; each part sees what the parts before it made of s."""
+        """`name/quantity` -> scalar. Each part gets the logits after the parts before it."""
         logged: dict[str, Tensor] = {}
         for part in self:
             logged |= {f"{part.name}/{k}": v for k, v in part.log(s, t, dictionary, batch).items()}

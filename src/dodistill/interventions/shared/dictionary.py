@@ -15,7 +15,7 @@ from ...core.context import Context
 from ...errors import at_least
 from ...functional import kmeans
 
-#: N and what it is made of, by kind of source (KDCI section 4.3).
+#: Number of clusters N, and which inputs they come from, by kind of source (KDCI section 4.3).
 CLUSTERS = {"generator": 8, "inversion": 32, "sampler": 128, "data": 128}
 OF: dict[str, Literal["latest", "pool"]] = {
     "generator": "latest",
@@ -38,7 +38,7 @@ class DictionaryConfig:
     random: bool = False  #: ablation, Table 4 (3): z_i ~ N(0, 1) times the spread of M, instead of the cluster's mean
 
     def resolve(self, kind: str) -> DictionaryConfig:
-        """With `clusters` and `of` filled in for a source of `kind`. Raises DodistillError for what makes no sense."""
+        """With `clusters` and `of` filled in for a source of `kind`. Raises DodistillError for invalid values."""
         if kind not in CLUSTERS:
             raise ValueError(f"kind of source {kind!r}, not one of {sorted(CLUSTERS)}")
         clusters = CLUSTERS[kind] if self.clusters is None else self.clusters
@@ -79,17 +79,17 @@ def feature_dim(context: Context) -> int:
 class ConfounderDictionary(nn.Module):
     """Z [N, d] and P [N] with sum 1, on the generator's device; a slot without members has P = 0 (see `valid`).
 
-    Shapes never change, so that a checkpoint fits however few distinct predictions there were. `assign` is exact: over
-    the logits it was built from, slot i is named N_m P_i times and z_i is the mean of those members.
+    Shapes never change, so a checkpoint fits for any number of distinct predictions. `assign` is exact: over the logits
+    of the last `rebuild`, it returns slot i N_m P_i times, and z_i is the mean of these members.
     """
 
     Z: Tensor
     P: Tensor
-    anchors: Tensor  #: [N, k] where slots are assigned from: their centres in the space of the clustering
-    alive: Tensor  #: [N], anchors that repeat no other
+    anchors: Tensor  #: [N, k], the centres of the slots in the space of the clustering
+    alive: Tensor  #: [N], whether the anchor is distinct from all others
     mean: Tensor  #: [d]
     basis: Tensor | None  #: [d, k], or None without PCA
-    xi: Tensor  #: [N] standard normal, drawn anew by each build: for random weights (KDCI Table 4 (2))
+    xi: Tensor  #: [N] standard normal, redrawn by each `rebuild`: for random weights (KDCI Table 4 (2))
     noise: Tensor | None  #: [N, d] standard normal, drawn once: for random prototypes (Table 4 (3))
 
     def __init__(
@@ -106,7 +106,7 @@ class ConfounderDictionary(nn.Module):
     ):
         super().__init__()
         self.iterations, self.generator, self.built = iterations, generator, False
-        self.of = of  #: what the loop is to build it from: latest, pool or batch
+        self.of = of  #: the inputs that it is built from: latest, pool or batch
         self.foreign = foreign  #: whether M comes from another model than the teacher
         dims = (0 if dim <= 32 else 32) if pca_dim is None else min(pca_dim, dim)
         device = generator.device
@@ -122,17 +122,17 @@ class ConfounderDictionary(nn.Module):
 
     @property
     def valid(self) -> Tensor:
-        """[N] bool: the slots that have members. The others have P = 0, and must not enter a softmax."""
+        """[N] bool: the slots with members. The others have P = 0 and are left out of a softmax."""
         return self.P > 0
 
     def project(self, logits: Tensor) -> Tensor:
-        """[n, d] -> [n, k], the space in which clusters are assigned."""
+        """[n, d] -> [n, k], the space of the clustering."""
         centred = logits.float() - self.mean
         return centred if self.basis is None else centred @ self.basis
 
     @torch.no_grad()
     def rebuild(self, logits: Tensor) -> None:
-        """Replaces Z and P by the clusters of M = `logits` [n, d], n >= 1. No wait for the device but PCA's own."""
+        """Replace Z and P by the clusters of M = `logits` [n, d], n >= 1. Only PCA waits for the device."""
         with torch.autocast(logits.device.type, enabled=False):
             M = logits.float()
             n, (N, _) = M.shape[0], self.Z.shape
@@ -155,7 +155,7 @@ class ConfounderDictionary(nn.Module):
             self.built = True
 
     def _members(self, M: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums [N, d] and counts [N] in double precision, part by part: the means of the original logits, exactly."""
+        """Sums [N, d] and counts [N] of the original logits in double precision, computed in parts."""
         N, d = self.Z.shape
         total, count = M.new_zeros(N, d).double(), M.new_zeros(N).double()
         for part, label in zip(M.split(kmeans.CHUNK), labels.split(kmeans.CHUNK)):

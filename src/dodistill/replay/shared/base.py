@@ -1,7 +1,7 @@
-"""What a replay is: it remembers what the student has seen, so that an update can retain while it acquires.
+"""The base classes of a replay: a memory of the student's past inputs, so that an update can retain while it acquires.
 
-The pool is what the student learns from now; a replay is what it must not forget. With a pool that keeps everything, no
-replay is needed; methods with fresh inputs at every step need one.
+The student learns from the pool, and must not forget the replayed inputs. A pool that keeps everything needs no replay;
+methods with fresh inputs at every step need one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ...core.context import Context
 
 
 class Replay:
-    """The defaults remember nothing."""
+    """A memory. This base class remembers nothing."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -25,24 +25,25 @@ class Replay:
         self.terms: dict[str, Tensor] = {}
 
     def follow(self, source: Any) -> None:
-        """Once, before the first acquisition: the source whose inputs these are. Raises DodistillError for one that
-        this replay cannot follow."""
+        """Called once with the source of the inputs, before the first acquisition. Raises DodistillError for a source
+        that this replay cannot follow."""
 
     @property
     def ready(self) -> bool:
-        """Is there anything to replay?"""
+        """Whether there is anything to replay."""
         return False
 
     def remember(self, images: Tensor, logits: Tensor, round: int) -> None:
-        """After acquisition number `round`: images uint8 [n, C, H, W] that the student may see, teacher's logits."""
+        """Called after acquisition number `round` with the images that joined the pool, uint8 [n, C, H, W], and the
+        teacher's logits of them."""
 
     def draw(self, student: nn.Module, step: int) -> tuple[Tensor, Tensor | None]:
-        """Replayed inputs for one matching step: images float in [0, 1] [m, C, H, W]; the teacher's logits if known."""
+        """Replayed inputs for one matching step: images float in [0, 1] [m, C, H, W]; teacher logits, where known."""
         raise RuntimeError("this replay has nothing to draw")
 
     @property
     def memory(self) -> int:
-        """Bytes that it holds."""
+        """Size of the memory in bytes."""
         return sum(v.numel() * v.element_size() for v in _tensors(self.state_dict()))
 
     def parts(self) -> dict[str, Any]:

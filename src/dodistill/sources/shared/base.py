@@ -1,4 +1,4 @@
-"""What every source is: a frozen dataclass of its hyper-parameters, and the thing that makes or finds inputs."""
+"""The base classes of a source: its settings (a frozen dataclass), and the object that makes or finds inputs."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class SourceConfig(Named, ABC):
         name: its file's name; also without being said.
         kind: decides the paper's dictionary size (KDCI Sec. 4.3: 8 generator, 32 inversion, 128 sampler).
         needs: of the teacher or the user: `batchnorm`, `unlabeled`.
-        reads_labels: whether it hands over true labels, where the user's images have them.
-        generates: whether one generator goes on through the run, so that `Source.makes_with` has something to say.
+        reads_labels: whether it returns true labels, where the user's images have them.
+        generates: whether one generator is trained through the whole run, so that `Source.makes_with` returns it.
         presets: named partial configs over all axes, e.g. {"desk": {"source": {"K": 5}, "optim": {"lr": 0.1}}}.
         origin: preset name -> where its numbers come from (`ours` where the papers leave a gap).
         trains, keeps: for `dodistill methods`: what it trains, and what it keeps in memory beside the pool.
@@ -50,7 +50,7 @@ class SourceConfig(Named, ABC):
 
 
 def balanced_labels(n: int, classes: int, generator: torch.Generator) -> Tensor:
-    """[n] long: every class equally often, in order; of more classes than n a random choice, each once."""
+    """[n] long: every class equally often, in order. With more classes than n: n random classes, each once."""
     device = generator.device
     if n < classes:
         return torch.randperm(classes, generator=generator, device=device)[:n]
@@ -66,16 +66,16 @@ def drawn_labels(n: int, classes: int, generator: torch.Generator, balanced: boo
 
 @dataclass
 class Acquired:
-    """A batch of substitution inputs: float in [0, 1] or uint8, [n, C, H, W], and what is already known of them."""
+    """A batch of substitution inputs, float in [0, 1] or uint8, [n, C, H, W], and what the source knows about them."""
 
     images: Tensor
     logits: Tensor | None = None  #: the teacher's, [n, K]
     labels: Tensor | None = None  #: true classes, long [n], where the data have them
-    #: other inputs that stand for the substitution data: the dictionary is built from them instead (a sampler's: once)
+    #: other inputs, from which the dictionary is built instead (for a sampler: once)
     reference: Acquired | None = None
 
     def take(self, index: Tensor) -> Acquired:
-        """The inputs at `index`, each tensor from the device where it lies."""
+        """The inputs at `index`. The tensors may lie on different devices."""
         parts = (None if v is None else v[index.to(v.device)] for v in (self.images, self.logits, self.labels))
         images, logits, labels = parts
         assert images is not None
@@ -83,14 +83,14 @@ class Acquired:
 
 
 class Source(ABC):
-    """Makes or finds substitution inputs. All that changes while it does so is in its state."""
+    """Makes or finds substitution inputs. `state_dict` holds everything that changes between acquisitions."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
         self.generator = context.generator("source")
         #: the loss terms of the last acquisition (tensors, unsynced), for the log
         self.terms: dict[str, Tensor] = {}
-        #: sentences for the summary and the model card: what the user must know of these inputs
+        #: sentences for the summary and the model card: what the user must know about these inputs
         self.notes: list[str] = []
 
     @abstractmethod
@@ -98,8 +98,9 @@ class Source(ABC):
         """The inputs of acquisition number `round` (from 0). The student is in eval mode and gets no gradients."""
 
     def makes_with(self) -> tuple[nn.Module, int, int] | None:
-        """The generator that goes on through the run, from z ~ N(0, I) [B, d] to images in [0, 1] [B, C, H, W]; d; and
-        its steps per acquisition. None where there is none."""
+        """(generator, d, its steps per acquisition) of a generator that is trained through the whole run, else None.
+
+        It maps z ~ N(0, I) [B, d] to images in [0, 1] [B, C, H, W]."""
         return None
 
     def parts(self) -> dict[str, Any]:

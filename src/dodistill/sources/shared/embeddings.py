@@ -1,4 +1,4 @@
-"""What stands for a label before a generator has seen it: one row of numbers per class."""
+"""Label embeddings for a generator: one row of numbers per class."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def classifier_rows(model: nn.Module, classes: int) -> Tensor:
 
 
 def orthogonal_rows(classes: int, generator: torch.Generator) -> Tensor:
-    """E [K, K] with orthonormal rows, drawn from `generator`: labels that have nothing to do with one another."""
+    """E [K, K] with random orthonormal rows: no two labels are similar."""
     q, r = torch.linalg.qr(torch.randn(classes, classes, generator=generator, device=generator.device))
     rows: Tensor = q * r.diagonal().sign()
     return rows
 
 
 def read_embedding(path: str, classes: int) -> Tensor:
-    """E [K, d] from the only (or first) array of a .npy, .npz or .safetensors file. No code of the file is run."""
+    """E [K, d] from the only (or first) array of a .npy, .npz or .safetensors file. Reading it runs no code."""
     file, kinds = Path(path).expanduser(), (".npy", ".npz", ".safetensors")
     if file.suffix not in kinds:
         raise DodistillError(

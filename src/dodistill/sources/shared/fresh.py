@@ -1,9 +1,9 @@
-"""What the sources of fresh batches share: a generator that learns a little, and hands over what it makes now.
+"""The base of sources whose generator makes fresh batches at each acquisition.
 
-Per acquisition the generator G makes `g_steps` steps of Adam on a loss of x = G(z), z ~ N(0, I), and then hands over
-`fresh` batches of newly drawn z; the student matches on them for `every` steps, and they leave the pool with the next
-acquisition (the presets set its capacity to one acquisition, see `pooled`). A method is the loss; it is in the method's
-own file.
+Per acquisition the generator G makes `g_steps` steps of Adam on a loss of x = G(z), z ~ N(0, I). It then generates
+`fresh` batches from new z. The student matches on them for `every` steps, and the next acquisition replaces them in the
+pool (the presets set the pool's capacity to one acquisition, see `pooled`). The method is the loss, in a file of its
+own.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from .generators import ConvGenerator
 
 
 def pooled(images: int) -> int:
-    """How many of an acquisition of `images` join the pool, the default share being held back.
+    """How many of the `images` of an acquisition join the pool, under the default held-back share.
 
-    A pool of that capacity has the newest acquisition and nothing else.
+    A pool of this capacity holds the newest acquisition and nothing else.
     """
     return images - max(1, round(images * PoolConfig().holdout))
 
 
 @dataclass(frozen=True)
 class FreshConfig(SourceConfig):
-    """The settings that all of them have."""
+    """The settings that these sources share."""
 
     warmup: int = 0
     every: int = 5
-    fresh: int = 5  #: new batches handed over per acquisition; 0: the batch of the generator's own last step
-    batch: int = 256  #: images per step of the generator, and per batch handed over
+    fresh: int = 5  #: new batches per acquisition; 0: the batch of the generator's last step
+    batch: int = 256  #: images per step of the generator, and per new batch
     g_steps: int = 1  #: steps of the generator per acquisition
     lr_g: float = 1e-3  #: Adam's rate of the generator, constant
     betas: tuple[float, float] = (0.5, 0.999)
@@ -58,12 +58,12 @@ class FreshConfig(SourceConfig):
 
     @property
     def handed(self) -> int:
-        """Batches handed over per acquisition."""
+        """Batches that an acquisition returns."""
         return max(self.fresh, 1)
 
     def teacher_passes(self) -> tuple[float, float]:
         own = self.g_steps / self.handed
-        return own + (1.0 if self.fresh else 0.0), own  # its last step's images come with the teacher's answers
+        return own + (1.0 if self.fresh else 0.0), own  # the images of its last step already have teacher logits
 
 
 class Fresh(Source):
@@ -96,7 +96,7 @@ class Fresh(Source):
         return Acquired(to_uint8(x), t.detach())
 
     def _step(self, student: nn.Module) -> tuple[Tensor, Tensor]:
-        """One step of the generator: its images and the teacher's logits of them, from before the step."""
+        """One step of the generator. Returns its images and their teacher logits from before the step."""
         with self.context.autocast():
             x: Tensor = self.net(self._z())
         terms, t = self._losses(x, student)
@@ -111,7 +111,7 @@ class Fresh(Source):
         return self.net, self.config.latent, self.config.g_steps
 
     def _nets(self) -> list[nn.Module]:
-        """The networks that each hand over `fresh` batches."""
+        """The networks that each generate `fresh` batches."""
         return [self.net]
 
     def _z(self) -> Tensor:
@@ -120,7 +120,7 @@ class Fresh(Source):
 
     @torch.no_grad()
     def _make(self, net: nn.Module) -> Tensor:
-        """One new batch of `net`, uint8: what the pool keeps, and what the engine asks the teacher about."""
+        """One new batch of `net`, uint8, as the pool keeps it."""
         with self.context.autocast():
             return to_uint8(net(self._z()))
 

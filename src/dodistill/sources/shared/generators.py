@@ -1,4 +1,4 @@
-"""Image generators of the data-free literature. Output in [0, 1]; batch statistics at all times (train mode)."""
+"""Image generators of the data-free literature. Their output is in [0, 1], and they stay in train mode."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class ConvGenerator(nn.Module):
     """Latent -> Linear -> two (upsample and conv) blocks -> Sigmoid, the toolbox's small generator.
 
     For 32x32, width 64, latent 256: 2 328 899 parameters, as published. Other image sizes must be divisible by 4.
-    Given a `space` it is DAFL's and DFAD's instead: convolutions with biases, and Tanh -> BatchNorm without affine in
-    place of the Sigmoid, so that every channel of a batch is standardised in the teacher's normalised coordinates, and
-    then clipped to valid pixels.
+    With a `space` it is the generator of DAFL and DFAD: its convolutions have biases, and Tanh -> BatchNorm without
+    affine replaces the Sigmoid. Each channel of a batch is then standardised in the teacher's normalised coordinates,
+    and clipped to valid pixels.
     For 32x32, width 64, latent 1000: 8 423 939 parameters, as published.
 
     Args:
@@ -94,14 +94,14 @@ class ConvGenerator(nn.Module):
 class DeepGenerator(nn.Module):
     """Map of latents -> conv -> `doublings` (upsample and conv) blocks -> conv -> Sigmoid, Fast's for ImageNet.
 
-    For 224x224, latent 256, width 64, 4 doublings: 592 451 parameters, as released (there beside a Linear that nothing
-    calls). No layer depends on the image size.
+    For 224x224, latent 256, width 64, 4 doublings: 592 451 parameters, as released (the release has an unused Linear
+    beside them). No layer depends on the image size.
 
     Args:
         latent: channels of the map of latents.
         image_shape: (C, H, W) of the images; H and W are multiples of 2^doublings.
         width: channels of the hidden convolutions after the second doubling; the ones before it have twice as many.
-        doublings: how often the map is doubled.
+        doublings: number of times that H and W are doubled.
 
     Attributes:
         latent_shape: (latent, H / 2^doublings, W / 2^doublings).

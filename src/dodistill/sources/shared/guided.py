@@ -1,10 +1,10 @@
-"""What `fast`, `fast_imagenet` and `nayer` share: a generator descends on one batch, guided by the teacher.
+"""The descent of `fast`, `fast_imagenet` and `nayer`: a generator optimises one batch under the teacher's guidance.
 
     L = bn * sum_l (|| mu_l - E_l ||_2 + || var_l - V_l ||_2)  +  oh * CE(T(x), y)  +  adv * L_adv
 
-with the batch statistics of the BatchNorm inputs smoothed over batches (momentum `bn_momentum`), and
-L_adv = -mean(1[argmax s = argmax t] * KL(t || s)), the decision-adversarial term. How x comes about, and what remains
-of the descent, is in the method's own file.
+The batch statistics mu_l, var_l of the BatchNorm inputs are smoothed over batches (momentum `bn_momentum`).
+L_adv = -mean(1[argmax s = argmax t] * KL(t || s)) is the decision-adversarial term. The file of each method defines x,
+and what it keeps of the descent.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class GuidedConfig(SourceConfig):
 
 
 class Guided(Source):
-    """The smoothed statistics, and the descent."""
+    """Keeps the smoothed statistics, and runs the descent."""
 
     config: GuidedConfig
 
@@ -57,10 +57,17 @@ class Guided(Source):
         each: Callable[[], None] = lambda: None,
         last: bool = False,
     ) -> Tensor:
-        """The images of lowest loss among `steps` of `opt` on what `make` makes, [n, C, H, W] in [0, 1].
+        """Make `steps` steps of `opt` on the images that `make` returns; return the images of lowest loss.
 
-        Gradients reach `leaves` and nothing else. `student`: whom the adversarial term is about, None for none.
-        `each` is called between a backward pass and the step. `last`: the images of the last step instead.
+        Args:
+            make: -> images [n, C, H, W] in [0, 1].
+            y: target classes [n].
+            student: for the adversarial term; None leaves it out.
+            opt: the optimiser of `leaves`.
+            leaves: the tensors that get gradients. No others do.
+            steps: number of steps.
+            each: called between each backward pass and its step.
+            last: return the images of the last step instead.
         """
         c, ctx = self.config, self.context
         best = Best()

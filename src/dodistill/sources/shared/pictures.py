@@ -1,7 +1,7 @@
-"""Pictures drawn by formulas: no data, no training, nothing to download. Batched tensor code on the stream's device.
+"""Pictures drawn by formulas, without data, training or downloads. Batched tensor code on the generator's device.
 
-Each of `KINDS` draws n images float [n, C, H, W] in [0, 1], for any C, H, W, from an explicit stream, without a
-host-device sync. Some ten thousand 32x32 pictures a second on one CPU core.
+Each of `KINDS` draws n images, float [n, C, H, W] in [0, 1], for any C, H, W, from an explicit generator and without a
+host-device sync: about ten thousand 32x32 pictures a second on one CPU core.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a student update is: how the gradients of the matching loss come about."""
+"""The base classes of an update: how the gradient of the matching loss is computed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...config.plugins import Named
 
-#: student (or a functional stand-in of it) -> named loss terms on the current batch
+#: student (or a function that evaluates it at other weights) -> named loss terms on the current batch
 Objective = Callable[[Callable[[Tensor], Tensor]], dict[str, Tensor]]
 
 
@@ -26,15 +26,15 @@ class UpdateConfig(Named, ABC):
 
 
 class Update(ABC):
-    """Leaves the gradient of its objective in the parameters; the loop then steps the optimisers."""
+    """Writes the gradient of its objective into the parameters. The matcher then steps the optimisers."""
 
     def __init__(self) -> None:
-        #: what it says of its last step beside the loss (tensors, unsynced), for the log
+        #: further quantities of its last step (tensors, unsynced), for the log
         self.terms: dict[str, Tensor] = {}
 
     @property
     def fp32(self) -> bool:
-        """Must the student's passes run in fp32 when there is something to replay, whatever `loop.precision` says?"""
+        """Whether the student's passes run in fp32 when there are replayed inputs, whatever `loop.precision` says."""
         return False
 
     @abstractmethod
