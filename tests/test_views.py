@@ -220,7 +220,7 @@ def test_no_step_asks_the_teacher(source: str, intervention: str, teacher: nn.Mo
     counter = Counter(teacher)
     given = digits.x[:300]
     for V, asked in ((0, 3 * 512), (1, 0)):
-        cfg = config(source, intervention, steps=400, augment={"views": V, "flip": True}, source={"every": 500},
+        cfg = config(source, intervention, steps=60, augment={"views": V, "flip": True}, source={"every": 60},
                      loop={"batch": 512})  # fmt: skip
         it = job(counter, cfg, given)
         assert steps_ask(it, counter) == asked, it.acquirer.views.reason
