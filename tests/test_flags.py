@@ -15,7 +15,7 @@ import pytest
 
 from dodistill.commands.cli import COMMANDS, main
 from dodistill.config import choices, flags, outline, registry
-from dodistill.config.tree import Augment, Data, Distill, Loop, Model, Optim, Pool, View, resolve
+from dodistill.config.tree import Augment, Data, Distill, Loop, Model, Optim, PoolConfig, ViewConfig, resolve
 from dodistill.engine.teach import Teach
 from dodistill.errors import DodistillError
 
@@ -186,7 +186,7 @@ def test_help_has_every_setting_of_a_choice_with_its_whole_comment(axis: str, na
 def test_help_has_every_setting_of_the_other_parts(told: Any) -> None:
     said = told("distill")
     for prefix, cls in {"teacher": Model, "student": Model, "data": Data, "data.foreign": Model, "optim": Optim,
-                        "pool": Pool, "augment": Augment, "view": View, "loop": Loop,
+                        "pool": PoolConfig, "augment": Augment, "view": ViewConfig, "loop": Loop,
                         "dictionary": registry.dictionary()}.items():  # fmt: skip
         assert not missing(said, cls, f"{prefix}."), prefix
     plain = {name for name, hint in get_type_hints(Distill).items() if dataclasses.is_dataclass(hint)}
