@@ -95,7 +95,7 @@ class Noise(Source):
         )
         if config.statistics == "current" and (context.augment.pad or context.augment.flip):
             self.notes.append(
-                "With augmentation, the teacher labels the images again with its running statistics; for current ones "
+                "Augmentation makes the teacher label the images again with its running statistics; for current ones "
                 "give --augment.pad 0 --augment.flip false (preset desk)."
             )
         self.mean, self.std = mean.to(context.device), std.to(context.device)
