@@ -222,6 +222,19 @@ def test_a_folder_of_another_config_is_refused_by_key(halfway: Any) -> None:
     RunFolder(path, resolve(cfg.to_tree(), {"loop.log_every": 7, "loop.checkpoint_seconds": 1, "loop.threads": 2}))
 
 
+def test_a_folder_that_was_begun_before_a_setting_existed_goes_on(halfway: Any) -> None:
+    path, cfg, _ = halfway
+    older = json.loads((path / "config.json").read_text())
+    del older["augment"]["views"], older["optim"]["floor"]
+    (path / "config.json").write_text(json.dumps(older))
+    RunFolder(path, cfg)
+    with pytest.raises(DodistillError, match=r"augment\.views: (None|0) -> 4"):
+        RunFolder(path, resolve(cfg.to_tree(), {"augment.views": 4}))
+    (path / "config.json").write_text(json.dumps({**older, "aroma": {"sweet": 1}}))
+    with pytest.raises(DodistillError, match="aroma"):
+        RunFolder(path, cfg)
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(DodistillError, match=r"not empty and holds no config\.json"):

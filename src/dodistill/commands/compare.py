@@ -38,7 +38,7 @@ import yaml
 
 from ..config import plugins
 from ..config.plugins import Allow
-from ..config.tree import RUNTIME, Distill, Tree, expand, merge, portable, resolve
+from ..config.tree import RUNTIME, Distill, Tree, expand, grown, merge, portable, resolve
 from ..engine.run_folder import drop_checkpoints, write_atomically
 from ..errors import STOPPED, Busy, DodistillError, nearest
 from ..files import claimed
@@ -166,25 +166,9 @@ def find(cell: Cell, known: list[tuple[Tree, Tree]]) -> Tree | None:
     for its, record in known:
         if its == mine:
             return record
-        if _grown(its, mine, default):
+        if grown(its, mine, default):
             return record
     return None
-
-
-def _grown(old: Mapping[str, Any], new: Mapping[str, Any], default: Mapping[str, Any]) -> bool:
-    """Whether `new` is `old` plus keys at their defaults."""
-    if not old.keys() <= new.keys():
-        return False
-    for key, value in new.items():
-        if key not in old:
-            if value != default.get(key):
-                return False
-        elif isinstance(value, Mapping) and isinstance(old[key], Mapping):
-            if not _grown(old[key], value, default.get(key) or {}):
-                return False
-        elif value != old[key]:
-            return False
-    return True
 
 
 def cells(recipe: Tree, teachers: Path, allow_code: Allow = False) -> Iterator[Cell]:

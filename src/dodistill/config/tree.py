@@ -541,3 +541,19 @@ def difference(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> 
         elif x != y:
             lines.append(f"{prefix}{key}: {x!r} -> {y!r}")
     return lines
+
+
+def grown(old: Mapping[str, Any], new: Mapping[str, Any], default: Mapping[str, Any]) -> bool:
+    """Whether `new` is `old` plus keys at their defaults, as after an update that added settings."""
+    if not old.keys() <= new.keys():
+        return False
+    for key, value in new.items():
+        if key not in old:
+            if value != default.get(key):
+                return False
+        elif isinstance(value, Mapping) and isinstance(old[key], Mapping):
+            if not grown(old[key], value, default.get(key) or {}):
+                return False
+        elif value != old[key]:
+            return False
+    return True

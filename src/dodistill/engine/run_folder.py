@@ -22,10 +22,17 @@ import torch
 from torch import Tensor
 
 from ..config.plugins import label
-from ..config.tree import RUNTIME, Distill, code_in, difference, portable
+from ..config.tree import RUNTIME, Distill, Tree, code_in, difference, grown, portable, resolve
 from ..core.watch import Watcher
 from ..errors import DodistillError
 from ..files import claim, replacing
+
+
+def _settings(tree: Tree) -> Tree:
+    """What decides a result: all but where a run takes place and how often it looks."""
+    out = portable(tree)
+    out["loop"] = {k: v for k, v in out.get("loop", {}).items() if k not in RUNTIME}
+    return out
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -156,9 +163,9 @@ class RunFolder(Watcher):
             except (OSError, json.JSONDecodeError) as error:
                 raise DodistillError(f"{known} cannot be read ({error}); choose another --out.") from error
             _require_same_code(self.path, old, tree)
-            lines = difference(portable(old), portable(tree))
-            lines = [d for d in lines if d.split(":")[0].removeprefix("loop.") not in RUNTIME]
-            if lines:
+            began, mine, default = (_settings(t) for t in (old, tree, resolve(config.choices()).to_tree()))
+            if not grown(began, mine, default):
+                lines = difference(began, mine)
                 raise DodistillError(
                     f"run folder {self.path} belongs to another config; choose another --out, or repeat its own.\n  "
                     + "\n  ".join(lines[:12])
