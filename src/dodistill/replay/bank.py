@@ -38,7 +38,7 @@ from .shared.base import Replay, ReplayConfig
 class Config(ReplayConfig):
     """How much is kept, and how often it is replaced; the defaults are for batches of 1024."""
 
-    capacity: int = 10  #: batches kept
+    capacity: int = 10  #: batches that are kept
     size: int = 128  #: images per batch, and replayed per step (the papers: an eighth of the student's batch)
     every: int = 180  #: acquisitions between two additions
     first: int = 36  #: acquisitions up to and including the first addition
