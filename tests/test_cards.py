@@ -98,7 +98,7 @@ def test_defaults_that_depend_on_a_choice() -> None:
 def test_settings_in_the_presets_that_choose_them() -> None:
     head, _, *rows = cells(settings("replay bank in pre"))
     assert head == ["setting", "default", "`mb`", "`lra-bank`", "`desk`", "meaning"]
-    assert rows[0] == ["`replay.capacity`", "10", "10", "10", "10", "batches kept"]
+    assert rows[0] == ["`replay.capacity`", "10", "10", "10", "10", "batches that are kept"]
     assert [row[3] for row in rows if row[0] == "`replay.size`"] == ["64"]
     head, _, *rows = cells(settings("update replay retain in pre"))
     assert head[:5] == ["update", "setting", "default", "`mb`", "`pre`"]
@@ -156,7 +156,7 @@ def test_the_command_writes_what_is_out_of_date(tmp_path: Path, capsys: pytest.C
     (tmp_path / "bank.md").write_text("<!-- settings: replay bank -->\n<!-- end -->\n")
     assert main(["methods", "--cards", str(tmp_path)]) == 0
     assert capsys.readouterr().out.split() == [str(tmp_path / name) for name in ("README.md", "bank.md")]
-    assert "batches kept" in (tmp_path / "bank.md").read_text()
+    assert "batches that are kept" in (tmp_path / "bank.md").read_text()
     assert (tmp_path / "README.md").read_text() == (DOCS / "README.md").read_text()
     assert main(["methods", "--cards", str(tmp_path)]) == 0
     assert capsys.readouterr().out == ""
