@@ -234,9 +234,9 @@ def test_evenness() -> None:
 def test_what_is_acquired(teacher: nn.Module, pupil: nn.Module) -> None:
     asked: list[int] = []
     source = build(teacher, chunk=64)
-    handle = source.context.teacher.register_forward_hook(lambda _m, a, _o: asked.append(len(a[0])))
+    answers = source.context.teacher.answers
+    source.context.teacher.answers = lambda x: (asked.append(len(x)), answers(x))[1]
     got = source.acquire(pupil, 0)
-    handle.remove()
     assert asked == [64, 64, 64, 8, 30]  # the candidates, then the mixed ones
     assert got.images.shape == (60, *SHAPE)
     assert got.images.dtype == torch.uint8
