@@ -1,4 +1,4 @@
-"""A folder of image files as one tensor. What is no image, or a broken one, is counted and said, never fatal.
+"""A folder of image files as one tensor. Files that are not images, and broken images, are counted and reported.
 
 Two ways from a picture to h x w pixels, told apart by `share`, the side of the crop over the short side of the picture:
 
@@ -32,7 +32,7 @@ Decoded = tuple[torch.Tensor, torch.Tensor | None, int, str, tuple[str, ...]]
 
 
 def crop_share(given: float, height: int) -> float:
-    """`given`, and for 0 what the field evaluates images of `height` by: 0.875 from 160 pixels on, else 1."""
+    """`given`; for 0 the usual share for images of `height`: 0.875 from 160 pixels on, else 1."""
     if not isinstance(given, int | float) or not 0 <= given <= 1:
         raise DodistillError(f"crop_share is {given!r}; it must lie in (0, 1], as in 0.875, or be 0, the default.")
     return float(given) or (0.875 if height >= LARGE else 1.0)
@@ -89,7 +89,7 @@ def load_folder(
 
 
 def _decode(path: Path, c: int, h: int, w: int, share: float) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]] | None:
-    """One image [h, w, c]. None for what Pillow cannot read to its end."""
+    """One image [h, w, c]. None for a file that Pillow cannot read completely."""
     try:
         with Image.open(path) as image:
             image.load()

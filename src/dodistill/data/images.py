@@ -44,7 +44,7 @@ class Images:
 
     @property
     def num_classes(self) -> int:
-        """Largest label + 1, or how many names there are. Raises DodistillError without labels."""
+        """The number of class names, or the largest label + 1. Raises DodistillError without labels."""
         if self.y is None:
             raise DodistillError("these images have no labels, so no class count.")
         return len(self.classes) or int(self.y.max()) + 1
@@ -124,7 +124,8 @@ def load_images(
 
 
 def refuse_one_class(images: Images, what: str) -> None:
-    """Refuse labels that are all the same: of a wrong folder, mostly. Images without labels pass; `what` names them."""
+    """Refuse labels that are all the same, which mostly come from a wrong folder. Images without labels pass; `what`
+    names them in the message."""
     y = images.y
     if y is None or len(y) == 0 or int(y.min()) != int(y.max()):
         return
@@ -141,13 +142,13 @@ def refuse_one_class(images: Images, what: str) -> None:
 
 
 def has_test(spec: str) -> bool:
-    """Whether `spec` may have a test split of its own: a folder without `test` or `val` is one set."""
+    """Whether `spec` can have its own test split. A folder without `test` or `val` has none."""
     folder = _named_folder(spec) or Path(spec).expanduser()
     return not folder.is_dir() or any((folder / name).is_dir() for name in ("test", "val"))
 
 
 def contexts_of(spec: str) -> list[str]:
-    """The two test sets by which a planted context is measured, [aligned, conflicting]; [] for other data."""
+    """The two test sets that measure a planted context, [aligned, conflicting]; [] for other data."""
     if not spec.startswith("planted:"):
         return []
     base, _ = _rho(spec.removeprefix("planted:"))
@@ -155,7 +156,7 @@ def contexts_of(spec: str) -> list[str]:
 
 
 def _rho(spec: str) -> tuple[str, str]:
-    """`mnist:0.9` -> ("mnist", "0.9"), and 0.95 where nothing is said."""
+    """`mnist:0.9` -> ("mnist", "0.9"). The default is 0.95."""
     base, _, which = spec.rpartition(":")
     if base and (which in ("aligned", "conflicting") or re.fullmatch(r"[\d.]+", which)):
         return base, which
@@ -196,7 +197,7 @@ def minival(n: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def _read(path: Path, *keys: str) -> dict[str, np.ndarray[Any, Any]]:
-    """The arrays `keys` of a .npz file, those it has; the array of a .npy file under ""."""
+    """Those of the arrays `keys` that a .npz file has; the array of a .npy file under ""."""
     try:
         with open(path, "rb") as file:  # not np.load(path), which forgets to close a broken file
             found = np.load(file, allow_pickle=False)
@@ -242,7 +243,7 @@ def _channels_first(x: np.ndarray[Any, Any], where: str) -> Tensor:
 
 
 def _named_folder(name: str) -> Path | None:
-    """`$DODISTILL_DATA/NAME/`, for the data sets that are kept as image files and where there is no NAME.npz."""
+    """`$DODISTILL_DATA/NAME/`, for data sets of image files, where there is no NAME.npz."""
     root = os.environ.get("DODISTILL_DATA", "")
     if not root or name not in _NAMED or name in _TORCHVISION or (Path(root) / f"{name}.npz").is_file():
         return None

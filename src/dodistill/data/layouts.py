@@ -1,4 +1,4 @@
-"""Which files of a folder are read, and of which class each of them is, before any of them is decoded.
+"""Which files of a folder are read, and the class of each. No file is decoded here.
 
 * Class folders: `CLASS/.../FILE`, perhaps below `train` and `test` (or `val`). Classes are numbered in order of name.
   Where both splits are there, the classes of both are numbered together, so that a label means the same in either.
@@ -31,7 +31,7 @@ class Listing:
 
 
 def listing(folder: Path, split: str, labels: bool) -> Listing:
-    """The files of the `split` of `folder`, in order of path; all of them, where it has no such subfolder.
+    """The files of the `split` of `folder`, in order of path; all files where there is no such subfolder.
 
     Raises DodistillError for a folder that cannot be read, an empty one, and where `labels` are wanted and
     Tiny-ImageNet's lists do not fit its files.
@@ -65,7 +65,7 @@ def _class_folders(folder: Path, split: str, labels: bool) -> Listing:
 
 
 def _with_images(folder: Path) -> set[str]:
-    """The subfolders of `folder` that hold a file which is named as an image."""
+    """The subfolders of `folder` that hold a file with the name of an image."""
     endings = Image.registered_extensions()
     return {
         sub.name
@@ -107,12 +107,12 @@ def _tiny_imagenet(folder: Path, split: str, labels: bool) -> Listing | None:
 
 
 def _visible(path: Path) -> bool:
-    """A file, neither hidden nor the text that is published beside the images (boxes, annotations)."""
+    """Whether it is a file, not hidden, and no text that is published beside the images (boxes, annotations)."""
     return path.is_file() and path.suffix != ".txt" and not path.name.startswith(".")
 
 
 def _annotated(file: Path, images: set[str], classes: set[str]) -> dict[str, str]:
-    """File name -> class, by the lines of `file`; `images` are the names that must be there, each once."""
+    """File name -> class, from the lines of `file`. Each name in `images` must be there once."""
     if not file.is_file():
         raise DodistillError(
             f"no {file}: it has the labels of {file.parent / 'images'}; take it from the published folder."

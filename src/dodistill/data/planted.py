@@ -1,8 +1,8 @@
-"""A context that goes with the class, planted into images: what a network has learned of it can then be measured.
+"""Plants a context that correlates with the class into images, to measure what a network has learned of it.
 
-In the manner of Figure 1 of CID (NeurIPS 2021): dogs are on grass and cats in a room, until at test they are not. Here
-a colour stands for the place. Each class has one; an image shows that of its own class with probability rho, else that
-of another. Grey images get it as background, behind strokes that stay white; coloured ones as a frame around them.
+After Figure 1 of CID (NeurIPS 2021): in training, dogs stand on grass and cats in a room; in the test they do not. Here
+a colour replaces the place. Each class has one colour. An image shows the colour of its class with probability
+rho, else that of another class. Grey images have it as background, behind white strokes; coloured images as a frame.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def palette(classes: int) -> Tensor:
-    """uint8 [K, 3], hues evenly around the circle, bright and dark by turns."""
+    """uint8 [K, 3], evenly spaced hues, alternately bright and dark."""
     hue = torch.arange(classes) / classes
     value = torch.where(torch.arange(classes) % 2 == 0, 0.9, 0.55)
     shifted = (hue[:, None] * 6 + torch.tensor([5.0, 3.0, 1.0])) % 6  # of red, green, blue
@@ -21,7 +21,7 @@ def palette(classes: int) -> Tensor:
 
 
 def contexts(y: Tensor, classes: int, rho: float, generator: torch.Generator) -> Tensor:
-    """[n] a context for each class y [n]: its own with probability rho, else one of the others, all alike.
+    """[n] a context for each class y [n]: its own with probability rho, else another one, uniformly.
 
     rho = 1 is aligned with the class, 0 in conflict with it, 1 / classes independent of it.
     """
