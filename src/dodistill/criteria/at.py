@@ -3,7 +3,7 @@
     Q(A) = vec(mean_c A_c^2) / ||vec(mean_c A_c^2)||_2          of a feature map A [C, H, W]
     L_AT = sum over stages of mean ( Q(F) - Q(H) )^2
 
-As in RepDistiller, the mean is over batch and positions. Compared are the resolutions that both networks have
+As in RepDistiller, the mean is over batch and positions. The resolutions that both networks have are compared
 (`taps.stages`); the released code resizes the larger map instead.
 """
 

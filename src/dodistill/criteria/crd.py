@@ -1,19 +1,19 @@
 """`crd`: student and teacher agree on which input this is.
 
 Tian et al., Contrastive Representation Distillation (ICLR 2020). Both networks' penultimate features are embedded on
-the unit sphere, v and w [B, 128]. Against an entry of the other network's memory, of the same input (positive) or of
-inputs of other classes (N negatives), each is to tell which it is:
+the unit sphere, v and w [B, 128]. Each embedding is compared with entries of the other network's memory: the one of the
+same input (positive), and N of inputs of other classes (negatives). h is the probability that an entry is the positive:
 
     h(v, w) = e^{v.w / tau} / Z  /  ( e^{v.w / tau} / Z + N )
     L_CRD   = mean_i [ -log h(v_i, w_own) - sum_n log(1 - h(v_i, w_n)) ]  + the same with v and w exchanged
     memory <- (m memory + (1 - m) embedding) / length,   Z = mean e^{v.w / tau} over the first batch
 
 Deviations, and why
- 1. The memory is by slot of the pool, so it serves a pool that stays (source `data`, a sampler). Where slots are taken
-    by new inputs it holds what was there before, until the new one was seen.
- 2. The negatives are drawn for a batch and not for an input; those of its own class are masked, and the rest weighed
-    up to N. One product [B, N] in place of B N gathered rows.
- 3. Z is without the number of inputs, which cancels against the noise's 1/n.
+ 1. The memory has one entry for each slot of the pool, so it suits a pool that does not change (source `data`, a
+    sampler). When a slot takes a new input, its entry stays that of the old input until the new one is drawn.
+ 2. The negatives are drawn once for each batch. Those of an input's own class are masked, and the others are weighted
+    up to N. This costs one product [B, N] in place of B N gathered rows.
+ 3. Z leaves out the number of inputs, which cancels with the 1/n of the noise distribution.
  4. The embeddings have no weight decay.
 """
 
@@ -88,7 +88,7 @@ class CRD(Labelled):
 
     @torch.no_grad()
     def observe(self, t: Tensor, batch: Batch) -> None:
-        """The batch's embeddings join the memory; of two that share a slot, both do."""
+        """Add the batch's embeddings to the memory. Two inputs of one slot are both added."""
         own = self._slots(batch)
         for memory, v in zip(self.memory, self.embeddings(batch)):
             memory.index_add_(0, own, (1 - self.config.momentum) * (v - memory[own]))

@@ -4,7 +4,7 @@
     psi_A(i, j, k) = cos of the angle at f_j between f_i and f_k
     L_RKD          = distance * huber(psi_D) + angle * huber(psi_A)     between student and teacher, means
 
-Features are the penultimate ones. The angles take B^3 numbers and B^2 d differences: batches of 64 to 256.
+Features are the penultimate ones. The angles need B^3 numbers and B^2 d differences, so use batches of 64 to 256.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def distances(f: Tensor) -> Tensor:
 def angles(f: Tensor) -> Tensor:
     """psi_A [B, B, B] of features [B, d], the vertex first: cosines in [-1, 1], 0 where two of the three are one."""
     way = f - f[:, None]  # [j, i, d], from j to i
-    # A length of 0 has no second derivative, which an update may ask for: such pairs are taken out before and after.
+    # A length of 0 has no second derivative, and some updates need one. Such pairs are masked before and after.
     none = way.detach().square().sum(2, keepdim=True) < 1e-20
     way = nnf.normalize(way.masked_fill(none, 1.0), dim=2).masked_fill(none, 0.0)
     return way @ way.mT
