@@ -10,6 +10,7 @@ from dodistill.commands import demo as module
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_demo_runs_and_every_plain_student_learns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

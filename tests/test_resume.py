@@ -425,6 +425,7 @@ def last_step(out: Path) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["fast", "deepinv", "dfnd"])
+@pytest.mark.timeout(900)
 def test_a_real_process_killed_at_random_moments(
     source: str, teacher_file: Path, unlabeled: Path, tmp_path: Path
 ) -> None:
