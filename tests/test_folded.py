@@ -137,6 +137,34 @@ def test_only_what_nobody_else_reads_is_folded(kind: type[nn.Module]) -> None:
         torch.testing.assert_close(copy(images()), model(images()), rtol=1e-3, atol=1e-3)
 
 
+class Uncopied(Both):
+    """A model that refuses to be copied."""
+
+    def __deepcopy__(self, _memo: object) -> Uncopied:
+        raise RuntimeError("only one of me")
+
+
+class Narrow(nn.Module):
+    """A BatchNorm over the positions of a linear layer's output, not over its features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc, self.norm, self.head = (
+            nn.Conv2d(3, 5, 3), nn.Linear(30, 7), nn.BatchNorm1d(5), nn.Linear(7, 10)
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.norm(self.fc(self.conv(x).mean(2))).mean(1))
+        return out
+
+
+@pytest.mark.parametrize("kind", [Uncopied, Narrow])
+def test_what_does_not_fit_is_no_error(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = lived_in(kind())
+    assert folded(model, images(2)) is None
+
+
 def test_a_copy_that_answers_otherwise_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     from dodistill.models import folded as module
 

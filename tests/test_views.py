@@ -15,6 +15,7 @@ from dodistill.core.pool import Pool
 from dodistill.core.views import Views
 from dodistill.data.images import Images
 from dodistill.engine import Distiller
+from dodistill.engine.meter import Diverged
 from dodistill.engine.run_folder import RunFolder
 from dodistill.errors import DodistillError
 from dodistill.functional.augment import shift_flip, to_float
@@ -115,6 +116,24 @@ def test_an_answer_that_fp16_cannot_hold_is_noticed() -> None:
     pool, seen = views()
     slots = pool.add(torch.rand(2, *SHAPE, generator=rng()), torch.zeros(2, 3), rng())
     assert not bool(seen.fill(slots, lambda x: answer(x) + 1e6))
+
+
+def test_a_run_whose_answers_fp16_cannot_hold_says_what_to_do(teacher: nn.Module, digits: Images) -> None:
+    it = job(Loud(teacher), config("dfnd", steps=400, **ON), digits.x[:300])
+    with pytest.raises(Diverged, match=r"65 504; use augment.views 0"):
+        it.run()
+
+
+class Loud(nn.Module):
+    """A teacher with logits that are finite in fp32 only."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.model(x) * 1e6
+        return out
 
 
 # ------------------------------------------------------------------------------------------- the arithmetic

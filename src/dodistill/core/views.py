@@ -117,6 +117,10 @@ class Views:
             self.t[index, view] = answers
         return sound
 
+    def sound(self) -> bool:
+        """Whether all kept answers are finite. Waits for the device."""
+        return bool(torch.isfinite(self.t[: len(self.pool)]).all())
+
     def _pixels(self, index: Tensor, view: Tensor) -> Tensor:
         """View `view` [B] of the images in slots `index` [B]: float in [0, 1], [B, C, H, W]."""
         dy, dx = self.shift[index, view].long().T

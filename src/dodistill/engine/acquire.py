@@ -42,7 +42,7 @@ def _require_images(got: object, source: str, shape: tuple[int, int, int]) -> No
 
 
 class Acquirer:
-    """Owns source, pool, held-back inputs, replay, dictionary and draw. Only it evaluates the teacher.
+    """Owns source, pool, held-back inputs, replay, dictionary and draw. Beside the source, only it evaluates the teacher.
 
     Args:
         needs: features of the teacher that the matching reads (see `taps.tapped`).
@@ -135,6 +135,8 @@ class Acquirer:
             what = f"acquisition {self.round} made images that are not finite"
         elif logits is not None and not bool(torch.isfinite(logits).all()):
             what = f"the teacher answers acquisition {self.round} with NaN or infinity"
+        elif not self.views.sound():
+            what = "the teacher's logits of views are beyond fp16's 65 504; use augment.views 0"
         raise Diverged(what, bad)
 
     def _split(self, got: Acquired) -> tuple[Acquired, Acquired]:

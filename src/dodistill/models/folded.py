@@ -75,6 +75,19 @@ def pairs(model: nn.Module, x: Tensor) -> list[tuple[str, str]]:
     return [(a, b) for a, b, out in found if uses.count[id(out)] == 1 and calls[a] == calls[b] == 1]
 
 
+def _fused(model: nn.Module, both: list[tuple[str, str]]) -> nn.Module:
+    """A copy of `model` in which each (layer, BatchNorm) of `both` is one layer."""
+    copied = copy.deepcopy(model)
+    for layer_name, norm_name in both:
+        layer, norm = copied.get_submodule(layer_name), copied.get_submodule(norm_name)
+        assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
+        fused = fuse_conv_bn_eval(layer, norm) if isinstance(layer, nn.Conv2d) else fuse_linear_bn_eval(layer, norm)  # type: ignore[type-var]
+        for name, module in ((layer_name, fused), (norm_name, nn.Identity())):
+            parent, _, leaf = name.rpartition(".")
+            setattr(copied.get_submodule(parent), leaf, module)
+    return copied
+
+
 def folded(model: nn.Module, x: Tensor) -> nn.Module | None:
     """A copy of `model` in eval mode, with each BatchNorm that follows a convolution or a linear layer folded into it.
 
@@ -89,14 +102,10 @@ def folded(model: nn.Module, x: Tensor) -> nn.Module | None:
     both = pairs(model, x)
     if not both:
         return None
-    copied = copy.deepcopy(model)
-    for layer_name, norm_name in both:
-        layer, norm = copied.get_submodule(layer_name), copied.get_submodule(norm_name)
-        assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
-        fused = fuse_conv_bn_eval(layer, norm) if isinstance(layer, nn.Conv2d) else fuse_linear_bn_eval(layer, norm)  # type: ignore[type-var]
-        for name, module in ((layer_name, fused), (norm_name, nn.Identity())):
-            parent, _, leaf = name.rpartition(".")
-            setattr(copied.get_submodule(parent), leaf, module)
+    try:
+        copied = _fused(model, both)
+    except Exception:  # a model that cannot be copied, or layers that only look as if they fit
+        return None
     place(copied)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         theirs, mine = model(x).float(), copied(x).float()
