@@ -42,7 +42,7 @@ def _require_images(got: object, source: str, shape: tuple[int, int, int]) -> No
 
 
 class Acquirer:
-    """Owns source, pool, held-back inputs, replay, dictionary and draw. Beside the source, only it evaluates the teacher.
+    """Owns source, pool, held-back inputs, replay, dictionary and draw. Beside the source, only it asks the teacher.
 
     Args:
         needs: features of the teacher that the matching reads (see `taps.tapped`).
@@ -108,6 +108,8 @@ class Acquirer:
         self.holdout.add(held.images, held.logits, g, held.labels)
         slots = self.pool.add(kept.images, kept.logits, g, kept.labels)
         self._sound &= self.views.fill(slots, self._ask)
+        if self.views.count and not self.frequent:
+            self.check()
         self.replay.remember(kept.images, kept.logits, self.round - 1)
         some = slice(None, None, max(1, len(got.images) // 512))
         self.signs = vital_signs(got.images[some], got.logits[some])  # type: ignore[index]
