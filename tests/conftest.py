@@ -14,6 +14,7 @@ from dodistill.engine.teach import Teach, teach
 from dodistill.evaluation.evaluate import accuracy
 from dodistill.models import Normalized, load_model, save_model
 from helpers import SHAPE
+from plugged import FILES
 
 torch.set_num_threads(1)
 
@@ -53,3 +54,12 @@ def teacher_file(taught: Normalized, tmp_path_factory: pytest.TempPathFactory) -
     path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
     save_model(taught, path)
     return path
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with a plug-in for each axis."""
+    monkeypatch.chdir(tmp_path)
+    for name, text in FILES.items():
+        Path(name).write_text(text)
+    return tmp_path
