@@ -13,7 +13,7 @@ import torch
 
 import measure
 from dodistill.config.tree import resolve
-from dodistill.engine import Distiller
+from dodistill.engine import Distiller, Job
 from dodistill.interventions.cid import CID
 
 
@@ -32,18 +32,15 @@ def main() -> None:
             tree = {"source": "data", "pool": {"capacity": args.pool}, "loop": {**loop, "steps": 100_000}, **choice}
             teacher, student = (measure.model(spec, args, device) for spec in (args.teacher, args.student))
             blank = torch.zeros(2, *shape, dtype=torch.uint8)
-            job = Distiller(resolve(tree), teacher, student, shape, blank, labels=torch.zeros(2).long())
-            images = torch.randint(0, 256, (args.pool, *shape), dtype=torch.uint8, device=device)
-            logits = torch.randn(args.pool, classes, device=device)
-            job.pool.add(images, logits, job.generators["pool"])
-            job.draw.set(job.pool, None)
-            for part in job.interventions:
+            it = Distiller(Job(resolve(tree), teacher, student, shape, blank, torch.zeros(2).long()))
+            measure.fill(it, torch.randint(0, 256, (args.pool, *shape), dtype=torch.uint8, device=device))
+            for part in it.matcher.interventions:
                 assert isinstance(part, CID)
                 part.filled = True
                 part.C.copy_(torch.randn(part.C.shape))
-            jobs.append(job)
+            jobs.append(it)
         kd, cid = jobs
-        rows = measure.alternate([kd._match, cid._match, kd._match], device, args.rounds, args.repeat)
+        rows = measure.alternate([kd.match, cid.match, kd.match], device, args.rounds, args.repeat)
         for row in rows:
             row.append((row[0] + row[2]) / 2)
         ratio, low, high = measure.ratio(rows, 1, 3)

@@ -21,7 +21,8 @@ from torch import nn
 import dodistill
 from dodistill.config.tree import resolve
 from dodistill.core.context import Context
-from dodistill.core.runtime import autocast, pick_device
+from dodistill.core.precision import Precision
+from dodistill.core.runtime import pick_device
 from dodistill.functional.augment import View
 from dodistill.functional.memory_format import place
 from dodistill.models.teacher import Teacher
@@ -71,7 +72,7 @@ def main() -> None:
     student = model(args.student, 1).eval()
     view, v = published.view, published.view.scale
     ctx = Context(
-        Teacher(model(args.teacher, 0), shape), device, autocast=autocast(device, args.precision),
+        Teacher(model(args.teacher, 0), shape), device, autocast=Precision(device, args.precision),
         view=View(view.crop, view.padding, args.side // 8, True, v),
     )  # fmt: skip
     clock = time.perf_counter if device.type == "cuda" else time.process_time

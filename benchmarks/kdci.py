@@ -17,7 +17,7 @@ from torch import Tensor
 
 import measure
 from dodistill.core.context import Context
-from dodistill.core.runtime import autocast
+from dodistill.core.precision import Precision
 from dodistill.functional import losses
 from dodistill.interventions.kdci import Config
 from dodistill.interventions.shared.base import Interventions
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--clusters", type=int, nargs="+", default=[8, 32, 128])
     args = parser.parse_args()
     device = measure.start(args)
-    low = autocast(device, args.precision)
+    low = Precision(device, args.precision)
     shape = (3, args.image, args.image)
     teacher = measure.model(args.teacher, args, device).requires_grad_(False).eval()
     student = measure.model(args.student, args, device).train()
@@ -39,8 +39,8 @@ def main() -> None:
 
     def stepper(parts: Interventions, dictionary: Any) -> measure.Step:
         groups: list[dict[str, Any]] = [{"params": list(student.parameters()), "weight_decay": 5e-4}]
-        if parts.shared_parameters():
-            groups.append({"params": parts.shared_parameters(), "weight_decay": 0.0})
+        if own := list(parts.parameters()):
+            groups.append({"params": own, "weight_decay": 0.0})
         sgd = torch.optim.SGD(groups, lr=1e-3, momentum=0.9, fused=True)
 
         def step() -> None:

@@ -9,10 +9,12 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import dodistill
 from dodistill.core.runtime import pick_device
+from dodistill.engine import Distiller
+from dodistill.sources.shared.base import Acquired
 
 Step = Callable[[], object]
 
@@ -45,8 +47,22 @@ def start(args: argparse.Namespace) -> torch.device:
 
 
 def model(spec: str, args: argparse.Namespace, device: torch.device) -> nn.Module:
-    out: nn.Module = dodistill.load_model(spec, num_classes=args.classes, image_size=args.image, seed=0)
+    out: nn.Module = dodistill.load_model(spec, num_classes=args.classes, in_channels=3, image_size=args.image, seed=0)
     return out.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def fill(it: Distiller, images: Tensor) -> Tensor:
+    """Put `images` (uint8 [n, C, H, W]) with random logits into the pool of a run, as an acquisition would.
+
+    With `augment.views` the answers to the views are random, too. Returns the logits [n, K].
+    """
+    a = it.acquirer
+    logits = torch.randn(len(images), it.context.num_classes, device=images.device)
+    a.views.plan(float("inf"), len(images), asked_each_time=bool(a.needs))
+    slots = a.pool.add(images, logits, a.generators["pool"])
+    a.views.fill(slots, lambda x: torch.randn(len(x), logits.shape[1], device=x.device))
+    a._rebuild(Acquired(images[:256], logits[:256]))
+    return logits
 
 
 def seconds(step: Step, device: torch.device, repeat: int = 1) -> float:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import measure
 from dodistill.config import registry
 from dodistill.core.context import Context
-from dodistill.core.runtime import autocast
+from dodistill.core.precision import Precision
 from dodistill.models.teacher import Teacher
 
 #: Fields, by any name that sources use, for how long one acquisition takes and for how much it hands over.
@@ -58,7 +58,9 @@ def watch(source: Any, student: nn.Module, round: int) -> list[Pass]:
             passes.append((module, x.detach(), torch.is_grad_enabled() and x.requires_grad,
                            own and module is not student))  # fmt: skip
 
-    watched = [source.context.teacher, student, *networks(source)]
+    teacher = source.context.teacher
+    teacher.answers(torch.zeros(2, *teacher.image_shape, device=source.context.device))
+    watched = [teacher, *teacher.answering, student, *networks(source)]
     handles = [m.register_forward_pre_hook(note) for m in watched]
     try:
         source.acquire(student, round)
@@ -89,7 +91,7 @@ def main() -> None:
     parser.set_defaults(batch=64, teacher="wrn16_2")
     args = parser.parse_args()
     device = measure.start(args)
-    low = autocast(device, args.precision)
+    low = Precision(device, args.precision)
     shape = (3, args.image, args.image)
     unlabeled = torch.randint(256, (8 * args.batch, *shape), dtype=torch.uint8)
     print("| source | passes | images/s | of bare | from | to |\n|---|---:|---:|---:|---:|---:|")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import measure
 from dodistill.config import registry
-from dodistill.core.runtime import autocast
+from dodistill.core.precision import Precision
 from dodistill.functional import losses
 
 UPDATES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -37,7 +37,7 @@ def main() -> None:
     parser.set_defaults(batch=64)
     args = parser.parse_args()
     device = measure.start(args)
-    low = autocast(device, args.precision)
+    low = Precision(device, args.precision)
     teacher = measure.model(args.teacher, args, device).requires_grad_(False).eval()
     student = measure.model(args.student, args, device).train()
     new = torch.rand(args.batch, 3, args.image, args.image, device=device).contiguous(memory_format=torch.channels_last)

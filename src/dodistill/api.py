@@ -19,7 +19,7 @@ from .config import methods
 from .config.contracts import InterventionSettings, SourceSettings
 from .config.plugins import Allow
 from .config.tree import Distill, Model, Tree, expand, resolve
-from .core.runtime import emulated
+from .core.precision import emulated
 from .core.watch import Watcher
 from .data.images import Images, contexts_of, load_images, refuse_one_class
 from .engine import Distiller, Job, Result, Test
@@ -327,6 +327,7 @@ def _summary(it: Distiller, which: str, notes: list[str]) -> dict[str, Any]:
         "delivered": which,
         "view": str(it.context.view),
         "views": acquirer.views.reason,
+        "precision": it.context.autocast.reason,
         "teacher_name": _name(config.teacher, job.teacher),
         "student_name": _name(config.student, it.matcher.student),
         "student_parameters": parameters(it.matcher.student),

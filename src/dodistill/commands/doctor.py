@@ -34,7 +34,8 @@ def doctor() -> int:
     import torch
 
     from .. import __version__
-    from ..core.runtime import autocast, emulated
+    from ..core.precision import Precision, trial
+    from ..models import load_model
 
     print(f"dodistill {__version__}, Python {platform.python_version()}, torch {torch.__version__}")
     broken = False
@@ -49,14 +50,15 @@ def doctor() -> int:
     device = torch.device("cpu")
     net = torch.nn.Conv2d(32, 32, 3, 1, 1).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x = torch.rand(64, 32, 32, 32).contiguous(memory_format=torch.channels_last)
-    for precision in ("fp32", "bf16"):
+    for name in ("fp32", "bf16"):
         best = float("inf")
-        with torch.no_grad(), autocast(device, precision)():
+        with torch.no_grad(), Precision(device, name)():
             for _ in range(5):
                 start = time.perf_counter()
                 net(x)
                 best = min(best, time.perf_counter() - start)
-        print(f"  {precision:<12} {2 * 64 * 32 * 32 * 9 * 32 * 32 / best / 1e9:.0f} GFLOP/s in a 3x3 convolution")
-    if emulated(device, "bf16"):
-        print("  note         bf16 is emulated on this CPU: use --loop.precision fp32 (auto does)")
+        print(f"  {name:<12} {2 * 64 * 32 * 32 * 9 * 32 * 32 / best / 1e9:.0f} GFLOP/s in a 3x3 convolution")
+    auto = Precision(device)
+    auto.settle(trial(load_model("wrn16_1", num_classes=10, in_channels=3), (3, 32, 32), device))
+    print(f"  precision    auto is {auto.reason} (training step of wrn16_1)")
     return int(broken)

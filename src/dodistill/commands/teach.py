@@ -13,7 +13,8 @@ from typing import Annotated, Any
 
 from ..config.flags import square
 from ..config.tree import build
-from ..core.runtime import emulated, pick_device
+from ..core.precision import emulated
+from ..core.runtime import pick_device
 from ..engine.lesson import fresh_model, read_lesson, teach_to_file
 from ..engine.run_folder import check_writable
 from ..engine.teach import Log, Teach

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 from ..config.tree import Augment
 from ..functional.augment import View, to_float
 from ..functional.memory_format import laid_out
+from .precision import Precision
 from .runtime import at_once, generator
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ class Context:
     teacher: Teacher
     device: torch.device
     seed: int = 0
-    autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+    autocast: Precision = field(default_factory=Precision.fp32)  #: of forward passes: `with context.autocast():`
     augment: Augment = field(default_factory=Augment)
     view: View = field(default_factory=View)  #: augmentation of the teacher's inputs during synthesis
     unlabeled: Tensor | None = None  #: uint8 [n, C, H, W], the images of a sampler

@@ -1,12 +1,10 @@
-"""Device, precision and random numbers, as all parts of a run use them."""
+"""Device and random numbers, as all parts of a run use them."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -35,27 +33,6 @@ def at_once(device: torch.device, most: int) -> int:
     WRN-16-2 64 images at a time are 1.7 times as fast as 512 (benchmarks/README.md).
     """
     return min(most, 64) if device.type == "cpu" else most
-
-
-def autocast(device: torch.device, precision: str) -> Callable[[], AbstractContextManager[Any]]:
-    """A factory of contexts for forward passes: `fp32`, `bf16`, or `auto` (bf16 on CUDA, fp32 on the CPU)."""
-    if precision not in ("auto", "fp32", "bf16"):
-        raise DodistillError(f"unknown precision {precision!r}; use auto, fp32 or bf16.")
-    low = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-    if not low:
-        return contextlib.nullcontext
-    return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
-
-
-def emulated(device: torch.device, precision: str) -> bool:
-    """Whether this device has no arithmetic of its own for `precision`: bf16 on a CPU without AMX or AVX512-BF16 is
-    emulated, and some ten times slower than fp32."""
-    if device.type != "cpu" or precision != "bf16":
-        return False
-    has: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    if has.get("architecture", "x86_64") not in ("x86_64", "amd64"):  # nothing is known of others
-        return False
-    return bool(has) and not any(has.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def generator(device: torch.device, seed: int, purpose: str) -> torch.Generator:

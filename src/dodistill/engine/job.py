@@ -16,7 +16,8 @@ from ..config.contracts import Settings, SourceSettings
 from ..config.methods import Choice
 from ..config.tree import Distill
 from ..core.context import Context
-from ..core.runtime import autocast, pick_device
+from ..core.precision import Precision
+from ..core.runtime import pick_device
 from ..data.images import Images
 from ..errors import DodistillError
 from ..functional.memory_format import place
@@ -87,7 +88,7 @@ class Job:
         _check_student(student, teacher, device)
         extra = {FOREIGN: place(Teacher(self.foreign, self.image_shape), device)} if self.foreign is not None else {}
         return Context(
-            teacher=teacher, device=device, seed=loop.seed, autocast=autocast(device, loop.precision),
+            teacher=teacher, device=device, seed=loop.seed, autocast=Precision(device, loop.precision),
             augment=config.augment, view=choose_view(config.view, teacher), unlabeled=self.unlabeled,
             labels=self.labels, student=student, capacity=config.pool.capacity, extra=extra,
         )  # fmt: skip

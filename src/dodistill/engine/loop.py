@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
+from ..core.precision import trial
 from ..core.watch import Watcher, Watchers
 from ..errors import DodistillError
 from .acquire import Acquirer
@@ -44,6 +45,8 @@ class Distiller:
         tell = Watchers([folder, *watchers])
         if (saved := folder.load()) is not None:
             self.load_state_dict(*saved)
+        else:
+            self.settle()
         self.context.progress = tell.on_progress
         self.clock.start(self.step)
         tell.on_start(self.step, self.config.loop.steps)
@@ -55,6 +58,12 @@ class Distiller:
         finally:
             tell.on_end(self.step, finished)
         return finished
+
+    def settle(self) -> None:
+        """Measure what is to be measured before the first step: which precision is faster here."""
+        context = self.context
+        work = trial(self.matcher.student, context.image_shape, context.device, context.teacher.answers)
+        context.autocast.settle(work)
 
     def _loop(self, folder: RunFolder | NoFolder, tell: Watcher, deadline: float) -> bool:
         steps = self.config.loop.steps
@@ -135,6 +144,7 @@ class Distiller:
         """Everything but the pool, which is saved on its own when it changes."""
         return {
             "format": FORMAT, "made_of": self.made_of, "step": self.step, "seconds": self.clock.seconds,
+            "precision": self.context.autocast.state_dict(),
             "acquirer": self.acquirer.state_dict(), "matcher": self.matcher.state_dict(),
             "scorer": self.scorer.state_dict(), "meter": self.meter.state_dict(),
         }  # fmt: skip
@@ -148,6 +158,8 @@ class Distiller:
                 f"{FORMAT}; finish the run with the version that began it, or choose another --out."
             )
         require_same(state["made_of"], self.made_of)
+        if "precision" in state:  # not in runs begun before `auto` measured
+            self.context.autocast.load_state_dict(state["precision"])
         self.matcher.load_state_dict(state["matcher"])
         self.acquirer.load_state_dict(state["acquirer"], dict(pool))
         self.scorer.load_state_dict(state["scorer"])

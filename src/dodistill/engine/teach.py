@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.runtime import autocast, generator
+from ..core.precision import Precision, trial
+from ..core.runtime import generator
 from ..data.images import Images, minival, refuse_one_class
 from ..errors import DodistillError
 from ..evaluation.evaluate import accuracy
@@ -82,7 +83,8 @@ def teach(
 
     SGD-Nesterov on the whole data set resident on the device, augmented in batches; no sync with the device but one per
     epoch, when `on_log` gets `{epoch, epochs, step, steps, loss, lr, minival, seconds}`. Returns `{loss, minival, test,
-    seconds, images_per_second, steps, train_images}`; accuracies in percent, None where there is nothing to measure on.
+    seconds, images_per_second, steps, train_images, precision}`; accuracies in percent, None where there is nothing to
+    measure on.
     `on_step` gets the number of each step that was begun, for a progress display.
     After each epoch `on_checkpoint` gets all that `resume` needs to go on from there, to the same bits on the CPU; past
     `deadline` (time.monotonic()) it stops after the epoch and returns `{"finished": False, "epoch": ...}`.
@@ -110,7 +112,7 @@ def teach(
     train = images.select(kept).to(device)
     assert train.y is not None
     place(model, device)
-    cast = autocast(device, config.precision)
+    cast = Precision(device, config.precision)
     _check_classes(model, train, images.num_classes)
 
     rng = generator(device, config.seed, "teach")
@@ -133,7 +135,10 @@ def teach(
         model.load_state_dict(resume["model"])
         optimizer.load_state_dict(resume["optimizer"])
         rng.set_state(resume["rng"].cpu())
+        cast.load_state_dict(resume.get("precision") or cast.state_dict())  # none: it was begun before `auto` measured
         begun, before = resume["epoch"], resume["seconds"]
+    else:
+        cast.settle(trial(model, train.image_shape, device))
     model.train()
     start, step, evaluating = time.perf_counter(), begun * per_epoch, 0.0
     log: Log = {"loss": math.nan, "minival": None, "seconds": before} | dict(resume["log"] if resume else {})
@@ -167,7 +172,8 @@ def teach(
         if on_checkpoint is not None:
             on_checkpoint(
                 {"config": asdict(config), "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                 "rng": rng.get_state(), "epoch": epoch + 1, "seconds": seconds, "log": log}
+                 "rng": rng.get_state(), "precision": cast.state_dict(), "epoch": epoch + 1, "seconds": seconds,
+                 "log": log}
             )  # fmt: skip
         if time.monotonic() > deadline and epoch + 1 < config.epochs:
             return {"finished": False, "epoch": epoch + 1}
@@ -181,6 +187,7 @@ def teach(
         "images_per_second": (step - begun * per_epoch) * batch / max(trained_in, 1e-9),
         "steps": steps,
         "train_images": len(train),
+        "precision": cast.reason,
     }
 
 

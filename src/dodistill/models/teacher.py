@@ -34,8 +34,8 @@ class Teacher(nn.Module):
         self.train(False)
         self.num_classes = self._probe(num_classes)
         self.has_batchnorm = bool(batchnorms(self.model))
-        #: who answers: the model, or a copy of it; in a tuple, so that it is no part of this module
-        self._answering: tuple[nn.Module, ...] = ()
+        #: the network of `answers`, once it is made; in a tuple, so that it is no part of this module
+        self.answering: tuple[nn.Module, ...] = ()
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] in [0, 1] -> logits [B, K] in fp32, whatever autocast is active."""
@@ -49,9 +49,9 @@ class Teacher(nn.Module):
         The first call makes a copy of the model with its BatchNorms folded (`models/folded.py`), where it can.
         The model must not change or move afterwards.
         """
-        if not self._answering:
-            self._answering = (folded(self.model, x[:2]) or self.model,)
-        logits: Tensor = self._answering[0](x)
+        if not self.answering:
+            self.answering = (folded(self.model, x[:2]) or self.model,)
+        logits: Tensor = self.answering[0](x)
         return logits.float()
 
     def train(self, mode: bool = True) -> Teacher:
