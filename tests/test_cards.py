@@ -108,7 +108,7 @@ def test_settings_in_the_presets_that_choose_them() -> None:
 def test_settings_that_several_share_stand_once() -> None:
     _, _, *rows = cells(settings("criterion sp at"))
     assert ["all", "`criterion.temperature`", "4", "T of that KL"] in rows
-    assert ["`at`", "`criterion.weight`", "1000", "of L_AT"] in rows
+    assert ["`at`", "`criterion.weight`", "1000", "weight of L_AT"] in rows
 
 
 @pytest.mark.parametrize(

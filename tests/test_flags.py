@@ -199,9 +199,9 @@ def test_what_the_old_help_lost(told: Any) -> None:
     said = told("distill", "--intervention", "kdci+cid+stratified", "--criterion", "cid")
     for text in (
         "--kdci.weights {attention, random, constant} attention (Eq. 5) | random (Table 4 (2), fixed between builds)",
-        "--cid.weights {softened, prior, uniform} of the prototypes: the input's own softened prediction (released)",
+        "--cid.weights {softened, prior, uniform} of each prototype: the input's own softened prediction (released)",
         "--dictionary.of {auto, latest, pool, batch} latest (newest acquisition) | pool (all of it) | batch",
-        "--criterion.supervise {auto, labels, teacher} what z' is held to: true labels by CE",
+        "--criterion.supervise {auto, labels, teacher} target of z': labels where the data have them, else the teacher",
         "hardly touches class shares that fall off 100:1 (default: 20)",
     ):
         assert text in said, text

@@ -40,10 +40,10 @@ class Config(CriterionConfig):
     round guess; replace it where the accuracy is known (as the recipes of KDCI's tables do)."""
 
     name: ClassVar[str] = "adaptation"
-    temperature: float = 4.0
+    temperature: float = 4.0  #: T of the KL
     teacher_accuracy: float = 0.95  #: the diagonal of Q, in (0, 1)
     noisy: float = 1.0  #: weight of the hard term
-    lr: float = 1e-3  #: of the Adam that trains a
+    lr: float = 1e-3  #: learning rate of the Adam that trains a
 
     def build(self, context: Context) -> Criterion:
         if not 0 < self.teacher_accuracy < 1:

@@ -1,4 +1,4 @@
-"""`at`: where each stage looks. Zagoruyko and Komodakis, Paying More Attention to Attention (ICLR 2017).
+"""`at`: attention maps of the stages. Zagoruyko and Komodakis, Paying More Attention to Attention (ICLR 2017).
 
     Q(A) = vec(mean_c A_c^2) / ||vec(mean_c A_c^2)||_2          of a feature map A [C, H, W]
     L_AT = sum over stages of mean ( Q(F) - Q(H) )^2
@@ -42,7 +42,7 @@ class AT(Labelled):
 @dataclass(frozen=True)
 class Config(LabelledConfig):
     name: ClassVar[str] = "at"
-    weight: float = 1000.0  #: of L_AT
+    weight: float = 1000.0  #: weight of L_AT
 
     def build(self, context: Context) -> Criterion:
         paired(*probes(context, AT.needs))

@@ -76,11 +76,11 @@ class Config(CriterionConfig):
     a: float = 1.0  #: weight of the predictions, CE and KL together
     b: float = 10.0  #: weight of L_sample; 8 to 65 in the released settings
     c: float = 1.0  #: weight of L_class; 0.1 to 2
-    ce: float = 1.0  #: CE against KL, within a
-    temperature: float = 4.0
-    init: float = 20 / 240  #: share of the run without CE; intervention `cid` has one too
+    ce: float = 1.0  #: weight of CE relative to KL, within a
+    temperature: float = 4.0  #: T of the KL
+    init: float = 20 / 240  #: share of the run without CE; intervention `cid` has the same setting
     supervise: Literal["auto", "labels", "teacher"] = (
-        "auto"  #: what z' is held to: true labels by CE | the teacher's logits by KL | labels where the data have them
+        "auto"  #: target of z': labels where the data have them, else the teacher | labels (CE) | teacher's logits (KL)
     )
 
     def build(self, context: Context) -> Criterion:

@@ -1,4 +1,4 @@
-"""`crd`: student and teacher agree on which input this is.
+"""`crd`: a contrastive loss between the features of student and teacher.
 
 Tian et al., Contrastive Representation Distillation (ICLR 2020). Both networks' penultimate features are embedded on
 the unit sphere, v and w [B, 128]. Each embedding is compared with entries of the other network's memory: the one of the
@@ -109,11 +109,11 @@ class Config(LabelledConfig):
     """The released settings of RepDistiller, where the student's loss is CE + 0.8 CRD."""
 
     name: ClassVar[str] = "crd"
-    weight: float = 0.8  #: of L_CRD
-    negatives: int = 16_384  #: N, drawn for each batch
-    width: int = 128  #: of the embeddings
-    tau: float = 0.07  #: temperature
-    momentum: float = 0.5  #: of the memory
+    weight: float = 0.8  #: weight of L_CRD
+    negatives: int = 16_384  #: N, the number of negatives, drawn once per batch
+    width: int = 128  #: size of the embeddings
+    tau: float = 0.07  #: temperature of the contrast
+    momentum: float = 0.5  #: momentum of the memory
 
     def build(self, context: Context) -> Criterion:
         if self.negatives < 1 or self.width < 1 or not self.tau > 0 or not 0 <= self.momentum < 1:

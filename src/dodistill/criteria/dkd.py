@@ -1,4 +1,4 @@
-"""`dkd`: the target class and the others apart. Zhao et al., Decoupled Knowledge Distillation (CVPR 2022).
+"""`dkd`: separate terms for target class and other classes. Zhao et al., Decoupled Knowledge Distillation (CVPR 2022).
 
     b    = (p_y, 1 - p_y)                    the odds of the true class y, p = softmax(. / T)
     TCKD = T^2 KL(b_teacher || b_student)
@@ -54,9 +54,9 @@ class DKD(Labelled):
 @dataclass(frozen=True)
 class Config(LabelledConfig):
     name: ClassVar[str] = "dkd"
-    alpha: float = 1.0  #: of the target class
-    beta: float = 8.0  #: of the others; 0.5 to 8 in the released settings, by pair
-    warmup: float = 20 / 240  #: share of the run in which both grow from 0
+    alpha: float = 1.0  #: weight of the target class's term
+    beta: float = 8.0  #: weight of the other classes' term; 0.5 to 8 in the released settings, by pair
+    warmup: float = 20 / 240  #: share of the run in which both weights grow from 0
 
     def build(self, context: Context) -> Criterion:
         if context.num_classes < 3 or not 0 <= self.warmup <= 1:

@@ -39,8 +39,8 @@ class FitNet(Labelled):
 @dataclass(frozen=True)
 class Config(LabelledConfig):
     name: ClassVar[str] = "fitnet"
-    weight: float = 100.0  #: of the hint
-    stage: int = -2  #: which of the resolutions that both networks have, from the finest; -1 is the coarsest
+    weight: float = 100.0  #: weight of the hint
+    stage: int = -2  #: index among the resolutions that both networks have, the finest first; -1 is the coarsest
 
     def build(self, context: Context) -> Criterion:
         pairs = paired(*probes(context, FitNet.needs))

@@ -26,7 +26,7 @@ class KL(Criterion):
 @dataclass(frozen=True)
 class Config(CriterionConfig):
     name: ClassVar[str] = "kl"
-    temperature: float = 20.0  #: T > 0; 20 in the scripts of DAFL, CMI, Fast and DeepInv (nearly a regression)
+    temperature: float = 20.0  #: T > 0; 20 in the scripts of DAFL, CMI, Fast and DeepInv (close to logit regression)
 
     def build(self, context: Context) -> Criterion:
         positive("criterion", temperature=self.temperature)

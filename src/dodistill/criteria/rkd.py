@@ -56,9 +56,9 @@ class RKD(Labelled):
 @dataclass(frozen=True)
 class Config(LabelledConfig):
     name: ClassVar[str] = "rkd"
-    weight: float = 1.0  #: of L_RKD
-    distance: float = 25.0  #: of the distances, within L_RKD
-    angle: float = 50.0  #: of the angles
+    weight: float = 1.0  #: weight of L_RKD
+    distance: float = 25.0  #: weight of the distances, within L_RKD
+    angle: float = 50.0  #: weight of the angles, within L_RKD
 
     def build(self, context: Context) -> Criterion:
         widths(context)

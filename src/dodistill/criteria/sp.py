@@ -1,4 +1,4 @@
-"""`sp`: which inputs of a batch look alike. Tung and Mori, Similarity-Preserving Knowledge Distillation (ICCV 2019).
+"""`sp`: similarity of the inputs of a batch. Tung and Mori, Similarity-Preserving Knowledge Distillation (ICCV 2019).
 
     G    = vec(A) vec(A)^T, each row divided by its length            [B, B], of the coarsest feature maps A
     L_SP = (1 / B^2) || G_student - G_teacher ||_F^2
@@ -41,7 +41,7 @@ class SP(Labelled):
 @dataclass(frozen=True)
 class Config(LabelledConfig):
     name: ClassVar[str] = "sp"
-    weight: float = 3000.0  #: of L_SP
+    weight: float = 3000.0  #: weight of L_SP
 
     def build(self, context: Context) -> Criterion:
         if not all(seen.stages for seen in probes(context, SP.needs)):

@@ -142,7 +142,7 @@ class Config(InterventionConfig):
 
     name: ClassVar[str] = "cid"
     weights: Literal["softened", "prior", "uniform"] = (
-        "softened"  #: of the prototypes: the input's own softened prediction (released) | the class shares | 1/K
+        "softened"  #: of each prototype: the input's own softened prediction (released) | the class shares | 1/K
     )
     temperature: float = 4.0  #: T of q and w
     init: float = 20 / 240  #: share of the run before z' is trained; the criterion has the same setting

@@ -39,7 +39,7 @@ class Config(ReplayConfig):
     """The rate of the average."""
 
     size: int = 128  #: images replayed per step
-    decay: float = 0.95  #: of the average, per step of the generator
+    decay: float = 0.95  #: decay of the average, per step of the generator
 
     name: ClassVar[str] = "ema_generator"
 

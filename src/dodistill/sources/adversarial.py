@@ -115,7 +115,7 @@ class Config(FreshConfig):
         ),
     }  # fmt: skip
     origin: ClassVar[dict[str, str]] = {
-        "zskt": "release, WRN on CIFAR-10; the student's SGD is the toolbox's (there: Adam), no attention transfer",
+        "zskt": "release, WRN on CIFAR-10; the student uses the toolbox's SGD (release: Adam), no attention transfer",
         "dfad": "release, CIFAR, ResNet-34 -> ResNet-18",
         "dfad-mnist": "release, MNIST, LeNet-5",
         "dfq": "the DFKD toolbox's script, WRN-40-2 -> WRN-16-1 on CIFAR-10; the paper has no release",

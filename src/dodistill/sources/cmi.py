@@ -126,7 +126,7 @@ class Config(SourceConfig):
         "cmi500": "the same with the 500 iterations that the tables of Fast and KDCI name",
         "toolbox": "the script for CMI in Fast's repository, same pair: tau 0.2, student's batch 256, floor 2e-4",
         "toolbox500": "toolbox with 500 iterations",
-        "resnet34": "cmi500 with the features that the release takes for a ResNet-34 teacher; weights not published",
+        "resnet34": "cmi500 with the release's features for a ResNet-34 teacher, whose loss weights are not published",
         "desk": "ours: the same losses on a schedule for two CPU cores",
     }
 

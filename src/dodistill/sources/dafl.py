@@ -127,9 +127,9 @@ class Config(FreshConfig):
     origin: ClassVar[dict[str, str]] = {
         "huawei": "release, CIFAR-10, ResNet-34 -> ResNet-18",
         "huawei-cifar100": "release, CIFAR-100, ResNet-34 -> ResNet-18",
-        "huawei-mnist": "release, MNIST, LeNet-5; the student's SGD is ours (there: Adam)",
+        "huawei-mnist": "release, MNIST, LeNet-5; the student's SGD is ours (release: Adam)",
         "toolbox": "the DFKD toolbox's script (Fast's copy), WRN-40-2 -> WRN-16-1 on CIFAR-10; other pairs have none",
-        "desk": "ours: coverage beside the entropy, a quicker generator, on a schedule for two CPU cores",
+        "desk": "ours: entropy and coverage, two generator steps per acquisition, a schedule for two CPU cores",
     }
 
     def build(self, context: Context) -> Source:

@@ -132,10 +132,10 @@ class Config(SourceConfig):
     origin: ClassVar[dict[str, str]] = {
         "toolbox": "the DFKD toolbox's script (CMI's copy), WRN-40-2 -> WRN-16-1 on CIFAR-10; other pairs have none",
         "nvidia": "NVIDIA's CIFAR-10 flags and its authors' answers (50 steps per batch, T 3); l2 and adv from memory",
-        "imagenet": "NVIDIA's ImageNet command, ResNet-50: 2000 at 112x112, then 1000 at 224x224; the student's ours",
-        "imagenet-adaptive": "the same with the command of its log for adi_scale 0.2; the student's ours",
-        "imagenet-single": "NVIDIA's setting 1 with the command of its log: 2000 at 224x224; the student's ours",
-        "imagenet-long": "NVIDIA's setting 2, 20 000 at 224x224, with the paper's batch; the student's ours",
+        "imagenet": "NVIDIA's ImageNet command, ResNet-50: 2000 at 112x112, then 1000 at 224x224; student: ours",
+        "imagenet-adaptive": "the same with the command of its log for adi_scale 0.2; student: ours",
+        "imagenet-single": "NVIDIA's setting 1 with the command of its log: 2000 at 224x224; student: ours",
+        "imagenet-long": "NVIDIA's setting 2, 20 000 at 224x224, with the paper's batch; student: ours",
         "desk": "ours: the same losses on a schedule for two CPU cores",
     }
 

@@ -109,7 +109,7 @@ class Config(GuidedConfig):
         "mobilenetv2": "release log, ResNet-50 -> MobileNetV2 on ImageNet (best 43.02 %, last 42.92 %)",
         "resnet50": "release log, ResNet-50 -> ResNet-50 on ImageNet (best 68.62 %, last 68.54 %)",
         "per-class": "ours: resnet18 with a generator for each class, ten classes per acquisition",
-        "desk": "ours: the weights of fast, a small generator for small images, a schedule for two CPU cores",
+        "desk": "ours: the loss weights of fast, a small generator for small images, a schedule for two CPU cores",
     }
 
     def teacher_passes(self) -> tuple[float, float]:

@@ -70,7 +70,7 @@ class LabelledConfig(CriterionConfig):
     """The weights of RepDistiller (Tian et al.), in whose loop the baselines are compared."""
 
     ce: float = 1.0  #: weight of the cross-entropy to the labels (the data's, else the teacher's)
-    kd: float = 0.0  #: weight of Hinton's KL beside it
+    kd: float = 0.0  #: weight of Hinton's KL
     temperature: float = 4.0  #: T of that KL
 
 
