@@ -158,9 +158,9 @@ class Config(InterventionConfig):
     renormalize: bool = False  #: divide lam_i P_i by their sum, which makes F an average of prototypes
     scale: float = 1.0  #: factor on F
     detach_query: bool = False  #: True: no gradient reaches the student through lam
-    mapping: bool = False  #: a learnable W_m [K, d] on z_i; always there when a foreign model makes the dictionary
+    mapping: bool = False  #: a learnable W_m [K, d] on z_i; always present with a foreign dictionary
     at_test: bool = False  #: True: the delivered student keeps F (the ancestor CCIM does so)
-    own_lr: float | None = None  #: an own Adam with this rate (1e-3 is sensible); None: the student's optimiser
+    own_lr: float | None = None  #: rate of a separate Adam for W_* (such as 1e-3); None: the student's optimiser
 
     @property
     def needs_dictionary(self) -> bool:

@@ -109,8 +109,8 @@ class Config(InterventionConfig):
     by: Literal["class", "cluster"] = "class"  #: class (the teacher's) | cluster (of the confounder dictionary)
     prior: tuple[float, ...] | None = None  #: P*, one number >= 0 for each stratum, any scale; None: uniform
     power: float = 1.0  #: in [0, 1]: 0 leaves the draw unchanged, 1 reaches P* (up to the cap)
-    cap: float = 20.0  #: >= 1: no image is drawn more often than this times the mean; keeps a stratum of two or three
-    #: strays from filling 1/K of each batch, and hardly touches class shares that fall off 100:1
+    cap: float = 20.0  #: >= 1: largest weight of an image, relative to the mean; stops two or three stray images of a
+    #: class from filling 1/K of each batch, and has little effect on class shares down to 100:1
 
     @property
     def needs_dictionary(self) -> bool:

@@ -76,7 +76,7 @@ class Config(SourceConfig):
     lr_g: float = 1e-3  #: Adam's rate of generator and discriminator
     anneal: int = 0  #: acquisitions over which that rate falls to 0 by a cosine (0: constant)
     local: float = 1.0  #: weight of the patch game
-    align: float = 1.0  #: weight of the entropy of the teacher's answers
+    align: float = 1.0  #: weight of the entropy of the teacher's predictions
     adv: float = 1.0  #: weight of the divergence between teacher and student
     balance: float = 10.0  #: weight of the balance of classes
     n: int = 0  #: out-of-domain images kept: those with the most uncertain teacher prediction (0: all)
@@ -108,8 +108,8 @@ class Config(SourceConfig):
     }  # fmt: skip
     origin: ClassVar[dict[str, str]] = {
         "paper": "release README, CIFAR-100 from CIFAR-10, one setting for all pairs",
-        "subset": "the same from the 50 000 images of ImageNet or Places at 32x32 that the teacher doubts most",
-        "desk": "ours: a quicker generator, `local` a tenth, on a schedule for two CPU cores",
+        "subset": "the same from the 50 000 images of ImageNet or Places at 32x32 of least certain teacher prediction",
+        "desk": "ours: a higher rate of the generator, `local` 0.1, on a schedule for two CPU cores",
     }
 
     def teacher_passes(self) -> tuple[float, float]:

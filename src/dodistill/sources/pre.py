@@ -114,8 +114,8 @@ class Config(dafl.Config):
     origin: ClassVar[dict[str, str]] = {
         "mb": "release of LRA, MB-DFKD for CIFAR-100, ResNet-34 -> ResNet-18",
         "pre": "release, CIFAR-100, ResNet-34 -> ResNet-18",
-        "lra-bank": "release, CIFAR-100, ResNet-34 -> ResNet-18; the update as in the paper, which the release loses",
-        "lra-generative": "likewise, with the generative memory",
+        "lra-bank": "release, CIFAR-100, ResNet-34 -> ResNet-18; the paper's update (the release loses its gradient)",
+        "lra-generative": "the same with the generative memory",
         "desk": "ours: the same on a schedule for two CPU cores, with a true JS term",
     }
 

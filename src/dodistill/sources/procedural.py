@@ -72,7 +72,7 @@ class Config(SourceConfig):
         },
     }
     origin: ClassVar[dict[str, str]] = {
-        "study": "50 000 balanced images, as the CVPR 2025 study; the rest ours",
+        "study": "50 000 balanced images, as in the CVPR 2025 study; other settings ours",
         "desk": "ours: the same on a schedule for two CPU cores",
     }
 

@@ -33,8 +33,8 @@ class DictionaryConfig:
     of: Literal["auto", "latest", "pool", "batch"] = (
         "auto"  #: latest (newest acquisition) | pool (all of it) | batch (each distilled one) | auto (by source)
     )
-    pca_dim: int | None = None  #: dims that clusters are assigned in; None: 32 where there are more classes; 0: no PCA
-    iterations: int = 10  #: of Lloyd
+    pca_dim: int | None = None  #: dimensions of the clustering; None: 32 if there are more classes; 0: no PCA
+    iterations: int = 10  #: Lloyd iterations
     random: bool = False  #: ablation, Table 4 (3): z_i ~ N(0, 1) times the spread of M, instead of the cluster's mean
 
     def resolve(self, kind: str) -> DictionaryConfig:
