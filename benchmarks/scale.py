@@ -47,9 +47,8 @@ def main() -> None:
     base = build(*first)
     lone = measure.peak(base.match, device)
     once = measure.alternate([base.match], device, args.rounds, args.repeat)
-    print(
-        "| pool | classes | N | step, ms | of the first | from | to | peak, MiB |\n|---:|---:|---:|---:|---:|---:|---:|---:|"
-    )
+    print("| pool | classes | N | step, ms | of the first | from | to | peak, MiB |")
+    print("|---:|---:|---:|---:|---:|---:|---:|---:|")
     print("| {} | {} | {} | {:.1f} | 1 | | | {:.1f} |".format(*first, 1e3 * measure.median(once, 0), lone / 2**20))
     for size in sizes:
         it = build(*size)

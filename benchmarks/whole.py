@@ -85,9 +85,8 @@ def main() -> None:
     for name, value in one.items():
         rate = f", {args.batch / value:.0f} images/s" if name.startswith("step") else ""
         print(f"  {name:<18} {value:9.3f} s{rate}")
-    print(
-        f"| preset {args.preset}: {acquisitions} acquisitions, {steps} steps | synthesis | answers to views | steps | whole |"
-    )
+    title = f"preset {args.preset}: {acquisitions} acquisitions, {steps} steps"
+    print(f"| {title} | synthesis | answers to views | steps | whole |")
     print("|---|---:|---:|---:|---:|")
     synthesis = acquisitions * one["acquisition"]
     for title, views, step in (
