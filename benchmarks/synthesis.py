@@ -60,7 +60,7 @@ def watch(source: Any, student: nn.Module, round: int) -> list[Pass]:
 
     teacher = source.context.teacher
     teacher.answers(torch.zeros(2, *teacher.image_shape, device=source.context.device))
-    watched = [teacher, *teacher.answering, student, *networks(source)]
+    watched = [teacher, *(m for m in teacher.answering if isinstance(m, nn.Module)), student, *networks(source)]
     handles = [m.register_forward_pre_hook(note) for m in watched]
     try:
         source.acquire(student, round)

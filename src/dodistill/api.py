@@ -328,6 +328,7 @@ def _summary(it: Distiller, which: str, notes: list[str]) -> dict[str, Any]:
         "view": str(it.context.view),
         "views": acquirer.views.reason,
         "precision": it.context.autocast.reason,
+        "compiled": it.compiled.reason,
         "teacher_name": _name(config.teacher, job.teacher),
         "student_name": _name(config.student, it.matcher.student),
         "student_parameters": parameters(it.matcher.student),

@@ -12,6 +12,7 @@ from ..core.precision import trial
 from ..core.watch import Watcher, Watchers
 from ..errors import DodistillError
 from .acquire import Acquirer
+from .compiled import Compiled
 from .job import Job, made_of, require_same
 from .match import Matcher
 from .meter import Diverged, Meter
@@ -31,6 +32,7 @@ class Distiller:
         self.matcher = Matcher(self.config, self.context)
         self.acquirer = Acquirer(self.config, self.context, self.matcher.interventions, self.matcher.needs)
         self.scorer = Scorer(self.matcher, self.acquirer, job.test)
+        self.compiled = Compiled(self.config.loop.compile, self.matcher, self.context)
         self.meter = Meter(self.context.num_classes, self.context.device)
         self.clock = Clock()
         self.step = 0  #: matching steps done
@@ -47,6 +49,7 @@ class Distiller:
             self.load_state_dict(*saved)
         else:
             self.settle()
+        self.compiled.begin()
         self.context.progress = tell.on_progress
         self.clock.start(self.step)
         tell.on_start(self.step, self.config.loop.steps)
@@ -60,10 +63,11 @@ class Distiller:
         return finished
 
     def settle(self) -> None:
-        """Measure what is to be measured before the first step: which precision is faster here."""
+        """Measure before the first step: which precision is faster here, and whether compiling is repaid."""
         context = self.context
         work = trial(self.matcher.student, context.image_shape, context.device, context.teacher.answers)
         context.autocast.settle(work)
+        self.compiled.settle(work)
 
     def _loop(self, folder: RunFolder | NoFolder, tell: Watcher, deadline: float) -> bool:
         steps = self.config.loop.steps
@@ -144,7 +148,7 @@ class Distiller:
         """Everything but the pool, which is saved on its own when it changes."""
         return {
             "format": FORMAT, "made_of": self.made_of, "step": self.step, "seconds": self.clock.seconds,
-            "precision": self.context.autocast.state_dict(),
+            "precision": self.context.autocast.state_dict(), "compiled": self.compiled.state_dict(),
             "acquirer": self.acquirer.state_dict(), "matcher": self.matcher.state_dict(),
             "scorer": self.scorer.state_dict(), "meter": self.meter.state_dict(),
         }  # fmt: skip
@@ -158,8 +162,9 @@ class Distiller:
                 f"{FORMAT}; finish the run with the version that began it, or choose another --out."
             )
         require_same(state["made_of"], self.made_of)
-        if "precision" in state:  # not in runs begun before `auto` measured
+        if "precision" in state:  # not in runs begun before there was a choice
             self.context.autocast.load_state_dict(state["precision"])
+            self.compiled.load_state_dict(state["compiled"])
         self.matcher.load_state_dict(state["matcher"])
         self.acquirer.load_state_dict(state["acquirer"], dict(pool))
         self.scorer.load_state_dict(state["scorer"])

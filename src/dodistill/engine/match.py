@@ -30,6 +30,8 @@ class Matcher:
         self.config, self.context = config, context
         self.student = context.student
         self.ema = copy.deepcopy(self.student).requires_grad_(False).eval()
+        #: the student by torch.compile, for its training step (see `engine.compiled`)
+        self.compiled: Callable[[Tensor], Tensor] | None = None
         acts = [i.build(context) for i in config.interventions]
         for act, settings in zip(acts, config.interventions):
             require_kind(act, Intervention, settings)
@@ -156,8 +158,9 @@ class Objective:
 
     def __call__(self, student: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         m, d = self.matcher, self.drawn
+        run = m.compiled if student is m.student and m.compiled is not None else student
         with self.precision(), tapped(m.student, m.needs) as own:
-            s = student(d.x)
+            s = run(d.x)
         s = s.float()
         batch = Batch(d.index, d.labels, s, self.done, own, d.theirs)
         self._batch = batch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,8 @@ class Teacher(nn.Module):
         self.num_classes = self._probe(num_classes)
         self.has_batchnorm = bool(batchnorms(self.model))
         #: the network of `answers`, once it is made; in a tuple, so that it is no part of this module
-        self.answering: tuple[nn.Module, ...] = ()
+        self.answering: tuple[Callable[[Tensor], Tensor], ...] = ()
+        self._compiles = False
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] in [0, 1] -> logits [B, K] in fp32, whatever autocast is active."""
@@ -50,9 +51,14 @@ class Teacher(nn.Module):
         The model must not change or move afterwards.
         """
         if not self.answering:
-            self.answering = (folded(self.model, x[:2]) or self.model,)
+            network = folded(self.model, x[:2]) or self.model
+            self.answering = (torch.compile(network, dynamic=True) if self._compiles else network,)
         logits: Tensor = self.answering[0](x)
         return logits.float()
+
+    def compile_answers(self, on: bool = True) -> None:
+        """Let torch.compile make the network of `answers`, for batches of any size; or no longer."""
+        self.answering, self._compiles = (), on
 
     def train(self, mode: bool = True) -> Teacher:
         """A teacher stays in eval mode."""
