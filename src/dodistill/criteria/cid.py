@@ -80,7 +80,7 @@ class Config(CriterionConfig):
     temperature: float = 4.0
     init: float = 20 / 240  #: share of the run without CE; intervention `cid` has one too
     supervise: Literal["auto", "labels", "teacher"] = (
-        "auto"  #: what z' is held to: true labels by CE | the teacher's logits by KL | labels where the data have them
+        "auto"  #: target of z': true labels by CE | the teacher's logits by KL | labels where the data have them
     )
 
     def build(self, context: Context) -> Criterion:

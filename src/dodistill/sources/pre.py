@@ -77,8 +77,8 @@ class Config(dafl.Config):
     """Hyper-parameters of the generator; defaults are the release's."""
 
     every: int = 10
-    fresh: int = 10  #: new batches handed over per acquisition; 0: the batch of the generator's own last step
-    batch: int = 1024  #: images per step of the generator, and per batch handed over
+    fresh: int = 10  #: new batches per acquisition; 0: the batch of the generator's last step
+    batch: int = 1024  #: images per step of the generator, and per new batch
     lr_g: float = 0.02  #: Adam's rate of the generator, constant
     betas: tuple[float, float] = (0.9, 0.999)
     latent: int = 1000  #: size of z
@@ -114,8 +114,8 @@ class Config(dafl.Config):
     origin: ClassVar[dict[str, str]] = {
         "mb": "release of LRA, MB-DFKD for CIFAR-100, ResNet-34 -> ResNet-18",
         "pre": "release, CIFAR-100, ResNet-34 -> ResNet-18",
-        "lra-bank": "release, CIFAR-100, ResNet-34 -> ResNet-18; the update as in the paper, which the release loses",
-        "lra-generative": "likewise, with the generative memory",
+        "lra-bank": "release, CIFAR-100, ResNet-34 -> ResNet-18; with the paper's update, which the release loses",
+        "lra-generative": "the same with the generative memory",
         "desk": "ours: the same on a schedule for two CPU cores, with a true JS term",
     }
 
