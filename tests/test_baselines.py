@@ -184,7 +184,7 @@ def test_dkd_is_finite_at_the_extremes() -> None:
     assert torch.isfinite(a + b)
     assert s.grad is not None
     assert torch.isfinite(s.grad).all()
-    with pytest.raises(DodistillError, match="take hinton"):
+    with pytest.raises(DodistillError, match="use hinton"):
         dkd.Config().build(context(teacher=student(9, classes=2), net=student(classes=2)))
 
 

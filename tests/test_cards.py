@@ -139,7 +139,7 @@ def test_a_block_is_filled_again_and_nothing_else_changes() -> None:
     [
         ("<!-- presets: fats -->\n<!-- end -->\n", "x.md: <!-- presets: fats -->: unknown source 'fats'; did you mean"),
         ("<!-- settings: replai bank -->\n<!-- end -->\n", "did you mean 'replay'"),
-        ("<!-- settings: replay -->\n<!-- end -->\n", "An axis wants a name"),
+        ("<!-- settings: replay -->\n<!-- end -->\n", "After an axis, give the name of a choice"),
         ("<!-- settings: replay bank in per -->\n<!-- end -->\n", "unknown source 'per'; did you mean 'pre'"),
         ("<!-- presets: fast -->\n| a |\n", "needs a line <!-- end -->"),
         ("<!-- presets: fast -->\n<!-- presets: real -->\n<!-- end -->\n", "presets: fast --> needs a line"),

@@ -225,7 +225,7 @@ def test_pooled_inputs_are_fp32_under_autocast(moments: bool) -> None:
         assert grad.abs().sum() > 0
     with pooled_inputs(net, [nn.ReLU()], moments=moments) as taps:
         net(x)
-        with pytest.raises(DodistillError, match="ReLU has seen no"):
+        with pytest.raises(DodistillError, match="ReLU has no input yet"):
             _ = taps.features
 
 
@@ -418,7 +418,7 @@ def test_a_run_stopped_in_between_ends_in_the_same_bits(teacher: nn.Module) -> N
     [
         ({"iterations": 0}, "source.iterations is 0"),
         ({"batch": 1}, "source.batch is 1; it must be at least 2"),
-        ({"bank": 7}, "source.bank is 7; it must hold one batch, 8 images"),
+        ({"bank": 7}, "source.bank is 7; it must be at least source.batch, 8 images"),
         ({"tau": 0.0}, "source.tau is 0.0; it must be a positive number"),
         ({"negatives": 0}, "source.negatives is 0"),
         ({"layers": ("stage9",)}, "0 modules of the teacher are called 'stage9'; it has"),

@@ -45,10 +45,10 @@ def test_each_symptom_names_its_value_and_a_knob() -> None:
     assert "sees 1.4 of 10 classes" in few["few classes"]
     assert "--intervention stratified" in few["few classes"]
     same = symptoms({"effective_classes": 9.0, "diversity": 0.004}, 10)
-    assert "by 0.004 of 1" in same["same picture"]
+    assert "standard deviation of a pixel 0.004" in same["same picture"]
     lost = symptoms(well, 10, 12.0, 0.5)
     assert "agrees with the teacher on 12.0 %" in lost["no agreement"]
-    assert "guessing gets 10.0 %" in lost["no agreement"]
+    assert "chance is 10.0 %" in lost["no agreement"]
     assert symptoms({"effective_classes": 1.6}, 2) == {}  # of two classes, one may be rare
 
 
@@ -86,7 +86,7 @@ def test_classes_that_never_come_are_named_where_there_is_enough_to_tell() -> No
     assert not symptoms(signs, 4, done=0.1)  # a generator needs time
     said = symptoms(signs, 4, done=0.2)
     assert list(said) == ["absent classes"]
-    assert "of 1 of 4 classes" in said["absent classes"]
+    assert "1 of 4 classes are absent" in said["absent classes"]
     assert "--source.coverage 5" in said["absent classes"]
     assert "absent_classes" not in vital_signs(x[1:], logits[1:])  # 79 of 4 classes: too few
     logits[0, 3] = 2.0

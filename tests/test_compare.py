@@ -76,7 +76,7 @@ def test_runs_once_resumes_and_prints_the_table(
     other = RunFolder(out / "runs" / first.slug, first.config)  # as if a second `compare` were at this cell
     assert compare(recipe, out, jobs=2) == 75
     captured = capsys.readouterr()
-    assert "to another process" in captured.err
+    assert "used by another process" in captured.err
     assert "FAILED" not in captured.err
     assert "2 of 3 cells" in captured.out
     other.close()
@@ -182,7 +182,7 @@ def test_durations(text: str, seconds: float) -> None:
 
 
 def test_mistakes_are_named(recipe: Path, tmp_path: Path) -> None:
-    with pytest.raises(DodistillError, match="'soon' is no duration"):
+    with pytest.raises(DodistillError, match="budget is 'soon'; it must be a duration"):
         compare(recipe, tmp_path / "out", budget="soon")
     with pytest.raises(DodistillError, match="AXIS=LABEL"):
         compare(recipe, tmp_path / "out", only=["sead=0"])

@@ -84,7 +84,7 @@ def test_settings_of_an_arm_that_is_not_chosen_are_allowed_but_checked() -> None
         ({"source": "fats"}, "unknown source 'fats'; did you mean 'fast'"),
         ({"intervention": "kdic"}, "unknown intervention 'kdic'; did you mean 'kdci'"),
         ({"intervention": "kdci+stratifed"}, "did you mean 'stratified'"),
-        ({"intervention": "kdci+kdci"}, "names one twice"),
+        ({"intervention": "kdci+kdci"}, "has a name twice"),
         ({"intervention": ["kdci"]}, "intervention is"),
         ({"criterion": "kll"}, "unknown criterion 'kll'; did you mean 'kl'"),
         ({"update": "plane"}, "unknown update 'plane'"),

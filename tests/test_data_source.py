@@ -72,7 +72,7 @@ def test_mistakes(
 
 
 def test_a_pool_that_is_too_small_is_said(teacher: nn.Module, digits: Images) -> None:
-    with pytest.raises(DodistillError, match=r"1297 images, pool.capacity is 1000; give --pool.capacity 1297"):
+    with pytest.raises(DodistillError, match=r"1297 images, but pool.capacity is 1000; give --pool.capacity 1297"):
         distill(teacher, student(), {"name": "data"}, unlabeled=digits.x, verbose=False, image_shape=SHAPE,
                 augment={"pad": 1}, pool={"capacity": 1000})  # fmt: skip
     it = job(teacher, digits, share=0.5)

@@ -82,7 +82,7 @@ def test_what_is_wrong_with_an_entry_point(site: Path, teacher: nn.Module) -> No
         with pytest.raises(DodistillError) as error:
             resolve({"criterion": name})
         assert text in str(error.value), name
-    said["kl"] = "criterion kl is dodistill's own. bad-one 1.0 offers another kl, which cannot be chosen: rename"
+    said["kl"] = "criterion kl is part of dodistill. bad-one 1.0 also offers a kl, which cannot be chosen: rename"
     listing = " ".join(table().split())
     assert all(text in listing for text in said.values())
     out = run(teacher, None, source="procedural", **{"source.n": 20, "source.candidates": 30})

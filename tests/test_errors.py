@@ -124,7 +124,7 @@ def test_truncated_weights(keep: float, refused: Refused, teacher_file: Path, tm
     cut.write_bytes(data[: int(keep * len(data))])
     text = refused(teacher=cut)
     assert "cut.safetensors" in text
-    assert "damaged or cut short" in text
+    assert "damaged or truncated" in text
 
 
 def test_missing_weights_and_unknown_models(refused: Refused, tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def broken(): return Bad(lambda x: x @ torch.ones(3, 3))
         ("nan", "returns NaN or infinity"),
         ("pair", "returns a tuple, not a tensor of logits"),
         ("wide", "shape (2, 10, 1) for 2 images"),
-        ("probabilities", "drop its last softmax"),
+        ("probabilities", "remove its final softmax"),
         ("plain", "has none. Methods that work with it: "),
         ("broken", "does not take images of shape (1, 8, 8)"),
         ("nam", "did you mean 'nan'"),

@@ -75,7 +75,7 @@ def test_short_names() -> None:
     assert read("--source.name dfnd --source.preset desk --data.foreign vgg8 --train x") == {
         "source": "dfnd", "preset": "desk", "data.foreign.spec": "vgg8", "data.unlabeled": "x"}  # fmt: skip
     for line in ("--steps 3 --loop.steps 4", "--loop.steps=4 --steps 3", "--train a --unlabeled b"):
-        with pytest.raises(DodistillError, match="say the same thing"):
+        with pytest.raises(DodistillError, match="are the same setting"):
             read(line)
     assert read("--steps 3 --steps 4") == {"loop.steps": 4}
 
@@ -202,7 +202,7 @@ def test_what_the_old_help_lost(told: Any) -> None:
         "--cid.weights {softened, prior, uniform} of each prototype: the input's own softened prediction (released)",
         "--dictionary.of {auto, latest, pool, batch} latest (newest acquisition) | pool (all of it) | batch",
         "--criterion.supervise {auto, labels, teacher} target of z': labels where the data have them, else the teacher",
-        "hardly touches class shares that fall off 100:1 (default: 20)",
+        "hardly affects class shares of up to 100:1 (default: 20)",
     ):
         assert text in said, text
 

@@ -103,10 +103,13 @@ def _append(line: str) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda root: (root / "val" / "val_annotations.txt").unlink(), r"no .*val_annotations\.txt: it has the labels"),
+        (
+            lambda root: (root / "val" / "val_annotations.txt").unlink(),
+            r"no .*val_annotations\.txt, which has the labels",
+        ),
         (lambda root: (root / "val" / "images" / "val_2.JPEG").unlink(), r"line 2: val_2\.JPEG is not in .*images"),
         (lambda root: picture(root / "val" / "images" / "val_9.JPEG", 0), r"no line for images/val_9\.JPEG"),
-        (_append("val_0.JPEG\tn01\n"), r"line 5: val_0\.JPEG has a line already"),
+        (_append("val_0.JPEG\tn01\n"), r"line 5: val_0\.JPEG already has a line"),
         (_append("val_0.JPEG\tn77\t0\n"), r"line 5: val_0\.JPEG is of class 'n77', which wnids\.txt does not have"),
         (_append("val_0.JPEG\n"), r"line 5: 'val_0\.JPEG' names no class"),
         (lambda root: (root / "val" / "val_annotations.txt").write_bytes(b"\xff\xfe\x00"), "cannot read"),
@@ -145,7 +148,7 @@ def test_splits_number_their_classes_together(tmp_path: Path) -> None:
 
 def test_one_class_is_named() -> None:
     x = torch.zeros(3, 1, 2, 2, dtype=torch.uint8)
-    with pytest.raises(DodistillError, match=r"a.npz: all 3 images are of one class, '7', .* check the labels"):
+    with pytest.raises(DodistillError, match=r"a.npz: all 3 images are of one class, '7', .* correct the labels"):
         refuse_one_class(Images(x, torch.full((3,), 7)), "a.npz")
     with pytest.raises(DodistillError, match=r"one class, 'images', .* give the folder whose subfolders"):
         refuse_one_class(Images(x, torch.zeros(3).long(), classes=("images",)), "f")

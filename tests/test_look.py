@@ -80,7 +80,7 @@ def test_a_run_without_its_pool_and_a_teacher_that_changed(
     shutil.copytree(runs[1], run)
     drop_checkpoints(run)
     assert look([run], "digits", out, n=60)[1].distance is None
-    assert "No pool is left of run" in out.read_text()
+    assert "There is no pool of run" in out.read_text()
     assert "other weights" not in out.read_text()
 
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_mistakes(runs: list[Path], teacher_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(runs[0], run)
     config = json.loads((run / "config.json").read_text())
-    for spec, message in (("", "in memory; say which"), ("other.safetensors", "several teachers")):
+    for spec, message in (("", "in memory; name that teacher"), ("other.safetensors", "several teachers")):
         config["teacher"]["spec"] = spec
         (run / "config.json").write_text(json.dumps(config))
         with pytest.raises(DodistillError, match=message):

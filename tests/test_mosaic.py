@@ -310,7 +310,7 @@ def test_a_run_stopped_in_between_ends_in_the_same_bits(teacher: nn.Module, stro
         ({"batch": 1}, "source.batch is 1; it must be at least 2"),
         ({"n": -1}, "source.n is -1"),
         ({"n": 1}, "has 1 out-of-domain image"),
-        ({"pad": 8}, "source.pad is 8; images of 8x8 need a smaller one"),
+        ({"pad": 8}, "source.pad is 8; for images of 8x8 it must be below 8"),
     ],
 )
 def test_bad_settings_are_named(settings: dict[str, Any], said: str, teacher: nn.Module, strokes: Tensor) -> None:
@@ -323,7 +323,7 @@ def test_without_images_or_normalisation(teacher: nn.Module, strokes: Tensor) ->
         with pytest.raises(DodistillError, match=f"has {n} out-of-domain image"):
             build(teacher, x)
     assert isinstance(teacher, Normalized)
-    with pytest.raises(DodistillError, match="no normalisation to undo"):
+    with pytest.raises(DodistillError, match="no known normalisation"):
         build(teacher.model, strokes, ood_normalise="half")
 
 

@@ -99,12 +99,12 @@ def test_files_that_hold_no_embedding(tmp_path: Path) -> None:
     np.save(tmp_path / "b.npy", np.full((10, 4), np.nan))
     said(tmp_path / "b.npy", "NaN")
     np.save(tmp_path / "c.npy", np.array([{"a": 1}] * 10, dtype=object))  # would run code
-    said(tmp_path / "c.npy", "cannot read numbers")
+    said(tmp_path / "c.npy", "no readable numbers")
     for suffix in (".npy", ".npz", ".safetensors"):
         (tmp_path / f"d{suffix}").write_bytes(b"not an array at all")
-        said(tmp_path / f"d{suffix}", "cannot read numbers")
+        said(tmp_path / f"d{suffix}", "no readable numbers")
     np.save(tmp_path / "e.npy", np.array(["one"] * 10))
-    said(tmp_path / "e.npy", "cannot read numbers")
+    said(tmp_path / "e.npy", "no readable numbers")
 
 
 def test_outside_knowledge_is_named_in_the_summary(teacher: nn.Module, tmp_path: Path) -> None:

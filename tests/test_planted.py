@@ -96,7 +96,7 @@ def test_shapes_seeds_and_arrays(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
-        ("planted:digits:1.5", "1.5 is no share"),
+        ("planted:digits:1.5", "1.5 is not a share"),
         ("planted:photos:0.5", "no labels"),
         ("planted:digits:sometimes", "digits:sometimes"),
     ],

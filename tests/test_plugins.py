@@ -110,7 +110,7 @@ def test_objects_mix_with_names_settings_and_presets(here: Path) -> None:
         resolve({"criterion": Weighted(1.0)})
     act = of_file("shift.py")
     assert resolve({"intervention": act(by=2.0), "shift.by": 3.0}).interventions == (act(by=3.0),)
-    with pytest.raises(DodistillError, match="names one twice"):
+    with pytest.raises(DodistillError, match="has a name twice"):
         resolve({"intervention": (act(by=2.0), act(by=3.0))})
 
 
@@ -177,7 +177,7 @@ def test_two_files_of_one_name_do_not_meet(here: Path) -> None:
     assert one == resolve({"source": "a/grey.py"}, allow_code=True)
     merged = resolve({"source": {"name": "a/grey.py", "n": 9}}, {"source": "b/grey.py"}, allow_code=True)
     assert merged.source.n == 4  # another file is another choice
-    with pytest.raises(DodistillError, match="names one twice"):
+    with pytest.raises(DodistillError, match="has a name twice"):
         resolve({"intervention": "a/shift.py+b/shift.py"}, allow_code=True)
 
 
@@ -223,7 +223,7 @@ def test_look_runs_a_teachers_file_only_if_it_was_typed(here: Path) -> None:
     Path("run/student.safetensors").touch()
     Path("run/config.json").write_text(json.dumps(resolve({"teacher": "net.py:make"}, allow_code=True).to_tree()))
     trace = spy("net.py", "def make(): ...")
-    with pytest.raises(DodistillError, match=r"run asks to run net\.py:make; code is run only when you name it"):
+    with pytest.raises(DodistillError, match=r"config of run names code, net\.py:make; code runs only if you name it"):
         look(["run"], "digits", "look.html")
     assert not trace.exists()
 

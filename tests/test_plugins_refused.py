@@ -49,7 +49,7 @@ def test_a_path_in_a_config_does_not_run(here: Path, tree: dict[str, Any], flag:
     trace = spy()
     with pytest.raises(DodistillError) as error:
         resolve(tree)
-    assert "run the code in " in str(error.value)
+    assert "names the code in " in str(error.value)
     assert "--allow-code" in str(error.value)
     assert f"({flag})" in str(error.value)
     with pytest.raises(DodistillError, match="allow it"):
@@ -118,7 +118,7 @@ def test_a_config_with_a_fingerprint_runs_no_other_text(here: Path) -> None:
         ("mine.py", "x = (\n", "mine.py, line 1: '(' was never closed"),
         ("mine.py", "x = 1\ny == = 2", "mine.py, line 2: invalid syntax"),
         ("mine.py", "x = 1\n\nimport nothing_of_this_name", "mine.py, line 3: ModuleNotFoundError: No module named"),
-        ("mine.py", "from .shared.base import Source", "mine.py, line 1: a file of its own has no neighbours"),
+        ("mine.py", "from .shared.base import Source", "mine.py, line 1: a single file has no relative imports"),
         ("mine.py", "def f():\n    1 / 0\nf()", "mine.py, line 2: ZeroDivisionError: division by zero"),
         ("mine.py", "x = 1\n\0", "mine.py, line "),
         ("mine.py", "x = 1", "mine.py has no class Config; see docs/tutorial.md."),
@@ -133,21 +133,21 @@ def test_a_config_with_a_fingerprint_runs_no_other_text(here: Path) -> None:
         ("mine.py", change("n: int = 20", "n: int"), "non-default argument 'n' follows default argument"),
         ("mine.py", change("n: int = 20", "n: Int = 20"),
          "mine.py, line 10: NameError: name 'Int' is not defined"),
-        ("mine.py", change("n: int = 20", "code: int = 20"), "mine.py: Config.code is a key of the config itself"),
+        ("mine.py", change("n: int = 20", "code: int = 20"), "mine.py: Config.code is a reserved key of the config"),
         ("mine.py", change("n: int = 20", "n: object = torch.float32"), "mine.py: settings are numbers, text"),
         ("mine.py", change('"optim": {"lr": 0.02}', '"optim": {"rl": 0.02}'),
          "mine.py: preset 'few' does not resolve: optim: unknown key 'rl'"),
         ("mine.py", change('"source": {"n": 12}', '"source": {"m": 12}'),
          "mine.py: preset 'few' does not resolve: source: unknown key 'm'"),
         ("mine.py", change('"source": {"n": 12}', '"source": {"name": "mine", "n": 12}'),
-         "mine.py: preset 'few' does not resolve: its source has a name; leave it out"),
+         "mine.py: preset 'few' does not resolve: it sets source.name; remove that key"),
         ("mine.py", change('{"few":', '{"few": 3, "many":'), "mine.py: Config.presets must be a mapping"),
         ("mine.py", change('kind = "generator"', 'kind = "generator"\n    needs = frozenset({"gpu"})'),
          "mine.py: Config.needs is {'gpu'}"),
         ("mine.py", change('kind = "generator"', 'kind = "generator"\n    name = "grey"'),
-         "mine.py: Config.name is 'grey', and the file is called 'mine'; leave `name` out."),
+         "mine.py: Config.name is 'grey', but the file is called 'mine'; remove `name`."),
         ("fast.py", SOURCE, "fast.py: fast is a choice of dodistill on axis source; choose another name."),
-        ("my-own.py", SOURCE, "my-own.py: a method's name is part of flags and folders, and 'my-own' cannot be"),
+        ("my-own.py", SOURCE, "my-own.py: the name 'my-own' cannot be part of flags and folders; use letters"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_file(here: Path, teacher_file: Path, name: str, text: str | None, said: str,

@@ -173,11 +173,11 @@ def test_advice_on_skew_names_the_knob() -> None:
     assert advice(even, even, "none")[0] == "good"
     tone, says = advice(skewed, skewed, "none")
     assert tone == "warn"
-    assert "class 0 came up 18 times as often as class 1" in says[0]
+    assert "class 0 was drawn 18 times as often as class 1" in says[0]
     assert "`--intervention stratified`" in says[1]
     assert "`--intervention kdci+stratified`" in advice(skewed, None, "kdci")[1][1]
     assert "--intervention" not in " ".join(advice(skewed, skewed, "stratified")[1])
-    assert "evened it out" in advice(skewed, even, "stratified")[1][0]
+    assert "but the draw is balanced" in advice(skewed, even, "stratified")[1][0]
     assert "Class 2 never appears" in advice(shares([1, 1, 0]), None, "none")[1][0]
 
 
@@ -282,7 +282,7 @@ def test_model_card() -> None:
     assert "inherit its terms" in text
     bare = model_card({}, {})
     assert "accuracy of this model is not known" in bare
-    assert "Nothing was measured" in bare
+    assert "No values were measured" in bare
     assert "`Net` distilled from `the teacher`" in model_card({"student": {"spec": ""}}, {"student_name": "Net"})
     tricky = model_card({"teacher": {"spec": "a`b\n# c"}}, {"command": "x ``` y", "warnings": ["<b>"]})
     assert "``a`b # c``" in tricky

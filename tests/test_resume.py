@@ -184,7 +184,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(file: str, how: str, 
         assert len(folder.notes) == 1
         assert file in folder.notes[0]
         assert "damaged or truncated" in folder.notes[0]
-        assert "Falling back" in folder.notes[0]
+        assert "The previous checkpoint is used" in folder.notes[0]
     same(untimed(whole.state_dict()), untimed(it.state_dict()))
     assert metrics(tmp_path / "whole") == metrics(path)
 
@@ -204,7 +204,7 @@ def test_when_nothing_is_whole_it_says_so(halfway: Any) -> None:
     before = sorted(path.iterdir())
     for name in ("checkpoint.pt", "previous.pt"):
         damage(path / name, "0.5")
-    with pytest.raises(DodistillError, match=r"checkpoint.pt is damaged.*previous.pt is damaged.*choose a new --out"):
+    with pytest.raises(DodistillError, match=r"checkpoint.pt is damaged.*previous.pt is damaged.*choose another --out"):
         RunFolder(path, cfg).load()
     assert sorted(path.iterdir()) == before
 
@@ -278,7 +278,7 @@ def test_a_full_or_read_only_disk_is_an_error_and_nothing_is_lost(
             stopped_at(it, folder, lambda it: it.step == 9)
     said = "unexpected pos" if where == "torch.save" else os.strerror(number)
     assert said in str(error.value)
-    assert "start the same command again" in str(error.value)
+    assert "rerun the command" in str(error.value)
     folder.close()
     assert not list(path.glob(".*.tmp")) or where == "replace"
     saved = RunFolder(path, cfg).load()

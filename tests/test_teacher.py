@@ -59,7 +59,7 @@ def test_logits_are_fp32_under_autocast() -> None:
         (lambda x: x[:, :5] / 0, "infinity"),
         (lambda x: x[:, :5].long(), "int64"),
         (lambda x: x[:, :5].softmax(1), "probabilities"),
-        (lambda x: x[:, :7], "7 classes, num_classes is 5"),
+        (lambda x: x[:, :7], "7 classes, but num_classes is 5"),
         (lambda x: x @ torch.ones(3, 5), r"images of shape \(1, 8, 8\)"),
     ],
 )

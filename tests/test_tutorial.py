@@ -99,7 +99,7 @@ def test_every_block_runs(here: Path, capfd: pytest.CaptureFixture[str]) -> None
     for other in weights[1:]:
         assert all(torch.equal(v, other[k]) for k, v in weights[0].items())
     for name in named:
-        assert "code beside dodistill" in (runs / name / "README.md").read_text()
+        assert "code outside dodistill" in (runs / name / "README.md").read_text()
         assert "source.code" in (runs / name / "report.html").read_text()
     (cell,) = (runs / "grid" / "cells").glob("*.json")
     record: dict[str, Any] = json.loads(cell.read_text())

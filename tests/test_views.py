@@ -142,14 +142,14 @@ class Loud(nn.Module):
 @pytest.mark.parametrize(
     ("augment", "draws", "most", "features", "count", "says"),
     [
-        ({"views": 16}, 365.0, 56_000, False, 16, "answers 16 views of each image once (22.4 MB)"),
+        ({"views": 16}, 365.0, 56_000, False, 16, "computed once for 16 views of each image (22.4 MB)"),
         ({"views": 16}, 15.9, 56_000, False, 0, "drawn 15.9 times, which is less than 16 views"),
         ({"views": 0}, 365.0, 56_000, False, 0, "augment.views is 0"),
         ({"views": 16}, 365.0, 56_000, True, 0, "reads the teacher's features"),
         ({"views": 16, "pad": 0, "flip": False}, 365.0, 56_000, False, 0, "without augmentation"),
         ({"views": 16, "pad": 0}, 365.0, 56_000, False, 16, "16 views"),
         ({"views": 500, "views_gb": 0.001}, 1e9, 4_000, False, 10, "500 do not fit in augment.views_gb = 0.001 GB"),
-        ({"views": 16, "views_gb": 1e-6}, 1e9, 4_000, False, 0, "not one of each image fits"),
+        ({"views": 16, "views_gb": 1e-6}, 1e9, 4_000, False, 0, "one per image does not fit"),
     ],
 )
 def test_how_many_views_are_kept(

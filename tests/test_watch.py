@@ -54,7 +54,7 @@ def test_a_watcher_hears_what_the_metrics_say(teacher: nn.Module, digits: Images
     run(Job(cfg, teacher, student(), SHAPE, digits.x[:300]), tmp_path / "run", verbose=False, watchers=[mine])
     assert mine.heard[0] == ("start", 0, 6)
     assert mine.heard[-1] == ("end", 6, True)
-    assert ("progress", "asking the teacher") in mine.heard
+    assert ("progress", "labelling images") in mine.heard
     written = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     told = [h for h in mine.heard if h[0] in ("log", "eval", "pool", "warning")]
     assert [(line.pop("kind"), line.pop("step")) for line in written] == [h[:2] for h in told]

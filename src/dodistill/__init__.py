@@ -45,7 +45,7 @@ _HOME = {
     "distill": "api", "resolve": "config.tree", "load_images": "data.images", "Result": "engine",
     "DodistillError": "errors", "Normalized": "models", "load_model": "models", "save_model": "models",
     "write_report": "report.report", "teach": "engine.teach", "Teacher": "models.teacher",
-    # what a method of one's own is made of: docs/tutorial.md
+    # building blocks of your own methods: docs/tutorial.md
     "Source": "sources.shared.base", "SourceConfig": "sources.shared.base", "Acquired": "sources.shared.base",
     "Intervention": "interventions.shared.base", "InterventionConfig": "interventions.shared.base",
     "Criterion": "criteria.shared.base", "CriterionConfig": "criteria.shared.base",
@@ -57,7 +57,7 @@ __all__ = ["__version__", *sorted(_HOME)]
 
 
 def __getattr__(name: str) -> Any:
-    """Public names are imported when first used, so that `import dodistill` and `--help` do not wait for torch."""
+    """Import a public name on first use: `import dodistill` and `--help` do not load torch."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)

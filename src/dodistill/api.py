@@ -1,4 +1,4 @@
-"""The main job: a teacher goes in; a student, its weights and a report come out."""
+"""The main job: distils a teacher into a student, and writes the student's weights and a report."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ Shape = tuple[int, int, int]
 
 
 def parameters(model: nn.Module) -> int:
-    """How many trainable and frozen numbers a model has."""
+    """The number of parameters of a model, trainable and frozen."""
     return sum(p.numel() for p in model.parameters())
 
 
 def load_teacher(part: Model, shape: Shape) -> tuple[Normalized, Shape]:
-    """The model of a config's `teacher`, and the (C, H, W) that it reads: as given, else as its weights say."""
+    """The model of a config's `teacher`, and its input shape (C, H, W): as given, else from its weights' metadata."""
     if not part.spec:
         raise DodistillError("no teacher given; use --teacher SPEC [--teacher.weights FILE], as in --teacher wrn40_2.")
-    known = part.weights or part.spec.endswith(".safetensors")  # weights say themselves how many channels they read
+    known = part.weights or part.spec.endswith(".safetensors")  # weights determine the number of channels
     model = load_model(
         part.spec, num_classes=part.num_classes or None, weights=part.weights or None, mean=part.normalise or None,
         in_channels=None if known else shape[0] or None, image_size=shape[1] or None, seed=0,
@@ -59,12 +59,12 @@ def load_teacher(part: Model, shape: Shape) -> tuple[Normalized, Shape]:
 
 
 def shape_of(model: nn.Module) -> Shape:
-    """(C, H, W) as a model's own description has it. Raises DodistillError where it does not say."""
+    """(C, H, W) from the metadata of a model. Raises DodistillError if the metadata lack it."""
     spec = getattr(model, "spec", {}) or {}
     channels, size = spec.get("in_channels"), spec.get("image_size")
     if not channels or not size:
         raise DodistillError(
-            "the teacher's weights do not say which images it reads; give --image-shape 3,32,32 "
+            "the teacher's weights do not contain its image shape; give --image-shape 3,32,32 "
             "(in Python image_shape=(3, 32, 32))."
         )
     return int(channels), int(size), int(size)
@@ -76,8 +76,8 @@ def load_student(part: Model, teacher: nn.Module, classes: int, shape: Shape, se
         raise DodistillError("no student given; use --student SPEC, as in --student wrn16_1.")
     if part.num_classes and part.num_classes != classes:
         raise DodistillError(
-            f"student.num_classes is {part.num_classes}, the teacher has {classes} classes; leave it out, "
-            f"or make it {classes}."
+            f"student.num_classes is {part.num_classes}, but the teacher has {classes} classes; remove it, "
+            f"or set it to {classes}."
         )
     mean: Any = part.normalise or None
     std: Any = None
@@ -95,7 +95,7 @@ def _test(test: Any, what: str = "the test set") -> Test | None:
         return test
     x, y = (test.x, test.y) if hasattr(test, "x") else test
     if y is None:
-        raise DodistillError("the test set has no labels; accuracy needs them.")
+        raise DodistillError("the test set has no labels; accuracy needs them: give (images, labels).")
     found = Test(_pixels(torch.as_tensor(x), "test"), torch.as_tensor(y).long())
     refuse_one_class(test if isinstance(test, Images) else Images(found.x, found.y), what)
     return found
@@ -136,19 +136,18 @@ def distill(
         student: likewise; trained in place. `models.Normalized(net, mean, std)` gives a network its normalisation.
         source: a source's name, or {"name": ..., setting: value}; `preset="desk"` in `settings` picks its preset.
             A config of your own, as in MySource(K=3), or its class; or the path of a file, with allow_code=True.
-            "auto" or {"name": "auto", "seconds": 600}: one is chosen by teacher, images and time; the summary says why.
-        intervention: none, kdci, stratified, cid, or several joined by +; None: what the preset says, else none. Or a
+            "auto" or {"name": "auto", "seconds": 600}: chosen by teacher, images and time; the summary has the reason.
+        intervention: none, kdci, stratified, cid, or several joined by +; None: that of the preset, else none. Or a
             config of your own, or a tuple of configs and names.
         image_shape: (C, H, W); needed unless the teacher came from `load_model`.
         unlabeled: [n, C, H, W] images for a sampler, or the data set itself for source `data`.
-        labels: [n] their true classes, for source `data`; without them the teacher's answers stand in.
+        labels: [n] their true classes, for source `data`; without labels, the teacher's predictions replace them.
         test: (images, labels), only reported on; the delivered student is chosen without it.
         foreign: another model that predicts the dictionary (KDCI Table 5).
         out: the run folder; without one nothing is written, and nothing can be resumed.
         verbose: show progress on stderr.
-        watchers: your own `Watcher`s, which hear of every log, evaluation, pool and warning.
-        allow_code: whether files of code that `source` and `settings` name may run: all (True), or those at these
-            paths.
+        watchers: your own `Watcher`s; they receive every log, evaluation, pool description and warning.
+        allow_code: which code files named by `source` and `settings` may run: all (True), or those at these paths.
         settings: the rest of the config tree, as in loop={"steps": 500}, kdci={"scale": 2.0}, preset="desk",
             criterion=MyCriterion(), update="retain".
 
@@ -156,7 +155,7 @@ def distill(
         Result with the student to ship (in eval mode), the summary and the folder.
 
     Raises:
-        DodistillError: for anything that can be known to fail before the first step, and for diverging losses.
+        DodistillError: for errors that can be detected before the first step, and for diverging losses.
     """
     chosen = {} if intervention is None else {"intervention": intervention}
     tree, choice = {**settings, "source": source, **chosen}, None
@@ -168,7 +167,7 @@ def distill(
     shape = image_shape or shape_of(teacher)
     pixels = None if unlabeled is None else _pixels(unlabeled, "unlabelled")
     if labels is not None and not config.source.reads_labels:
-        raise DodistillError(f"source {config.source.name} never reads labels; leave them out, or use source data.")
+        raise DodistillError(f"source {config.source.name} reads no labels; remove `labels`, or use source data.")
     y = None if labels is None else torch.as_tensor(labels).long()
     job = Job(config, teacher, student, shape, pixels, y, _test(test), foreign=foreign, choice=choice)
     return run(job, out, verbose, watchers=watchers)
@@ -177,7 +176,7 @@ def distill(
 def settle(
     tree: Mapping[str, Any], teacher: Teacher, unlabeled: bool, seconds: float = float("inf"), out: Any = None
 ) -> tuple[Tree, methods.Choice]:
-    """A tree whose source is `auto`, with one chosen for this teacher; a run folder that was begun keeps its own."""
+    """The tree with source `auto` replaced by the choice for this teacher. An existing run folder keeps its source."""
     path = None if out is None else Path(out) / "config.json"
     begun = json.loads(path.read_text()) if path is not None and path.exists() else None
     return methods.settle(tree, teacher.has_batchnorm, unlabeled, seconds, teacher.image_shape, begun)
@@ -186,7 +185,7 @@ def settle(
 def choose_source(
     tree: Mapping[str, Any], seconds: float, out: str | None, allow_code: Allow = False
 ) -> tuple[Tree, methods.Choice]:
-    """The same for a tree alone, as the CLI has it: the teacher is loaded to be looked at."""
+    """`settle` for a tree alone, as on the command line: loads the teacher to inspect it."""
     others = {k: v for k, v in expand(tree).items() if k not in ("source", "preset")}
     look = resolve(others, allow_code=allow_code)
     teacher = Teacher(*load_teacher(look.teacher, look.data.image_shape))
@@ -195,7 +194,7 @@ def choose_source(
 
 def distill_config(config: Distill, out: str | Path | None, verbose: bool = True, deadline: float = float("inf"),
                    command: str = "", report: bool = True, choice: methods.Choice | None = None) -> Result:  # fmt: skip
-    """The same from a config alone: models and data are loaded as it says. This is what the CLI calls."""
+    """`distill` from a config alone, which names the models and data. The command line calls this function."""
     if out is not None:
         RunFolder(out, config, create=False)  # refuse a foreign folder before anything heavy is loaded
     teacher, shape = load_teacher(config.teacher, config.data.image_shape)
@@ -243,18 +242,18 @@ def run(
     report: bool = True,
     watchers: Sequence[Watcher] = (),
 ) -> Result:
-    """Build, run (or resume), and leave everything in the folder. A finished folder is not run again."""
+    """Build, run (or resume), and write the results to the folder. A finished run is not repeated."""
     config = job.config
     names = f"{_name(config.teacher, job.teacher)} -> {_name(config.student, job.student)}"
     title = f"{config.source.name} + {config.intervention}: {names}"
     it = Distiller(job)
-    # After all that can be refused, so that a mistake leaves no folder behind.
+    # After all checks, so that an error leaves no folder behind.
     folder = NoFolder() if out is None else RunFolder(out, config)
     if (done := folder.summary()) is not None:
         return _again(it, folder, done, report)
     said = [*job.notes, *config.clashes, *it.acquirer.source.notes]
     if emulated(it.context.device, config.loop.precision):
-        said.append("bf16 is emulated on this CPU, some ten times slower than fp32; use --loop.precision fp32.")
+        said.append("bf16 is emulated on this CPU, about ten times slower than fp32; use --loop.precision fp32.")
     try:
         with Progress(config.loop.steps, title) if verbose else nullcontext(Watcher()) as progress:
             for note in [*([str(job.choice)] if job.choice is not None else []), *said]:
@@ -269,13 +268,13 @@ def run(
     best.eval()
     if isinstance(best, Compensated):
         said.append(
-            "at_test: accuracies are of the student with F(z), as result.student in Python; student.safetensors holds "
-            "the network without it."
+            "at_test: the accuracies are those of the student with F(z), which is result.student in Python; "
+            "student.safetensors contains the network without F(z)."
         )
     said += [f"{symptom}: {text}" for symptom, text in it.meter.warnings.items()]
     summary = _summary(it, which, said)
     if not isinstance(best, Compensated):
-        summary["student_parameters"] = parameters(best)  # with a head that came with an intervention
+        summary["student_parameters"] = parameters(best)  # including a head that an intervention added
     if job.contexts:
         for name, model in (("test", best), ("teacher", it.context.teacher)):
             gap = context_gap(model, job.contexts, it.context.autocast)
@@ -288,7 +287,7 @@ def run(
 
 
 def _again(it: Distiller, folder: RunFolder | NoFolder, done: dict[str, Any], report: bool) -> Result:
-    """What a finished run folder holds. Nothing is computed again."""
+    """The result in a finished run folder, without recomputation."""
     assert isinstance(folder, RunFolder)
     require_same(done.get("made_of"), it.made_of)
     saved, kept = folder.load(), folder.path / "student.safetensors"
@@ -300,11 +299,11 @@ def _again(it: Distiller, folder: RunFolder | NoFolder, done: dict[str, Any], re
     if kept.exists():  # its checkpoints were deleted, or an older version of dodistill wrote them
         load_saved(it.matcher.student, kept)
         return Result(it.matcher.student.eval(), done, folder.path)
-    raise DodistillError(f"{folder.path} is finished, and its student.safetensors is gone; choose another --out.")
+    raise DodistillError(f"the run in {folder.path} is finished, but has no student.safetensors; choose another --out.")
 
 
 def _name(part: Model, model: nn.Module) -> str:
-    """What to call a model: its spec where one is known (a saved file knows its own), else its class."""
+    """The name of a model: its spec if known (a saved file contains it), else its class."""
     while True:
         known = getattr(model, "spec", None) or {}
         if known.get("spec"):

@@ -1,4 +1,4 @@
-"""Errors that a user can cause. Each says what was wrong, with the value, and what to do about it."""
+"""Errors that a user can cause. Each message names what is wrong, the value, and the fix."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import difflib
 import math
 from collections.abc import Iterable
 
-#: Exit status of what the same command does later: a run stopped at its deadline, or a folder in use. (EX_TEMPFAIL.)
+#: Exit status if the same command can succeed later: a run stopped at its deadline, or a folder in use. (EX_TEMPFAIL.)
 STOPPED = 75
 
 
 class DodistillError(Exception):
-    """A mistake in what was asked for, not in the program. The CLI prints the message alone and exits with 2."""
+    """An error in the user's input, not in the program. The CLI prints the message alone and exits with 2."""
 
 
 class Busy(DodistillError):
-    """Another process is at it; nothing is wrong. The CLI prints the message alone and exits with 75."""
+    """Another process uses the file or folder. The CLI prints the message alone and exits with 75."""
 
 
 def nearest(name: str, known: Iterable[str], what: str = "name") -> str:
-    """A sentence that refuses `name` and names its nearest relatives in `known`.
+    """A sentence that refuses `name` and lists the most similar names in `known`.
 
     >>> nearest("fats", ["fast", "deepinv"], "source")
     "unknown source 'fats'; did you mean 'fast'? Known: deepinv, fast."
@@ -31,7 +31,7 @@ def nearest(name: str, known: Iterable[str], what: str = "name") -> str:
 
 
 def at_least(least: float, part: str, /, hint: str = "", **settings: float | None) -> None:
-    """Raise DodistillError for the first of the settings of `part` that is below `least`. None passes: it is a default.
+    """Raise DodistillError for the first of the settings of `part` that is below `least`. None, a default, passes.
 
     >>> at_least(1, "loop", steps=0, batch=128)
     DodistillError: loop.steps is 0; it must be at least 1.

@@ -1,4 +1,4 @@
-"""A file is written whole or not at all: beside its final name first, then moved there. One process at a time."""
+"""Atomic writes, to a temporary file that is then moved; and locks, for one process at a time."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .errors import Busy, DodistillError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """`with replacing(path) as file: file.write(...)`. A kill or a full disk leaves what stood there before.
+    """`with replacing(path) as file: file.write(...)`. A kill or a full disk leaves the old file intact.
 
-    Raises DodistillError where the folder may not be written or the disk is full.
+    Raises DodistillError if the folder is not writable or the disk is full.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -28,15 +28,15 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise DodistillError(
-            f"cannot write {path}: {reason}. What stood there before is untouched, a checkpoint too; make room or "
-            "choose another folder, then start the same command again."
+            f"cannot write {path}: {reason}. The previous file and checkpoints are intact; free disk space or choose "
+            "another folder, then rerun the command."
         ) from error
 
 
 def claim(lock: Path, what: str) -> int | None:
-    """Take the lock file `lock`; closing the handle that is returned, or the end of the process, gives it back.
+    """Acquire the lock file `lock`; closing the returned handle, or the end of the process, releases it.
 
-    Raises Busy where another process has it, naming `what` is in use. None on a system without such locks (not POSIX).
+    Raises Busy, which names `what`, if another process has it. None on a system without such locks (not POSIX).
     """
     try:
         import fcntl

@@ -1,7 +1,7 @@
-"""The command line: which command, its flags, and the exit status of what becomes of it.
+"""The command line: commands, their flags, and their exit statuses.
 
 A command is a file here with `Arguments`, a frozen dataclass whose fields and comments are its flags, and `run`, which
-takes them and returns the exit status. A file is imported when its command runs, so that help does not wait for torch.
+takes them and returns the exit status. A file is imported when its command runs, so that help does not load torch.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ PROGRAM = "dodistill"
 ABOUT = """Distil a trained image classifier into a small one without its training data, under P(S | do(X)).
 
 first steps:
-  dodistill demo                                  the main job on bundled data, in minutes
+  dodistill demo                                  distillation on bundled data, in minutes
   dodistill COMMAND --help                        the flags of a command
   dodistill --version
-  dodistill --tyro-write-completion bash FILE     a script for `source` that completes commands and flags (zsh, fish)"""
+  dodistill --tyro-write-completion bash FILE     write a completion script, to be sourced (also zsh, fish)"""
 
 
 def _teach(_words: Sequence[str]) -> list[Part]:
@@ -38,18 +38,18 @@ def _teach(_words: Sequence[str]) -> list[Part]:
     return [dataclasses.replace(found, flags=[flag for flag in found.flags if flag.name != "model"])]
 
 
-#: Flags that are settings of what the command makes, and not of the command; the words behind it may decide which.
+#: Command -> flags for the settings of a run or a training, as determined by the words of the command line.
 SETTINGS: Mapping[str, Callable[[Sequence[str]], list[Part]]] = {"distill": choices.parts, "teach": _teach}
-#: All such flags that there can be.
+#: Command -> all such flags, for completion.
 EVERY: Mapping[str, Callable[[], list[Part]]] = {"distill": choices.every_part, "teach": lambda: _teach([])}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status (0 done, 2 a mistake in what was asked, 75 try again)."""
-    if arguments is None:  # a process of our own
+    """Entry point; returns the exit status (0 done, 2 invalid request, 75 rerun later)."""
+    if arguments is None:  # called as a program
         keep_memory()
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")  # the help has boxes and bullets, which not every terminal has
+            sys.stdout.reconfigure(errors="replace")  # not every terminal can encode the help's boxes and bullets
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if words and words[0] in COMMANDS:
@@ -58,13 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DodistillError as error:
         print(f"dodistill: {error}", file=sys.stderr)
         return STOPPED if isinstance(error, Busy) else 2
-    except SystemExit as end:  # of tyro, behind the help or a mistake that it has told
+    except SystemExit as end:  # raised by tyro after the help, or after an error that it has printed
         return end.code if isinstance(end.code, int) else 0
-    except BrokenPipeError:  # the reader of our output has seen enough
+    except BrokenPipeError:  # the reader of the output closed the pipe
         sys.stderr.close()
         return 0
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the last checkpoint.", file=sys.stderr)
+        print("\nstopped; rerun the command to resume from the last checkpoint.", file=sys.stderr)
         return 130
 
 
@@ -78,7 +78,7 @@ def call(command: str, words: Sequence[str]) -> int:
 
 
 def read(command: str, words: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the words behind a command say: to its `Arguments`, and as settings."""
+    """Parse the words after a command: (fields of its `Arguments`, settings)."""
     cls = outline.read(f"commands.{command}", "Arguments")
     own, more = part(cls), SETTINGS[command](words) if command in SETTINGS else []
     about = "\n\n".join(text for text in (own.about, *(p.about for p in more if not p.prefix)) if text)
@@ -88,7 +88,7 @@ def read(command: str, words: Sequence[str]) -> tuple[dict[str, Any], dict[str, 
 
 
 def _overview(words: Sequence[str]) -> int:
-    """The help that lists the commands, the version, or the script that completes them in a shell."""
+    """Print the list of commands or the version, or write the completion script."""
     if words[:1] == ["--version"]:
         print(f"dodistill {__version__}")
         return 0
@@ -96,7 +96,7 @@ def _overview(words: Sequence[str]) -> int:
         raise DodistillError(nearest(words[0], COMMANDS, "command"))
     full = any(word.startswith("--tyro") for word in words)
     every: Any = Union[tuple(_listed(command, full) for command in COMMANDS)]  # noqa: UP007
-    # help is never None, with which tyro would look for a comment in the source
+    # help is never None: for None, tyro would search the source for a comment
     chosen = Annotated[(every, tyro.conf.arg(name="", help=""), tyro.conf.OmitSubcommandPrefixes)]  # type: ignore
     top = dataclasses.make_dataclass("Top", [("command", chosen)])
     tyro.cli(top, args=words, prog=PROGRAM, description=ABOUT)
@@ -104,7 +104,7 @@ def _overview(words: Sequence[str]) -> int:
 
 
 def _listed(command: str, full: bool) -> Any:
-    """A command for tyro, with every flag that it can have where `full`, for completion."""
+    """A command for tyro; with `full`, all flags that it can have, for completion."""
     cls = outline.read(f"commands.{command}", "Arguments")
     about = cls.__doc__.split("\n")[0]
     parts = [part(cls), *EVERY.get(command, list)()] if full else []
@@ -112,10 +112,10 @@ def _listed(command: str, full: bool) -> Any:
 
 
 def keep_memory() -> bool:
-    """Ask glibc to keep what tensors have freed; False where there is no glibc, or the environment has settings for it.
+    """Make glibc keep the memory of freed tensors. False without glibc, or if the environment configures its malloc.
 
-    By default it goes back to the kernel after nearly every layer, and is mapped and zeroed anew, page by page, for the
-    next one (benchmarks/allocator.py). Results do not depend on it.
+    By default, glibc returns this memory to the kernel after nearly every layer, and the kernel maps and zeroes new
+    pages for the next layer (benchmarks/allocator.py). Results do not depend on this setting.
     """
     if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return False

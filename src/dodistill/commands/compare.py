@@ -1,20 +1,20 @@
-"""A grid of runs from one recipe: same teacher, same steps, same seeds. Also the reproduction queue.
+"""A grid of runs from one recipe: same teacher, same steps, same seeds. Long grids run in parts (`--budget`).
 
     name: mnist
-    teachers:                                   # trained first, once; {teachers} is where they lie
+    teachers:                                   # trained once, first; {teachers} is their folder
       digits: {model: tiny32, data: mnist, normalise: mnist, epochs: 5}
     base: {teacher: "{teachers}/digits.safetensors", student: tiny8, preset: desk}
     grid:                                       # the first axis varies slowest
       seed: [0, 1, 2]
       source: [fast, deepinv]
       intervention: {plain: {}, kdci: {intervention: kdci}}
-    when:                                       # what a combination of labels decides, beyond each label alone
+    when:                                       # further settings for a combination of labels
       - {where: {source: fast, seed: 0}, then: {source.K: 2}}
     published:
       - {where: {source: fast, intervention: plain}, value: 89.29}
 
-A cell is keyed by its resolved config and its weights' content: a finished one is never run again, an interrupted one
-resumes. Each cell runs in a process of its own and leaves one JSON in `cells/`.
+The key of a cell is a hash of its resolved config and its weights. A finished cell is not run again; an interrupted
+cell resumes. Each cell runs in its own process and writes one JSON to `cells/`.
 """
 
 from __future__ import annotations
@@ -48,19 +48,19 @@ from ..files import claimed
 class Arguments:
     """Run a grid of methods with equal steps, seeds and teacher.
 
-    Cells that are finished are not run again, and rerunning the command resumes the others.
+    Finished cells are not run again. Rerun the command to run or resume the others.
     """
 
     recipe: Annotated[str, "RECIPE.yaml"]  #: the grid; see recipes/
     out: Annotated[str, "FOLDER"] = ""  #: folder of the results; empty: runs/NAME
-    jobs: int = 1  #: cells side by side
-    budget: Annotated[str, "TIME"] = ""  #: stop cleanly after so long, as in 25m, 2h or 90s
-    only: Annotated[list[str], "AXIS=LABEL"] = dataclasses.field(default_factory=list)  #: only these cells
-    table: bool = False  #: print the table of what is there, run nothing
-    against: Annotated[str, "AXIS=LABEL,..."] = ""  #: also the change against this arm, paired by seed
-    show: Annotated[list[str], "NAME"] = dataclasses.field(default_factory=list)  #: also a logged value: kdci/F_over_S
-    dry_run: bool = False  #: list the cells and what is done
-    allow_code: bool = False  #: let files of code that the recipe names run
+    jobs: int = 1  #: number of cells that run in parallel
+    budget: Annotated[str, "TIME"] = ""  #: stop cleanly after this time, as in 25m, 2h or 90s
+    only: Annotated[list[str], "AXIS=LABEL"] = dataclasses.field(default_factory=list)  #: run only these cells
+    table: bool = False  #: print the table of the finished cells, run nothing
+    against: Annotated[str, "AXIS=LABEL,..."] = ""  #: add the differences from this arm, paired by seed
+    show: Annotated[list[str], "NAME"] = dataclasses.field(default_factory=list)  #: add a logged value: kdci/F_over_S
+    dry_run: bool = False  #: list the cells and which are done, run nothing
+    allow_code: bool = False  #: allow code files that the recipe names to run
 
 
 def run(arguments: Arguments) -> int:
@@ -91,12 +91,12 @@ class Cell:
 
 
 def seconds_of(text: str | None) -> float:
-    """`90s`, `25m`, `2h` or plain seconds -> seconds; None is for ever."""
+    """`90s`, `25m`, `2h` or plain seconds -> seconds; None: infinity."""
     if text is None:
         return math.inf
     match = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([smh]?)", text.strip())
     if not match:
-        raise DodistillError(f"budget {text!r} is no duration; write 90s, 25m or 2h.")
+        raise DodistillError(f"budget is {text!r}; it must be a duration, as in 90s, 25m or 2h.")
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
@@ -107,7 +107,7 @@ def read_recipe(path: Path) -> Tree:
     except (OSError, yaml.YAMLError) as error:
         raise DodistillError(f"cannot read recipe {path}: {error}") from error
     if not isinstance(tree, dict) or not isinstance(tree.get("grid"), dict):
-        raise DodistillError(f"recipe {path} needs a `grid` of axes; see recipes/ for examples.")
+        raise DodistillError(f"recipe {path} has no mapping `grid` of axes; add one (recipes/ has examples).")
     for key in tree:
         if key not in KEYS:
             raise DodistillError(f"recipe {path}: {nearest(str(key), KEYS, 'key')}")
@@ -127,19 +127,19 @@ def _file_hash(path: str) -> str:
     try:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
     except OSError:
-        return path  # a zoo name, or a teacher that is still to be trained
+        return path  # a zoo name, or a teacher that is not trained yet
 
 
 def identity(tree: Mapping[str, Any]) -> Tree:
-    """What decides a result: the config, with weights and code by content, and without where it runs or where files
-    lie."""
+    """The part of a config that determines a result: without `RUNTIME`, with weights and code by content and data sets
+    by name."""
     out = portable(json.loads(json.dumps(tree)))
     out["loop"] = {k: v for k, v in out["loop"].items() if k not in RUNTIME}
     for part in (out["teacher"], out["student"], out["data"]["foreign"]):
         for field in ("spec", "weights"):
             if part[field].endswith((".safetensors", ".pt", ".pth")):
                 part[field] = _file_hash(part[field])
-    for field in ("unlabeled", "test"):  # a data set by name, wherever it lies
+    for field in ("unlabeled", "test"):  # without the folder
         out["data"][field] = Path(out["data"][field]).name
     return out
 
@@ -156,10 +156,10 @@ def stored(out: Path) -> list[tuple[Tree, Tree]]:
 
 
 def find(cell: Cell, known: list[tuple[Tree, Tree]]) -> Tree | None:
-    """The record of a cell, if it was ever run.
+    """The record of a cell, if there is one.
 
-    A record made before some setting existed still counts, if all that it knew agrees and the cell leaves each newer
-    setting at its default: a new flag must not throw old results away.
+    A record from before a setting existed also counts, if all its settings agree and the cell has the default of each
+    newer setting: new settings do not invalidate old results.
     """
     mine = identity(cell.config.to_tree())
     default = resolve(cell.config.choices()).to_tree() if known else {}
@@ -211,10 +211,10 @@ def _fill(tree: Any, teachers: Path) -> Any:
 def compare(path: Path, out: Path | None, jobs: int = 1, budget: str | None = None, only: list[str] | None = None,
             table: bool = False, dry_run: bool = False, against: str = "",
             show: Sequence[str] = (), allow_code: bool = False) -> int:  # fmt: skip
-    """Run what is not yet done, within the budget; print the table. 0 done, 75 when cells are left over.
+    """Run the unfinished cells within the budget, and print the table. Returns 0, or 75 when cells are left.
 
-    `against`, as in intervention=plain or replay=none,update=plain, adds the changes against that arm, paired by seed;
-    `show` adds columns to both. `allow_code`: files of code that the recipe names may run.
+    `against`, as in intervention=plain or replay=none,update=plain, adds the differences from that arm, paired by seed;
+    `show` adds columns to both. `allow_code`: code files that the recipe names may run.
     """
     recipe = read_recipe(path)
     out = out or Path("runs") / str(recipe.get("name", path.stem))
@@ -222,7 +222,7 @@ def compare(path: Path, out: Path | None, jobs: int = 1, budget: str | None = No
     if jobs < 1:
         raise DodistillError(f"jobs is {jobs}; it must be at least 1.")
     if not (table or dry_run) and not teach_missing(recipe, out / "teachers", deadline, allow_code):
-        print("budget over while teachers learn; the same command goes on.", file=sys.stderr)
+        print("budget spent while training the teachers; rerun the command to resume.", file=sys.stderr)
         return STOPPED
     chosen = [c for c in cells(recipe, out / "teachers", allow_code) if _chosen(c, only or [])]
     known = stored(out)
@@ -241,13 +241,13 @@ def _chosen(cell: Cell, only: list[str]) -> bool:
     for item in only:
         axis, given, value = item.partition("=")
         if not given or axis not in cell.label:
-            raise DodistillError(f"--only {item}: write AXIS=LABEL, with an axis of {', '.join(cell.label)}.")
+            raise DodistillError(f"--only {item}: write AXIS=LABEL, with one of the axes {', '.join(cell.label)}.")
         wanted.setdefault(axis, set()).add(value)
     return all(cell.label[axis] in values for axis, values in wanted.items())
 
 
 def teach_missing(recipe: Tree, folder: Path, deadline: float, allow_code: bool = False) -> bool:
-    """Train the recipe's teachers that are not there yet, one after the other. False when the budget ends before."""
+    """Train the recipe's missing teachers, one after another. Returns False when the budget ends first."""
     for name, settings in (recipe.get("teachers") or {}).items():
         target = folder / f"{name}.safetensors"
         settings = dict(settings)
@@ -264,7 +264,7 @@ def teach_missing(recipe: Tree, folder: Path, deadline: float, allow_code: bool 
             left = ["--max-seconds", f"{max(1.0, deadline - time.monotonic()):.1f}"] if math.isfinite(deadline) else []
             try:
                 with claimed(folder / f".{name}.lock", str(target)):
-                    done = target.exists()  # by now, by another process
+                    done = target.exists()  # another process may have trained it meanwhile
                     status = 0 if done else subprocess.run([*command, *left], check=False).returncode
             except Busy as busy:
                 if not told:
@@ -275,12 +275,12 @@ def teach_missing(recipe: Tree, folder: Path, deadline: float, allow_code: bool 
             if status == STOPPED:
                 return False
             if status:
-                raise DodistillError(f"teacher {name} could not be trained: {' '.join(command)}")
+                raise DodistillError(f"training teacher {name} failed, with the error above: {' '.join(command)}")
     return True
 
 
 def _run_all(todo: list[Cell], out: Path, jobs: int, deadline: float) -> None:
-    """At most `jobs` processes at a time; each cell's threads share the cores."""
+    """Run at most `jobs` processes at a time. They share the cores evenly."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
     running: list[tuple[Cell, subprocess.Popen[bytes]]] = []
     waiting = list(todo)
@@ -293,7 +293,7 @@ def _run_all(todo: list[Cell], out: Path, jobs: int, deadline: float) -> None:
                     running.remove(item)
                     _finish(*item, out, len(todo) - len(waiting) - len(running), len(todo))
             if not running and time.monotonic() >= deadline:
-                print(f"budget over: {len(waiting)} cells left; the same command goes on.", file=sys.stderr)
+                print(f"budget spent: {len(waiting)} cells left; rerun the command to resume.", file=sys.stderr)
                 return
             time.sleep(0.2)
     finally:
@@ -309,7 +309,7 @@ def _start(cell: Cell, out: Path, threads: int, deadline: float) -> tuple[Cell, 
     recipe.write_text(yaml.safe_dump(tree))
     command = [sys.executable, "-m", "dodistill", "distill", str(recipe), "--out", str(run), "--quiet", "--no-report",
                "--loop.threads", str(cell.config.loop.threads or threads)]  # fmt: skip
-    if plugins.paths(tree):  # what ran here, to read the config, runs there; its `code` says with which text
+    if plugins.paths(tree):  # this process has run the same code to read the config, and `code` has its hash
         command.append("--allow-code")
     if math.isfinite(deadline):
         command += ["--max-seconds", f"{max(1.0, deadline - time.monotonic()):.1f}"]
@@ -322,7 +322,10 @@ def _start(cell: Cell, out: Path, threads: int, deadline: float) -> tuple[Cell, 
 def _finish(cell: Cell, process: subprocess.Popen[bytes], out: Path, n: int, total: int) -> None:
     run, where = out / "runs" / cell.slug, " ".join(cell.label.values())
     if process.returncode == STOPPED:
-        print(f"[{n}/{total}] {where}: left at the budget, or to another process; will go on", file=sys.stderr)
+        print(
+            f"[{n}/{total}] {where}: stopped at the budget, or used by another process; rerun to resume",
+            file=sys.stderr,
+        )
         return
     if process.returncode:
         tail = run.with_suffix(".log").read_text().strip().splitlines()[-1:]
@@ -330,7 +333,7 @@ def _finish(cell: Cell, process: subprocess.Popen[bytes], out: Path, n: int, tot
         return
     record = record_of(cell, json.loads((run / "summary.json").read_text()))
     (out / "cells").mkdir(parents=True, exist_ok=True)
-    text = json.dumps(record, indent=1).replace(str(out / "teachers"), "{teachers}")  # a cell names no machine's path
+    text = json.dumps(record, indent=1).replace(str(out / "teachers"), "{teachers}")  # no machine's path in a cell
     write_atomically(out / "cells" / f"{cell.key}.json", text.encode())
     drop_checkpoints(run)  # a finished cell is never resumed
     last = record["last"]
@@ -339,7 +342,7 @@ def _finish(cell: Cell, process: subprocess.Popen[bytes], out: Path, n: int, tot
 
 
 def record_of(cell: Cell, summary: Mapping[str, Any]) -> dict[str, Any]:
-    """One cell's JSON: what `tables` reads, and everything to trace it by."""
+    """One cell's JSON: the measures that `tables` reads, the key and the config."""
     record = record_of_summary(cell.label, summary)
     return record | {"key": cell.key, "published": cell.published, "config": cell.config.to_tree()}
 
@@ -372,7 +375,7 @@ def _report(recipe: Tree, chosen: list[Cell], out: Path, against: str = "", show
     print(markdown_table(records, show))
     if against:
         axes = "|".join(re.escape(axis) for axis in recipe["grid"])
-        pairs = re.split(rf",(?=(?:{axes})=)", against)  # a label may have commas of its own
+        pairs = re.split(rf",(?=(?:{axes})=)", against)  # a label may contain commas
         base = {axis: wanted for axis, _, wanted in (pair.partition("=") for pair in pairs)}
         try:
             print(f"\n{paired_table(records, base, show)}")
@@ -380,5 +383,5 @@ def _report(recipe: Tree, chosen: list[Cell], out: Path, against: str = "", show
             raise DodistillError(f"--against {against}: {error}.") from error
     page = write_compare(records, out / "compare.html", str(recipe.get("name", "comparison")))
     left = sum("seconds" not in r for r in records)
-    print(f"\n{len(records) - left} of {len(records)} cells; {page}")
+    print(f"\n{len(records) - left} of {len(records)} cells finished; {page}")
     return STOPPED if left else 0

@@ -1,7 +1,7 @@
-"""The main job in minutes, on data that comes with scikit-learn: real scans of digits, and two photographs.
+"""Distillation in minutes, on data that comes with scikit-learn: real scans of digits, and two photographs.
 
-A teacher learns the digits. Students are distilled from it without the digits, by three methods, each plainly, with
-KDCI, and with stratified draws. At the end, the students are scored on digits that were held out.
+A teacher is trained on the digits. Students are distilled from it without the digits, by three methods, each without
+intervention, with KDCI, and with stratified draws. The students are then scored on held-out digits.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .compare import record_of_summary
 
 @dataclass(frozen=True)
 class Arguments:
-    """Run the main job on bundled data, in minutes: three methods, with and without de-confounding."""
+    """Distil on bundled data, in minutes: three methods, with and without de-confounding."""
 
     out: Annotated[str, "FOLDER"] = "runs/demo"  #: folder for the runs and the report
     seed: int = 0
@@ -56,14 +56,14 @@ def demo(out: Path, seed: int = 0, steps: int = 450) -> list[dict[str, Any]]:
     assert held_out.y is not None
     strokes = load_images("strokes:20000", image_shape=SHAPE)
 
-    console.print(f"1. A teacher learns {len(digits):,} scans of handwritten digits.")
+    console.print(f"1. A teacher is trained on {len(digits):,} scans of handwritten digits.")
     teacher = load_model("tiny16", num_classes=10, in_channels=1, image_size=16, seed=seed)
     schedule = Teach(epochs=20, batch=64, pad=1, flip=False, seed=seed)
     with Progress(schedule.epochs, "teach tiny16") as progress:
         teach(teacher, digits, None, schedule, lambda log: progress.update(int(log["epoch"]), loss=float(log["loss"])))
     save_model(teacher, _inside(out) / "teacher.safetensors")
     accuracy = top1(predict(teacher, held_out.x), held_out.y)
-    del digits  # from here on there is no training data
+    del digits  # no training data from here on
 
     console.print("2. Students are distilled without the scans, from the inputs that each method makes or finds.")
     cells: list[dict[str, Any]] = []
@@ -80,7 +80,7 @@ def demo(out: Path, seed: int = 0, steps: int = 450) -> list[dict[str, Any]]:
             cells.append(record_of_summary({"source": name, "intervention": arm, "seed": str(seed)}, result.summary))
             students.append(result.student)
 
-    console.print("3. The students are scored on the digits that were held out.\n")
+    console.print("3. The students are scored on held-out digits.\n")
     for cell, net in zip(cells, students):
         cell["last"] = top1(predict(net, held_out.x), held_out.y)
     console.print(_table(cells, accuracy, parameters(teacher), cells[0]["summary"]["student_parameters"]))
@@ -117,10 +117,10 @@ def _picture(out: Path) -> None:
 def _table(cells: list[dict[str, Any]], teacher: float, large: int, small: int) -> Table:
     table = Table(
         title=f"teacher {teacher:.1f} % ({large:,} parameters) -> student ({small:,} parameters)",
-        caption="Accuracy in % on held-out digits, plainly distilled and with an intervention.\n"
+        caption="Accuracy in % on held-out digits, without and with an intervention.\n"
         "agree: % agreement with the teacher on substitution data (needs no label).\n"
-        "skew: the most frequent class of the substitution data : the rarest.\n"
-        "One seed: a few points mean nothing here; docs/results.md has deviations.",
+        "skew: the ratio of the most frequent class of the substitution data to the rarest.\n"
+        "One seed: differences of a few points are noise; docs/results.md has standard deviations.",
         caption_justify="left",
     )
     for column in ("method", "learns from", *ARMS, "agree", "skew", "sec"):

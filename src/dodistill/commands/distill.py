@@ -1,4 +1,4 @@
-"""`dodistill distill`: the main job from a command line. config/choices.py has the flags that are settings."""
+"""`dodistill distill`: one run from the command line. The flags for its settings are in config/choices.py."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ class Arguments:
           --student wrn16_1 --source dfnd --unlabeled folder/ --intervention kdci+stratified --out runs/b
 
     Every setting is a flag, --part.field VALUE, and - and _ are the same in its name. With --source, --preset,
-    --intervention or a recipe before --help, the help lists the settings of what they choose, with their values.
+    --intervention or a recipe before --help, the help lists the settings of these choices, with their values.
 
     Rerun the command to resume a run that was stopped.
     """
 
-    recipe: Annotated[str, "[RECIPE.yaml]"] = ""  #: settings in a file; it comes first, and flags win over it
-    out: Annotated[str, "FOLDER"] = ""  #: the run folder; empty: below runs/, named by its settings
+    recipe: Annotated[str, "[RECIPE.yaml]"] = ""  #: a file of settings, as the first argument; flags override it
+    out: Annotated[str, "FOLDER"] = ""  #: the run folder; empty: a folder in runs/ named after the settings
     quiet: bool = False  #: show no progress
     no_report: bool = False  #: write no report.html
-    max_seconds: float = math.inf  #: stop cleanly after so long; the same command goes on
-    allow_code: bool = False  #: let files of code that the recipe names run; those typed on the command line may always
+    max_seconds: float = math.inf  #: stop cleanly after this many seconds; rerun the command to resume
+    allow_code: bool = False  #: allow code files that the recipe names to run; those named by a flag always may
 
 
 def run(arguments: Arguments, settings: Mapping[str, Any], words: Sequence[str]) -> int:
@@ -46,7 +46,7 @@ def run(arguments: Arguments, settings: Mapping[str, Any], words: Sequence[str])
     start, out = time.monotonic(), arguments.out
     if arguments.recipe and arguments.recipe != words[0]:
         raise DodistillError(
-            f"did not expect {arguments.recipe!r}; a recipe comes first, and settings are written --part.field VALUE."
+            f"unexpected argument {arguments.recipe!r}; give a recipe first, and settings as --part.field VALUE."
         )
     typed = expand(settings)
     allowed = arguments.allow_code or paths(typed)
@@ -61,7 +61,7 @@ def run(arguments: Arguments, settings: Mapping[str, Any], words: Sequence[str])
     )  # fmt: skip
     if not result.summary.get("finished"):
         print(
-            f"stopped at step {result.summary['step']} of {config.loop.steps}; the same command goes on.",
+            f"stopped at step {result.summary['step']} of {config.loop.steps}; rerun the command to resume.",
             file=sys.stderr,
         )
         return STOPPED

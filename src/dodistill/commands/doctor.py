@@ -1,4 +1,4 @@
-"""What this machine has, and what commonly goes wrong with it."""
+"""`dodistill doctor`: versions and hardware of this machine, and common problems."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Arguments:
-    """Tell what this machine has, and what is wrong with it."""
+    """List the versions and the hardware of this machine, and what is broken."""
 
 
 def run(_arguments: Arguments) -> int:
@@ -24,13 +24,13 @@ def _version(name: str) -> str:
         module = importlib.import_module(name)
     except ImportError:
         return "not installed"
-    except RuntimeError as error:  # a torchvision that does not match torch dies like this
-        return f"BROKEN: {str(error).splitlines()[0]} (install torch and {name} from the same place)"
+    except RuntimeError as error:  # raised by a torchvision that does not match torch
+        return f"BROKEN: {str(error).splitlines()[0]} (install torch and {name} from the same index)"
     return str(getattr(module, "__version__", "?"))
 
 
 def doctor() -> int:
-    """Print what is there; 1 when something that is installed is broken."""
+    """Print the list. Returns 1 when an installed package is broken."""
     import torch
 
     from .. import __version__

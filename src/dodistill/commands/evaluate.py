@@ -1,4 +1,4 @@
-"""`dodistill evaluate`: what a classifier is worth on images with labels."""
+"""`dodistill evaluate`: scores of a classifier on labelled images."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ from ..models.batchnorm import calibrate
 
 @dataclass(frozen=True)
 class Arguments:
-    """Score a model on labelled images, against a teacher, or by a probe on other data."""
+    """Score a model on labelled images, by agreement with a teacher, or by a linear probe on other data."""
 
     model: str  #: a .safetensors that dodistill wrote, or a model spec with --weights
-    weights: Annotated[str, "FILE"] = ""  #: weights that do not say which network they are of
-    image_shape: Annotated[str, "C,H,W"] = ""  #: what the model reads, where its weights do not say
-    normalise: Annotated[str, "NAME"] = ""  #: its normalisation, where its weights do not say
+    weights: Annotated[str, "FILE"] = ""  #: the weights of a model that is given by its spec
+    image_shape: Annotated[str, "C,H,W"] = ""  #: the model's image shape, if its weights do not contain it
+    normalise: Annotated[str, "NAME"] = ""  #: the model's normalisation, if its weights do not contain it
     test: Annotated[str, "DATA"] = ""  #: labelled images: .npz, folder, or a data set's name
-    crop_share: float = 0.0  #: of images in folders, crop : short side; 0: 0.875 from 160 pixels on, else 1
+    crop_share: float = 0.0  #: centre crop / short side, for images in folders; 0: 0.875 from 160 pixels on, else 1
     probe: Annotated[str, "DATA"] = ""  #: transfer: train a linear classifier on its frozen features
-    teacher: Annotated[str, "MODEL"] = ""  #: another model, to report agreement with
-    calibrate: Annotated[str, "DATA"] = ""  #: first take BatchNorm's statistics from these unlabelled images
+    teacher: Annotated[str, "MODEL"] = ""  #: another model; report the agreement with its predictions
+    calibrate: Annotated[str, "DATA"] = ""  #: first compute BatchNorm's statistics on these unlabelled images
     n: int = 1000  #: number of calibration images
     out: Annotated[str, "FILE"] = ""  #: write the calibrated model, .safetensors
 
 
 @dataclass(frozen=True)
 class Data:
-    """Everything that is read before anything is computed."""
+    """The images, all read before any computation."""
 
     test: Images | None
-    probe: tuple[Images, Images] | None  #: to train the probe on, and to test it
+    probe: tuple[Images, Images] | None  #: training and test set of the probe
     calibrate: Images | None
-    contexts: list[Images]  #: of a planted context, aligned and conflicting
+    contexts: list[Images]  #: test sets of a planted context: aligned, conflicting
 
 
 def run(arguments: Arguments) -> int:
@@ -71,7 +71,9 @@ def _check(arguments: Arguments) -> None:
     if not (arguments.test or arguments.probe or arguments.calibrate):
         raise DodistillError("evaluate needs images: give --test DATA, --probe DATA or --calibrate DATA, or several.")
     if arguments.out and not arguments.calibrate:
-        raise DodistillError(f"--out {arguments.out}: nothing would be changed; it belongs to --calibrate DATA.")
+        raise DodistillError(
+            f"--out {arguments.out} without --calibrate has no effect; add --calibrate DATA, or remove --out."
+        )
     if arguments.n < 2:
         raise DodistillError(f"--n is {arguments.n}; statistics need at least 2 images.")
 
@@ -85,13 +87,13 @@ def _model(arguments: Arguments) -> Normalized:
 
 
 def _read(arguments: Arguments, shape: Shape) -> Data:
-    """All images as test images are seen."""
+    """Read all images, cropped as test images."""
     share = crop_share(arguments.crop_share, shape[1])
 
     def labelled(spec: str, split: str) -> Images:
         images = load_images(spec, split, True, shape, crop=share)
         if images.y is None:
-            raise DodistillError(f"{spec} has no labels; accuracy needs them.")
+            raise DodistillError(f"{spec} has no labels; accuracy needs them: give labelled images.")
         refuse_one_class(images, spec)
         return images
 
@@ -107,7 +109,7 @@ def _read(arguments: Arguments, shape: Shape) -> Data:
 def _calibrate(arguments: Arguments, model: Normalized, images: Images) -> None:
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[: arguments.n]
     calibrate(model, images.x[chosen])
-    print(f"calibrated with {len(chosen):,} images of {arguments.calibrate}, labels unread")
+    print(f"calibrated with {len(chosen):,} images of {arguments.calibrate}, without labels")
     if arguments.out:
         print(f"weights    {save_model(model, arguments.out)}")
 

@@ -16,7 +16,7 @@ from ..report.images import export_images
 class Arguments:
     """Write the pool of a run as images, or its student as ONNX."""
 
-    run: str  #: a run folder, or for ONNX a .safetensors too
+    run: str  #: a run folder; for ONNX, also a .safetensors
     target: str  #: a folder for the images, or FILE.onnx
 
 
@@ -28,5 +28,5 @@ def run(arguments: Arguments) -> int:
         return 0
     pool = newest_pool(source)
     n = export_images(pool["x"], target, pool["logits"].argmax(1))
-    print(f"{n} images in {target}, one folder for each class of the teacher's prediction")
+    print(f"{n} images in {target}, one folder for each class that the teacher predicts")
     return 0

@@ -1,4 +1,4 @@
-"""`dodistill look`: runs on real images, if there are some. KDCI's Figures 1, 5 and 6.
+"""`dodistill look`: compares runs on real images. KDCI's Figures 1, 5 and 6.
 
 Figure 1: the Frechet distance between substitution data and real images, and the class shares of both.
 Figure 5: t-SNE of each network's penultimate features, and the silhouette of the classes in them.
@@ -7,11 +7,11 @@ Figure 6: the images on which only one of two students is right.
 Deviations. (1) The paper's distance is the FID, in the features of an ImageNet network. Ours is in the features of the
 run's own teacher: it needs no download and fits images of 16 or 32 pixels, but compares only runs of one teacher.
 (2) We add the distance between two halves of the real images, of the same size: the value without any shift.
-(3) A map of points is easily misread; the silhouette (Rousseeuw 1987, from -1 to 1, in the space of the features) is
-the same as a number. (4) The paper shows the images that +KDCI corrects. We also show those that it breaks, and count
-both.
+(3) A map of points is easily misread. The silhouette (Rousseeuw 1987, from -1 to 1, in the space of the features)
+measures the separation of the classes as a number. (4) The paper shows the images that +KDCI corrects. We also show
+the images that become wrong, and count both.
 
-Labels are only shown; nothing is chosen by them. `compare` deletes the pool of a run, so such a run has no distance.
+No choice depends on the labels. `compare` deletes the pool of a run, so such a run has no distance.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ from ..report.progress import Progress
 
 @dataclass(frozen=True)
 class Arguments:
-    """Show runs beside real images: how far their data lie, what the students see, where they differ."""
+    """Compare runs on real images: the distance of their data, the students' features, and where students differ."""
 
     runs: Annotated[tuple[str, ...], "[RUN ...]"] = ()  #: run folders of one teacher
-    test: Annotated[str, "DATA"] = ""  #: labelled images: .npz, folder, or a data set's name; needed
-    teacher: Annotated[str, "FILE"] = ""  #: the teacher, where a run was given it in memory
+    test: Annotated[str, "DATA"] = ""  #: labelled images: .npz, folder, or a data set's name; required
+    teacher: Annotated[str, "FILE"] = ""  #: the teacher, if a run received it in memory
     n: int = 1000  #: points in each map
     out: Annotated[str, "FILE"] = "look.html"  #: the page
 
@@ -61,7 +61,7 @@ def run(arguments: Arguments) -> int:
         raise DodistillError("look needs run folders and labelled images: dodistill look RUN [RUN ...] --test DATA.")
     found = look(arguments.runs, arguments.test, arguments.out, arguments.teacher, arguments.n)
     wide = max(len(s.name) for s in found)
-    print(f"{'':{wide}}  accuracy  silhouette  distance of its data (real from real)")
+    print(f"{'':{wide}}  accuracy  silhouette  distance of its data (between real halves)")
     for s in found:
         far = "" if s.distance is None or s.floor is None else f"{number(s.distance, 3)} ({number(s.floor, 3)})"
         print(f"{s.name:{wide}}  {s.accuracy:7.2f}%  {s.silhouette:10.3f}  {far}".rstrip())
@@ -81,7 +81,7 @@ class Seen:
     accuracy: float  #: % of the real images
     silhouette: float  #: of the classes in its penultimate features, -1..1
     map: Plot
-    agreement: float | None = None  #: % of the real images on which it names the teacher's class
+    agreement: float | None = None  #: % of the real images on which it predicts the teacher's class
     distance: float | None = None  #: from its pool to the real images, in its teacher's features
     floor: float | None = None  #: between two halves of the real images
     images: int = 0  #: on each side of the distance
@@ -111,7 +111,7 @@ def look(runs: Sequence[str | Path], test: str, out: str | Path, teacher: str = 
         raise DodistillError(f"--n is {n}; a map needs at least 50 points.")
     configs = [_config(f, bool(teacher)) for f in folders]
     if teacher:
-        part = resolve({"teacher": teacher}, allow_code=True).teacher  # it was typed
+        part = resolve({"teacher": teacher}, allow_code=True).teacher  # the user typed it
     else:
         _one_teacher(folders, configs)
         part = configs[0].teacher
@@ -162,19 +162,20 @@ def _sklearn() -> tuple[Any, Any]:
         from sklearn.manifold import TSNE
         from sklearn.metrics import silhouette_score
     except ImportError as error:
-        raise DodistillError("the maps are scikit-learn's t-SNE: pip install 'dodistill[demo]'") from error
+        raise DodistillError("the maps need scikit-learn (t-SNE): pip install 'dodistill[demo]'") from error
     return TSNE, silhouette_score
 
 
 def _config(folder: Path, typed: bool) -> Distill:
-    """What a run says of its teacher and its data. No code of its methods runs, nor of its teacher's file, unless the
-    teacher was typed."""
+    """The teacher and the data in a run's config. The code of its methods does not run. The code of its teacher's file
+    runs only if the user typed the teacher."""
     if not (folder / "student.safetensors").is_file():
         raise DodistillError(f"{folder} holds no student.safetensors; give the folder of a finished run.")
     tree = json.loads((folder / "config.json").read_text())
     if not typed and plugins.model_file(tree["teacher"]["spec"]):
         raise DodistillError(
-            f"{folder} asks to run {tree['teacher']['spec']}; code is run only when you name it: --teacher SPEC."
+            f"the config of {folder} names code, {tree['teacher']['spec']}; code runs only if you name it yourself: "
+            f"--teacher {tree['teacher']['spec']}."
         )
     return resolve({"teacher": {} if typed else tree["teacher"], "data": tree["data"]}, allow_code=True)
 
@@ -183,13 +184,13 @@ def _one_teacher(folders: Sequence[Path], configs: Sequence[Distill]) -> None:
     """Refuse runs of more than one teacher."""
     named = {c.teacher.spec: f for f, c in zip(folders, configs)}
     if "" in named:
-        raise DodistillError(f"{named['']} was given its teacher in memory; say which one it was with --teacher FILE.")
+        raise DodistillError(f"{named['']} received its teacher in memory; name that teacher by --teacher FILE.")
     if len({(c.teacher.spec, c.teacher.weights) for c in configs}) > 1:
-        raise DodistillError(f"these runs have several teachers ({', '.join(named)}); look at those of one teacher.")
+        raise DodistillError(f"these runs have several teachers ({', '.join(named)}); give runs of one teacher.")
 
 
 def _strangers(folder: Path, model: nn.Module) -> list[str]:
-    """A warning if the run's teacher had other weights than this one."""
+    """A warning if the run's teacher had other weights than `model`."""
     summary = json.loads((folder / "summary.json").read_text()) if (folder / "summary.json").exists() else {}
     began = summary.get("made_of", {}).get("teacher")
     if began in (None, fingerprint([*model.parameters(), *model.buffers()])):
@@ -198,7 +199,7 @@ def _strangers(folder: Path, model: nn.Module) -> list[str]:
 
 
 def _shift(it: Seen, folder: Path, teacher: nn.Module, inside: Tensor, real: Images) -> None:
-    """Fill in the distance from the pool of a run to the real images, if the pool is still there."""
+    """Fill in the distance from the pool of a run to the real images, if the pool still exists."""
     try:
         pool = newest_pool(folder)
     except DodistillError:

@@ -14,8 +14,8 @@ from ..errors import DodistillError
 class Arguments:
     """List the sources: what they need, train, keep and cost; and the other axes."""
 
-    files: Annotated[tuple[str, ...], "[FILE.py ...]"] = ()  #: also the methods in these files, which are run
-    cards: Annotated[str, "FOLDER"] = ""  #: bring the cards in this folder up to date (docs/methods)
+    files: Annotated[tuple[str, ...], "[FILE.py ...]"] = ()  #: also the methods in these files, which are executed
+    cards: Annotated[str, "FOLDER"] = ""  #: update the generated tables in this folder of cards (docs/methods)
 
 
 def run(arguments: Arguments) -> int:
@@ -24,7 +24,7 @@ def run(arguments: Arguments) -> int:
         return 0
     cards = Path(arguments.cards)
     if not cards.is_dir():
-        raise DodistillError(f"--cards {cards}: no such folder; give that of the method cards, docs/methods.")
+        raise DodistillError(f"--cards {cards}: no such folder; give the folder of the method cards, docs/methods.")
     for path, text in list(pages(cards)):
         if not path.exists() or path.read_text() != text:
             path.write_text(text)

@@ -1,4 +1,4 @@
-"""`dodistill teach`: a classifier, trained on labelled images. The fields of `engine.teach.Teach` are flags, too."""
+"""`dodistill teach`: trains a classifier on labelled images. The fields of `engine.teach.Teach` are flags, too."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Arguments:
 
     model: str  #: a network, by the grammar of `load_model`: wrn40_2, timm:NAME, file.py:factory
     data: Annotated[str, "DATA"] = ""  #: labelled images: a data set's name, a .npz, or a folder of class folders
-    test: Annotated[str, "DATA"] = ""  #: test images, where `data` has none of its own
-    image_shape: Annotated[str, "C,H,W"] = ""  #: what images in folders are resized to
-    crop_share: float = 0.0  #: of test images in folders, crop : short side; 0: 0.875 from 160 pixels on, else 1
+    test: Annotated[str, "DATA"] = ""  #: test images, if `data` has none
+    image_shape: Annotated[str, "C,H,W"] = ""  #: images in folders are resized to this shape
+    crop_share: float = 0.0  #: centre crop / short side, for test images in folders; 0: 0.875 from 160 pixels, else 1
     normalise: Annotated[str, "NAME"] = ""  #: cifar10, cifar100, imagenet, mnist or none
     out: Annotated[str, "FILE"] = "teacher.safetensors"  #: the weights
-    max_seconds: float = math.inf  #: stop cleanly after so long; the same command goes on
+    max_seconds: float = math.inf  #: stop cleanly after this many seconds; rerun the command to resume
 
 
 def run(arguments: Arguments, settings: Mapping[str, Any], _words: Sequence[str]) -> int:
@@ -55,12 +55,14 @@ def run(arguments: Arguments, settings: Mapping[str, Any], _words: Sequence[str]
             progress.update(int(log["step"]), loss=float(log["loss"]), accuracy=float(log["minival"] or 0.0))
 
         if emulated(device, config.precision):
-            progress.note("bf16 is emulated on this CPU, some ten times slower than fp32; use --precision fp32.")
+            progress.note("bf16 is emulated on this CPU, about ten times slower than fp32; use --precision fp32.")
         if lesson.note:
             progress.note(lesson.note)
         result = teach_to_file(target, model, lesson, config, device, on_log, progress.update, deadline)
     if not result.get("finished", True):
-        print(f"stopped after epoch {result['epoch']} of {config.epochs}; the same command goes on.", file=sys.stderr)
+        print(
+            f"stopped after epoch {result['epoch']} of {config.epochs}; rerun the command to resume.", file=sys.stderr
+        )
         return STOPPED
     print(json.dumps(result))
     print(f"weights    {target}")

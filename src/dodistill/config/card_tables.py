@@ -1,6 +1,6 @@
-"""The tables of settings in the method cards, made from the code: `dodistill methods --cards docs/methods`.
+"""The tables of settings in the method cards, generated from the code: `dodistill methods --cards docs/methods`.
 
-A card marks where a table stands, and `filled` replaces what lies between the two lines:
+Two lines in a card mark a table, and `filled` replaces the text between them:
 
     <!-- presets: fast -->                      the presets of a source: a column each, a row for each setting they set
     <!-- settings: replay bank -->              every setting of a choice, with its default and its meaning
@@ -32,12 +32,12 @@ NONE = "–"  #: a setting that this preset's choices do not have
 
 
 def blocks(text: str) -> list[tuple[str, str]]:
-    """(kind, what it shows) of each marked block of a card."""
+    """(kind, content) of each marked block of a card, as in ("presets", "fast")."""
     return [(found[1], found[2]) for found in _BLOCK.finditer(text)]
 
 
 def filled(text: str, card: str) -> str:
-    """The text of a card with every marked block made anew; `card` names it where a mark is wrong."""
+    """The text of a card with every marked block regenerated; `card` is its name in error messages."""
 
     def fill(found: re.Match[str]) -> str:
         kind, what = found[1], found[2]
@@ -50,12 +50,12 @@ def filled(text: str, card: str) -> str:
     for opened in _OPENED.finditer(text):
         found = _BLOCK.match(text, opened.start())
         if not found or found[4] != "<!-- end -->":
-            raise DodistillError(f"{card}: {opened[0]} needs a line <!-- end --> behind its table.")
+            raise DodistillError(f"{card}: {opened[0]} needs a line <!-- end --> after its table.")
     return _BLOCK.sub(fill, text)
 
 
 def described_in(cards: Path) -> dict[tuple[str, str], str]:
-    """(axis, name) -> the file of the card that has its settings or presets, or else bears its name."""
+    """(axis, name) -> the file of the card that has its settings or presets, or else has its name."""
     out: dict[tuple[str, str], str] = {}
     for path in sorted(cards.glob("*.md")):
         for kind, what in blocks(path.read_text()):
@@ -97,7 +97,9 @@ def settings(what: str) -> str:
     elif axis in registry.AXES and names:
         choices = {name: registry.config(axis, name) for name in names}
     else:
-        raise DodistillError(nearest(axis, (*registry.AXES, *PARTS), "axis or part") + " An axis wants a name.")
+        raise DodistillError(
+            nearest(axis, (*registry.AXES, *PARTS), "axis or part") + " After an axis, give the name of a choice."
+        )
     chosen = {p: v for p, v in _presets(source) if set(choices) & set(str(v.get(axis)).split("+"))} if source else {}
     rows: dict[tuple[str, ...], list[str]] = {}
     for name, cls in choices.items():
@@ -115,7 +117,7 @@ def settings(what: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as the tables have it: 2e-3, 80 000, true, `none` for None."""
+    """A value in the format of the tables: 2e-3, 80 000, true, `none` for None."""
     if isinstance(value, bool) or value is None:
         return str(value).lower()
     if isinstance(value, int):
@@ -143,7 +145,7 @@ def _resolved(source: str, preset: str = "") -> Tree:
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Tree:
-    """{"source": {"name": "fast", "K": 5}} -> {"source": "fast", "source.K": 5}; the preset's own name is left out."""
+    """{"source": {"name": "fast", "K": 5}} -> {"source": "fast", "source.K": 5}; the preset's own name is omitted."""
     out: Tree = {}
     for key, value in tree.items():
         if not isinstance(value, Mapping):
@@ -154,13 +156,13 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Tree:
 
 
 def _group(key: str) -> int:
-    """Where in the table: by axis or part; an intervention's settings stand beside the intervention."""
+    """The position in the table: by axis or part; an intervention's settings follow the intervention."""
     part = key.split(".")[0]
     return _ORDER.index("intervention" if part in registry.names("intervention") else part)
 
 
 def _default(key: str, plain: Tree, values: Mapping[str, Tree]) -> str:
-    """What holds without a preset, once it has made its choice: a criterion's temperature is that of this criterion."""
+    """The default of a setting of the choices that the presets make: for each criterion, its own temperature."""
     axis, _, field = key.partition(".")
     if axis in registry.names("intervention"):
         return shown(getattr(registry.config("intervention", axis)(), field))

@@ -1,4 +1,4 @@
-"""The flags of a run: the choices on the axes decide which there are, a preset or a recipe decides their defaults."""
+"""The flags of a run: the choices on the axes determine the flags, and a preset or a recipe their defaults."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from .tree import DEFAULTS, PLAIN, Tree, expand, merge
 
 ABOUT = {
     "source": "where the images come from",
-    "intervention": "what severs the confounder's path, several joined by +",
-    "criterion": "what is matched",
-    "update": "how the student's gradients come about",
-    "replay": "what the student must not forget",
+    "intervention": "how to cut the confounder's path to the student; join several by +",
+    "criterion": "the distance between student and teacher",
+    "update": "how the student's gradients are computed",
+    "replay": "the memory of the student's past inputs",
 }
 
 
 def read_recipe(path: str) -> Tree:
-    """The settings in a file; none where there is no path."""
+    """The settings in a file; empty without a path."""
     if not path:
         return {}
     try:
@@ -33,18 +33,18 @@ def read_recipe(path: str) -> Tree:
     except (OSError, yaml.YAMLError) as error:
         raise DodistillError(f"cannot read recipe {path}: {error}") from error
     if not isinstance(tree, dict):
-        raise DodistillError(f"recipe {path} must be a mapping of settings.")
+        raise DodistillError(f"recipe {path} is no mapping of settings; write lines such as `source: fast`.")
     return tree
 
 
 def parts(words: Sequence[str]) -> list[Part]:
-    """The flags of the run that a command line asks for; its first word may be a recipe."""
+    """The flags of the run that a command line describes; its first word may be a recipe."""
     recipe = read_recipe(words[0]) if words and not words[0].startswith("-") else {}
     given = expand(typed(words, (*registry.AXES, *LONG, "preset")))
     anything = "allow_code" in {spelled(word) for word in words if word.startswith("--")}
     tree, allow = merge(expand(recipe), given), anything or paths(given)
     if asks(tree):
-        preset = Flag("preset", str, "of the source that is chosen; empty: chosen with it", "", "NAME")
+        preset = Flag("preset", str, "preset of the chosen source; empty: chosen with the source", "", "NAME")
         choosers = Part([*_axes(tree), preset], about=choosing())
         classes, open_part = _classes(tree, words, allow), [_any_source()]
     else:
@@ -56,7 +56,7 @@ def parts(words: Sequence[str]) -> list[Part]:
 
 
 def _with_preset(tree: Tree, source: Any) -> tuple[Tree, Flag]:
-    """The tree over the preset that it names, as `resolve` has it, and the flag that names one."""
+    """The tree merged over the preset that it names, as in `resolve`, and the flag `preset`."""
     preset = str(tree.get("preset") or _settings(tree, "source").get("preset", ""))
     if preset:
         if preset not in source.presets:
@@ -67,13 +67,13 @@ def _with_preset(tree: Tree, source: Any) -> tuple[Tree, Flag]:
 
 
 def _listed(source: Any) -> str:
-    """The presets of a source, and where their numbers come from."""
+    """The presets of a source, and the origin of their numbers."""
     lines = (f"  {name}: {source.origin.get(name, '')}" for name in source.presets)
     return "\n".join([f"presets of source {source.name}:", *lines])
 
 
 def _classes(tree: Tree, words: Sequence[str], allow: Allow) -> dict[str, type]:
-    """Prefix -> settings of what a tree chooses, and of what every run has; without the source."""
+    """Prefix -> settings: those of a tree's choices except the source, and those of every run."""
     return {
         **{cls.name: cls for cls in _interventions(tree, words, allow)},
         **{axis: _choice(tree, axis, allow) for axis in ("criterion", "update", "replay")},
@@ -83,7 +83,7 @@ def _classes(tree: Tree, words: Sequence[str], allow: Allow) -> dict[str, type]:
 
 
 def _choice(tree: Tree, axis: str, allow: Allow) -> Any:
-    """The settings of what a tree chooses on an axis."""
+    """The settings class of a tree's choice on an axis."""
     return outline.choice(axis, _name(tree, axis), allow, str(_settings(tree, axis).get("code", "")))
 
 
@@ -108,7 +108,7 @@ def _axes(tree: Tree) -> list[Flag]:
         more = {"source": [AUTO], "intervention": ["none"]}.get(axis, [])
         names = [*more, *registry.known(axis)]
         hint = str if axis == "intervention" else _one_of(names)
-        text = f"{about}: {', '.join(names)}; or the path of your own file, my_method.py"
+        text = f"{about}: {', '.join(names)}; or the path of your own file, as in my_method.py"
         flags.append(Flag(axis, hint, text, _name(tree, axis), "NAME"))
     return flags
 
@@ -118,13 +118,13 @@ def _one_of(names: Iterable[str]) -> Any:
 
 
 def _any_source() -> Part:
-    """What can be said before the source is known; settings of its own are checked when it is."""
-    seconds = Flag("source.seconds", float | None, "the time allowed; none: --max-seconds", None, "FLOAT")
-    return Part([seconds], "source", "Settings of the source that is chosen.", open=True)
+    """The flags before the source is known. Flags for its settings are checked once it is chosen."""
+    seconds = Flag("source.seconds", float | None, "the time limit, in seconds; none: --max-seconds", None, "FLOAT")
+    return Part([seconds], "source", "Settings of the chosen source.", open=True)
 
 
 def _name(tree: Tree, axis: str) -> str:
-    """What a tree chooses on an axis."""
+    """The name of a tree's choice on an axis."""
     default = DEFAULTS.get(axis, "none")
     given = tree.get(axis) or default
     given = given.get("name") if isinstance(given, Mapping) else given
@@ -132,13 +132,13 @@ def _name(tree: Tree, axis: str) -> str:
 
 
 def _settings(tree: Tree, part: str) -> Mapping[str, Any]:
-    """What a tree says of a part; nothing where that is no mapping, which `resolve` refuses."""
+    """A tree's settings of a part; empty if they are no mapping, which `resolve` refuses."""
     given = tree.get(part)
     return given if isinstance(given, Mapping) else {}
 
 
 def _interventions(tree: Tree, words: Sequence[str], allow: Allow) -> list[Any]:
-    """Those chosen, and those whose settings a command line gives without choosing them."""
+    """The chosen interventions, and those for which the command line has settings."""
     chosen = [name.strip() for name in _name(tree, "intervention").split("+")]
     given = {spelled(word).partition(".")[0] for word in words if word.startswith("--")}
     names = dict.fromkeys([*chosen, *(name for name in registry.known("intervention") if name in given)])

@@ -1,6 +1,6 @@
-"""What the settings of a choice must provide on each axis, as types. The base class in an axis' `shared/` provides it.
+"""Types that the settings of a choice must implement on each axis. The base class in an axis' `shared/` does so.
 
-Types only: what is built is imported for the type checker alone, so that this module needs no torch.
+The classes that they build are imported for the type checker only, so this module needs no torch.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """Command-line flags from dataclasses: one for every field, `--part.field VALUE`. tyro reads them and writes the help.
 
-Only what the user typed is handed on, to `tree.resolve` or `tree.build`, which check it: a default of a flag never wins
-over a preset or a recipe. Where tyro does not serve:
+Only the typed flags are passed on, to `tree.resolve` or `tree.build`, which check them: the default of a flag never
+overrides a preset or a recipe. Differences from plain tyro:
 
-* Comments come from `outline`. tyro reads those of imported classes only, overlooks a `#:` behind a bracket, and takes
-  the second line of one for a comment on the next field.
-* Values are read as YAML has them, so that `3,32,32` is a list and `--flag` alone is true, as in a recipe.
-* An unknown flag is refused in one sentence, as every other mistake is; tyro draws a box of several lines, of which a
-  log keeps the last.
+* Comments come from `outline`. tyro reads only those of imported classes, misses a `#:` after a bracket, and takes the
+  second line of a comment for a comment on the next field.
+* Values are parsed as YAML, so that `3,32,32` is a list and `--flag` alone is true, as in a recipe.
+* The error for an unknown flag is one sentence, like every other error. tyro prints a box of several lines, of which a
+  log may keep only the last.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..errors import DodistillError, nearest
 from . import registry
 from .outline import comment
 
-#: What people type most, and where it lives in the tree.
+#: Short names of common flags -> their names in the tree.
 SHORT = {
     "teacher": "teacher.spec", "student": "student.spec", "unlabeled": "data.unlabeled", "train": "data.unlabeled",
     "test": "data.test",
@@ -37,16 +37,16 @@ SHORT = {
     "device": "loop.device", "precision": "loop.precision", "threads": "loop.threads",
     "data.foreign": "data.foreign.spec",
 }  # fmt: skip
-#: What the tree has below an axis, and the help as a flag of its own.
+#: Names in the tree -> the names of these flags in the help.
 LONG = {f"{axis}.name": axis for axis in registry.AXES if axis != "intervention"} | {"source.preset": "preset"}
-REQUIRED = object()  #: the default of a flag that must be there
+REQUIRED = object()  #: the default of a required flag
 
 
 @dataclass(frozen=True)
 class Flag:
     """One flag."""
 
-    name: str  #: as the tree has it: loop.steps
+    name: str  #: as in the tree: loop.steps
     type: Any
     help: str = ""
     default: Any = REQUIRED
@@ -61,17 +61,17 @@ class Flag:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The values that it can have, where they are few."""
+        """The allowed values of a boolean or a Literal; else empty."""
         if self.type is bool:
             return ("true", "false")
         return tuple(map(str, get_args(self.type))) if get_origin(self.type) is Literal else ()
 
     def read(self, words: Sequence[str]) -> Any:
-        """What was said, as near to its type as the text alone tells. A boolean may stand alone."""
+        """The typed value, converted as far as its text determines it. A boolean needs no value."""
         if self.type is bool and not words:
             return True
         if len(words) > 1 and get_origin(self.type) is not tuple:
-            raise DodistillError(f"did not expect {words[1]!r} behind --{self.name} {words[0]}.")
+            raise DodistillError(f"unexpected {words[1]!r} after --{self.name} {words[0]}; give one value.")
         if self.type is str or get_origin(self.type) is Literal:
             return words[0]
         if self.word:
@@ -91,7 +91,7 @@ class Part:
     flags: Sequence[Flag]
     prefix: str = ""
     about: str = ""
-    open: bool = False  #: further flags with the prefix are read, too, and checked later
+    open: bool = False  #: unknown flags with this prefix are accepted, and checked later
 
 
 def value(text: str) -> Any:
@@ -122,10 +122,10 @@ def square(text: str) -> tuple[int, int, int] | None:
 
 
 def part(settings: type, prefix: str = "", instead: Mapping[str, Any] = types.MappingProxyType({})) -> Part:
-    """The flags of a class of settings; `instead` has values, of a preset or a recipe, to show as its defaults.
+    """The flags of a class of settings. `instead`: values of a preset or a recipe, shown as the defaults.
 
-    A field of type Annotated[str, "DATA"] is called DATA in the help. One without a default, and one that is called
-    "[FILE]", is a word without its name. A boolean that is False, without a prefix, takes no value.
+    The help shows the value of a field of type Annotated[str, "DATA"] as DATA. A field without a default, or shown as
+    "[FILE]", is positional. A boolean with default False and without a prefix takes no value.
     """
     flags = list(_flags(settings, prefix, instead))
     about = inspect.cleandoc(settings.__doc__ or "")
@@ -160,7 +160,7 @@ def _mapping(given: Any) -> Mapping[str, Any]:
 
 
 def _metavar(hint: Any) -> str:
-    """What to write behind a flag of this type."""
+    """The placeholder for a value of this type in the help."""
     options = [a for a in get_args(hint) if a is not types.NoneType]
     if get_origin(hint) is Literal:
         return "{" + ", ".join(map(str, options)) + "}"
@@ -172,7 +172,7 @@ def _metavar(hint: Any) -> str:
 
 
 def shown(default: Any) -> str:
-    """A default as it would be typed."""
+    """A default in the form in which a user types it."""
     if isinstance(default, bool) or default is None:
         return str(default).lower()
     if isinstance(default, list | tuple):
@@ -185,7 +185,7 @@ def shown(default: Any) -> str:
 
 @dataclass(frozen=True)
 class _Said:
-    """What the user typed for a flag, to tell it from a default."""
+    """The text that the user typed for a flag, to distinguish it from a default."""
 
     words: Sequence[Any]
 
@@ -201,9 +201,9 @@ def typed(words: Sequence[str], names: Iterable[str]) -> dict[str, str]:
 
 
 def parse(parts: Sequence[Part], words: Sequence[str], program: str, about: str = "") -> dict[str, Any]:
-    """{flag's name: value} of the flags that `words` give. Exits, as tyro does, behind the help or a missing value.
+    """{flag's name: value} of the flags that `words` give. Exits, as tyro does, after the help or for a missing value.
 
-    Raises DodistillError for a flag that is unknown or given twice, and for a word too many.
+    Raises DodistillError for a flag that is unknown or given under two names, and for an extra word.
     """
     _refuse_twins(words)
     form = cast(Callable[..., object], _form(parts))
@@ -211,7 +211,7 @@ def parse(parts: Sequence[Part], words: Sequence[str], program: str, about: str 
     filled, unknown = tyro.cli(form, args=plain, prog=program, description=about, return_unknown_args=True)
     given = dict(_unknown(unknown, parts, program.split()[-1]))
     for flag, answer in _answers(parts, filled):
-        if isinstance(answer, _Said) and list(answer.words) != [[]]:  # what tyro leaves where an unknown flag stood
+        if isinstance(answer, _Said) and list(answer.words) != [[]]:  # tyro's value in place of an unknown flag
             given[flag.name] = flag.read(answer.words)
         elif (flag.switch or get_origin(flag.type) is list) and answer:
             given[flag.name] = answer
@@ -219,7 +219,7 @@ def parse(parts: Sequence[Part], words: Sequence[str], program: str, about: str 
 
 
 def form(parts: Sequence[Part], about: str = "") -> type:
-    """A dataclass that tyro can ask for help and for shell completion, with the values that each flag can have."""
+    """A dataclass for tyro's help and shell completion, with the values that each flag can have."""
     made = _form(parts, closed=True)
     made.__doc__ = about
     return made
@@ -248,7 +248,7 @@ def _annotated(kind: Any, *more: Any) -> Any:
 def _field(flag: Flag, prefix: str, closed: bool) -> tuple[Any, Any]:
     """The type and the default of a field that stands for a flag."""
     said = "" if flag.default in ("", (), [], REQUIRED) or flag.switch else f"(default: {shown(flag.default)})"
-    # help is never None, with which tyro would look for a comment in the source
+    # help is never None: for None, tyro would search the source for a comment
     told: dict[str, Any] = {"help": flag.help or said, "help_behavior_hint": said if flag.help else ""}
     if not flag.word:
         told["name"] = flag.name.removeprefix(f"{prefix}.") if prefix else flag.name
@@ -276,7 +276,7 @@ def _answers(parts: Sequence[Part], filled: Any) -> Iterator[tuple[Flag, Any]]:
 
 
 def spelled(token: str) -> str:
-    """The name of a flag as the tree has it: --loop.log-every=5 -> loop.log_every."""
+    """The name of a flag in the tree: --loop.log-every=5 -> loop.log_every."""
     return token.removeprefix("--").partition("=")[0].replace("-", "_")
 
 
@@ -287,22 +287,22 @@ def _shortened(word: str) -> str:
 
 
 def _refuse_twins(words: Sequence[str]) -> None:
-    """Two spellings of one setting."""
+    """Refuse two spellings of one setting."""
     given = {spelled(word) for word in words if word.startswith("--")}
     for name in sorted(given):
         full = SHORT.get(name, name)
         for other in sorted(given - {name}):
             if SHORT.get(other, other) == full:
-                raise DodistillError(f"--{name} and --{other} say the same thing; give one of them.")
+                raise DodistillError(f"--{name} and --{other} are the same setting; give one of them.")
 
 
 def _unknown(tokens: Sequence[str], parts: Sequence[Part], command: str) -> Iterator[tuple[str, Any]]:
-    """The flags of open parts among what tyro did not know; a sentence that refuses any other."""
+    """The flags of open parts among those that tyro does not know. Raises DodistillError for any other."""
     rest = list(tokens)
     while rest:
         token = rest.pop(0)
         if not re.match(r"--\w", token):
-            raise DodistillError(f"did not expect {token!r}; settings are written --flag VALUE.")
+            raise DodistillError(f"unexpected argument {token!r}; give settings as --flag VALUE.")
         text = token.partition("=")[2] if "=" in token else rest.pop(0) if rest and not rest[0].startswith("--") else ""
         name = spelled(token)
         if any(part.open and name.startswith(f"{part.prefix}.") for part in parts):

@@ -1,6 +1,6 @@
-"""What every source needs, trains, keeps and costs, as a table made from the code; and the choice of `--source auto`.
+"""The table of all sources, generated from the code, and the choice of `--source auto`.
 
-No torch here, except through the sources that the table describes.
+This module imports torch only through the sources that the table describes.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from .tree import Tree, build, config_of, expand, merge
 
 AUTO = "auto"
 MINUTE, HOUR = 60.0, 3600.0
-SHORT = 3 * MINUTE  #: less does not warm a generator up
-LONG = 6 * HOUR  #: enough for a published schedule of 80 000 steps, on the machines that such schedules are for
+SHORT = 3 * MINUTE  #: a shorter run cannot warm a generator up
+LONG = 6 * HOUR  #: suffices for a published schedule of 80 000 steps on a GPU of its kind
 
 
 # -------------------------------------------------------------------------------------------------- choosing
@@ -30,7 +30,7 @@ LONG = 6 * HOUR  #: enough for a published schedule of 80 000 steps, on the mach
 
 @dataclass(frozen=True)
 class Choice:
-    """A source, its preset, and one sentence that says why."""
+    """A source, its preset, and the reason in one sentence."""
 
     source: str
     preset: str
@@ -46,7 +46,7 @@ def choose(
     seconds: float = math.inf,
     image_shape: tuple[int, int, int] = (3, 32, 32),
 ) -> Choice:
-    """The source for a teacher, by what is there and by the time allowed; the first line that applies:
+    """The source for a teacher, by images, teacher and time limit: the first line that applies.
 
         unlabelled images?  BatchNorm?  H, W multiples of 4?  time        source      preset
         yes                 any         any                   >= 6 h      dfnd        paper
@@ -58,13 +58,13 @@ def choose(
         no                  yes         yes                   >= 6 h      fast        wrn
         no                  yes         yes                   else, none  fast        desk
 
-    `none`: no limit was given (infinity), and then a run is meant to end within minutes; whoever wants a published
-    schedule says so by its preset, or by allowing hours.
+    `none`: no limit was given (infinity); the run should then end within minutes. For a published schedule, give its
+    preset, or a limit of hours.
 
     Args:
         has_batchnorm: whether the teacher has BatchNorm layers with running statistics.
         unlabeled: whether unlabelled images were given.
-        seconds: the time allowed; infinity for no limit.
+        seconds: the time limit; infinity for no limit.
         image_shape: (C, H, W) of what the teacher reads.
     """
     hours = math.isfinite(seconds) and seconds >= LONG
@@ -72,7 +72,7 @@ def choose(
     if unlabeled:
         return Choice(
             "dfnd", "paper" if hours else "desk",
-            f"unlabelled images were given, and all they cost is a pass through the teacher; {time}",
+            f"unlabelled images were given, and they cost only a pass through the teacher; {time}",
         )  # fmt: skip
     drawn = "study" if hours else "desk"
     if not has_batchnorm:
@@ -86,7 +86,9 @@ def choose(
             f"the generators make images whose sides are multiples of 4, not {image_shape[1]}x{image_shape[2]}; {time}",
         )  # fmt: skip
     if seconds < SHORT:
-        return Choice("procedural", "desk", f"{time} do not warm a generator up, and drawn pictures need no training")
+        return Choice(
+            "procedural", "desk", f"{time} are too short to warm a generator up, and drawn pictures need no training"
+        )
     return Choice(
         "fast", "wrn" if hours else "desk",
         f"no unlabelled images were given, and the teacher's BatchNorm statistics can guide a generator; {time}",
@@ -95,7 +97,7 @@ def choose(
 
 def _spoken(seconds: float) -> str:
     if not math.isfinite(seconds):
-        return "no time limit was given, so the short schedule"
+        return "no time limit was given, which selects the short schedule"
     number, unit = (seconds / HOUR, "h") if seconds >= HOUR else (seconds / MINUTE, "min")
     allowed = f"{number:.3g} {unit}"
     if seconds < SHORT:
@@ -104,7 +106,7 @@ def _spoken(seconds: float) -> str:
 
 
 def asks(tree: Mapping[str, Any]) -> bool:
-    """Whether a config tree leaves the choice of its source to us: source `auto`."""
+    """Whether the source of a config tree is `auto`."""
     source = expand(tree).get("source")
     return bool((source.get("name") if isinstance(source, Mapping) else source) == AUTO)
 
@@ -117,17 +119,17 @@ def settle(
     image_shape: tuple[int, int, int],
     begun: Mapping[str, Any] | None = None,
 ) -> tuple[Tree, Choice]:
-    """The tree with `auto` replaced by what `choose` says, and the choice. A preset that the tree names stays.
+    """The tree with `auto` replaced by the result of `choose`, and the choice. A preset that the tree names stays.
 
-    `source.seconds`, where given, is the time allowed, and wins over `seconds`. `begun`, the config of a run folder to
-    go on with, wins over both.
+    `source.seconds`, if given, is the time limit, and overrides `seconds`. `begun`, the config of a run folder to
+    resume, overrides both.
     """
     full = expand(tree)
     given = full["source"]
     given = dict(given) if isinstance(given, Mapping) else {}
     allowed = given.pop("seconds", None)
     if allowed is not None and (isinstance(allowed, bool) or not isinstance(allowed, int | float) or not allowed > 0):
-        raise DodistillError(f"source.seconds is {allowed!r}; it must be a number above 0, the time allowed.")
+        raise DodistillError(f"source.seconds is {allowed!r}; it must be a number above 0, the time limit.")
     choice = choose(has_batchnorm, unlabeled, float(allowed or seconds), image_shape)
     preset = str(full.get("preset") or given.pop("preset", "") or choice.preset)
     choice = dataclasses.replace(choice, preset=preset)
@@ -136,11 +138,11 @@ def settle(
     return {**full, "source": {**given, "name": choice.source}, "preset": choice.preset}, choice
 
 
-# --------------------------------------------------------------------------------------------------- telling
+# ------------------------------------------------------------------------------------------------- describing
 
 
 def first_words(axis: str, name: str, most: int = 160) -> str:
-    """What a choice's file says of itself: the sentences of its first paragraph, as many as fit, one at least."""
+    """The first sentences of a choice's docstring: as many of its first paragraph as fit, at least one."""
     return _about(registry.own(axis, name), most)
 
 
@@ -195,11 +197,11 @@ def _slots(preset: Mapping[str, Any]) -> int:
 
 HEAD = ("source", "kind", "BatchNorm", "images", "trains", "keeps", "teacher", "pool", "presets")
 NOTES = (
-    "BatchNorm: the teacher must have layers with running statistics; images: unlabelled ones must be given.",
-    "trains, keeps: beside the student; in memory beside the pool.",
-    "teacher: its forwards + backwards per image that joins the pool, labelling included, under preset desk; "
-    "of a sampler, per image looked at. Matching costs one forward per image more, unless augmentation is off.",
-    "pool: most images kept, preset desk; C*H*W + 4*classes + 8 bytes each, allocated as they come.",
+    "BatchNorm: the teacher must have layers with running statistics; images: unlabelled images must be given.",
+    "trains: the networks trained besides the student; keeps: the objects in memory besides the pool.",
+    "teacher: its forward + backward passes per image that joins the pool, labelling included, under preset desk; "
+    "for a sampler, per candidate image. Matching adds one forward pass per image, unless augmentation is off.",
+    "pool: the largest number of images, preset desk; C*H*W + 4*classes + 8 bytes each, allocated on demand.",
 )
 
 
@@ -214,13 +216,13 @@ OTHERS = ("intervention", "criterion", "update", "replay")
 
 
 def _choices(axis: str, others: Iterable[Method] = ()) -> Iterator[tuple[str, str]]:
-    """(name, what its file says) of each choice on an axis; the name is not said twice."""
+    """(name, first sentences of its docstring) of each choice on an axis; the sentences do not repeat the name."""
     for method in [*(registry.own(axis, name) for name in registry.names(axis)), *others]:
         yield method.name, re.sub(rf"^`{re.escape(method.name)}`:? ?", "", _about(method))
 
 
 def _installed() -> tuple[list[Method], list[str]]:
-    """The methods that installed packages offer, and what is wrong with those that do not load."""
+    """The methods that installed packages offer, and the errors of those that do not load."""
     found, wrong = [], []
     for axis in registry.AXES:
         for name in plugins.offered(axis):
@@ -235,7 +237,8 @@ def _installed() -> tuple[list[Method], list[str]]:
 
 
 def table(files: Sequence[str] = ()) -> str:
-    """The table as plain text, and the other axes by name; with what installed packages offer and what is in `files`.
+    """The table of sources as plain text, and the choices on the other axes, with the methods of installed packages
+    and those in `files`.
 
     Runs the files.
     """
@@ -249,15 +252,15 @@ def table(files: Sequence[str] = ()) -> str:
         "",
         *NOTES,
         "",
-        "auto picks one of them by teacher, images and time: dodistill distill --source auto --help",
+        "auto chooses one of them by teacher, images and time: dodistill distill --source auto --help",
     ]
     for axis in OTHERS:
         lines += ["", axis, *(f"  {name:<14}{about}" for name, about in _choices(axis, of[axis]))]
-    return "\n".join([*lines, *(["", "left out", *(f"  {text}" for text in wrong)] if wrong else [])])
+    return "\n".join([*lines, *(["", "not loaded", *(f"  {text}" for text in wrong)] if wrong else [])])
 
 
 def pages(cards: Path) -> Iterator[tuple[Path, str]]:
-    """Each page in the folder of method cards, and its text with what the code says now."""
+    """Each page in the folder of method cards, and its text with the generated blocks up to date."""
     yield cards / "README.md", _overview(cards)
     for path in sorted(cards.glob("*.md")):
         if path.name != "README.md":
@@ -265,7 +268,7 @@ def pages(cards: Path) -> Iterator[tuple[Path, str]]:
 
 
 def _overview(cards: Path) -> str:
-    """README.md of the folder of method cards, which are linked."""
+    """README.md of the folder of method cards, with links to the cards."""
     described = card_tables.described_in(cards)
 
     def link(axis: str, name: str) -> str:
@@ -277,7 +280,7 @@ def _overview(cards: Path) -> str:
         "",
         "<!-- Generated: dodistill methods --cards docs/methods. A test keeps it up to date. -->",
         "",
-        "One file in `src/dodistill/` for each choice on an axis, and one card here for those that have more to say.",
+        "Each choice on an axis is one file in `src/dodistill/`. Some choices also have a card here.",
         "",
         "## Sources: where the substitution inputs come from",
         "",
@@ -290,9 +293,11 @@ def _overview(cards: Path) -> str:
     lines += ["", *(f"* {note}" for note in NOTES), "", "## `--source auto`", ""]
     lines += ["The first line that applies:", "", "```", *_choose_table(), "```"]
     titles = {
-        "intervention": "Interventions: what severs the confounder's path", "criterion": "Criteria: what is matched",
-        "update": "Updates: how the student's gradients come about", "replay": "Replays: what it must not forget",
-    }  # fmt: skip
+        "intervention": "Interventions: how to cut the confounder's path to the student",
+        "criterion": "Criteria: the distance between student and teacher",
+        "update": "Updates: how the student's gradients are computed",
+        "replay": "Replays: the memory of the student's past inputs",
+    }
     for axis in OTHERS:
         lines += ["", f"## {titles[axis]}", ""]
         lines += [f"* {link(axis, name)}{' ' if about[:1] == '(' else ': '}{about}" for name, about in _choices(axis)]

@@ -1,9 +1,9 @@
 """Classes of settings, and the comments beside their fields, read from a file that is not imported.
 
-Help must not wait for torch, which the files of sources, criteria and commands import. A class of settings is made of
-its fields, its bases, and the constants and functions that its values name; none of these need torch. `read` runs those
-statements of a file, without the methods of classes, and nothing else of it. What it returns has the fields, defaults,
-presets and docstring of the real class, and no behaviour; a run imports the real one.
+The help must not load torch, which the files of sources, criteria and commands import. A class of settings consists of
+its fields, its bases, and the constants and functions that its values use; none of these needs torch. `read` runs only
+those statements of a file, without the methods of classes. The returned class has the fields, defaults, presets and
+docstring of the real class, and no behaviour; a run imports the real class.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def read(module: str, name: str) -> Any:
-    """What `name` stands for at the top of `module`, as in read("engine.teach", "Teach"); `module` is in this package.
+    """The top-level object `name` of `module` in this package, as in read("engine.teach", "Teach").
 
-    Raises Unreadable where it depends on a library outside of Python's own.
+    Raises Unreadable if it depends on a library outside the standard library.
     """
     return _outline(module).get(name)
 
@@ -37,7 +37,7 @@ def read(module: str, name: str) -> Any:
 def choice(axis: str, name: str, allow: Allow = False, code: str = "") -> type:
     """The settings of one choice on an axis. A choice from outside of this package is imported: `registry.find`.
 
-    Raises DodistillError with the nearest names when there is none, and for a path that may not be run.
+    Raises DodistillError for an unknown name, with the nearest names, and for a path that may not run.
     """
     if name in registry.names(axis):
         try:
@@ -50,11 +50,11 @@ def choice(axis: str, name: str, allow: Allow = False, code: str = "") -> type:
 
 
 class Unreadable(Exception):
-    """A file must be imported to know this."""
+    """The object cannot be read without importing its file."""
 
 
 def _path(module: str) -> Path:
-    """Of a module of this package."""
+    """The path of a module of this package."""
     path = ROOT.joinpath(*module.split("."))
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
@@ -88,7 +88,7 @@ class Outline:
             node = self.statements[name]
             if isinstance(node, ast.ImportFrom) and node.level:
                 self.known[name] = self._from_package(node, name)
-            elif node not in self.running:  # else a function that calls itself
+            elif node not in self.running:  # else a recursive function
                 self.running.append(node)
                 self._run(node)
         return self.known.get(name)
@@ -110,14 +110,14 @@ class Outline:
         for used in ast.walk(node):
             if isinstance(used, ast.Name) and isinstance(used.ctx, ast.Load) and used.id in self.statements:
                 self.get(used.id)
-        # types in classes are needed as types, those of functions not at all
+        # annotations in classes are evaluated as types; those of functions are not needed
         later = 0 if isinstance(node, ast.ClassDef) else annotations.compiler_flag
         code = compile(ast.Module([node], []), str(self.path), "exec", flags=later, dont_inherit=True)
         exec(code, self.known)
 
 
 class _Names:
-    """A module of this package, as in `from . import dafl`, whose names are read one by one."""
+    """A module of this package, as in `from . import dafl`, whose names are read on demand."""
 
     def __init__(self, module: str) -> None:
         self.__module = module
@@ -137,7 +137,7 @@ def _bound(node: ast.stmt) -> list[str]:
 
 
 def _strip(node: ast.stmt) -> None:
-    """Take the methods out of a class, and the types out of a function: they may need any library."""
+    """Remove the methods of a class, and the annotations of a function: they may need any library."""
     if isinstance(node, ast.ClassDef):
         fields = [part for part in node.body if not isinstance(part, ast.FunctionDef)]
         node.body = fields or [ast.copy_location(ast.Pass(), node)]
@@ -152,7 +152,7 @@ def _strip(node: ast.stmt) -> None:
 
 
 def comment(cls: type, name: str) -> str:
-    """What the `#:` comment beside a field says, its own class first; without one, the values that the field takes."""
+    """The `#:` comment beside a field, of its own class first; without a comment, the values that the field takes."""
     for base in cls.__mro__:
         if dataclasses.is_dataclass(base) and (text := _comments(base).get(name)):
             return text
@@ -162,12 +162,12 @@ def comment(cls: type, name: str) -> str:
 
 @cache
 def _comments(cls: type) -> dict[str, str]:
-    """{field: comment} of the fields that a class itself has; empty where its file is not to be found."""
+    """{field: comment} of the fields that a class itself has; empty if its file is not found."""
     try:
         inside, _, module = cls.__module__.partition(".")
         path = _path(module) if inside == PACKAGE else Path(inspect.getsourcefile(cls) or "")
         lines, statements = _statements(path)
-    except (OSError, TypeError):  # made at a prompt
+    except (OSError, TypeError):  # defined at a prompt
         return {}
     return {
         node.target.id: _comment(lines, node)
@@ -179,7 +179,7 @@ def _comments(cls: type) -> dict[str, str]:
 
 
 def _comment(lines: list[str], node: ast.stmt) -> str:
-    """What stands after `#:` within the lines of a statement, and in the lines below it that are nothing else."""
+    """The text after `#:` in the lines of a statement, and in the comment lines directly below it."""
     end = node.end_lineno or node.lineno
     while end < len(lines) and lines[end].lstrip().startswith("#:"):
         end += 1

@@ -5,9 +5,9 @@
     my_method = "my_package.my_method" a module of an installed package, by its entry point; `load_entry_point`
     distill(..., source=MySource())    an object, or its class; `from_class`
 
-Code never runs because a recipe, a config.json or a checkpoint names its path: `permitted` says what the user allowed.
-A method is known by its name and by the sha256 of its file, so that a run goes on only with the method it began with.
-No torch here, except through the methods that are loaded.
+A path in a recipe, a config.json or a checkpoint is not enough to run its code: `permitted` tells whether the user
+allowed the path. A method is identified by its name and by the sha256 of its file, so that a run resumes only with the
+method that it began with. This module imports torch only through the methods that it loads.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ AXES = {
     "update": "updates",
     "replay": "replay",
 }
-#: Whether code may run that a config names: all of it, none of it, or the files at these paths.
+#: Which code that a config names may run: all (True), none (False), or the files at these paths.
 Allow = bool | Collection[str]
 DOCS = "see docs/tutorial.md"
-UNKNOWN = "unknown"  #: the fingerprint of a class that no file holds, as in a notebook
-_RESERVED = ("name", "preset", "code")  #: keys that stand beside the settings in a config
+UNKNOWN = "unknown"  #: the fingerprint of a class without a file, as in a notebook
+_RESERVED = ("name", "preset", "code")  #: keys beside the settings in a config
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class Method:
 
     Attributes:
         axis: source, intervention, criterion, update or replay.
-        name: as the config has it: fast, my_method.py, MySource.
+        name: as in the config: fast, my_method.py, MySource.
         config: the dataclass of its settings.
-        code: sha256 of its file's text; empty for what is part of this package.
+        code: sha256 of its file's text; empty for a method of this package.
     """
 
     axis: str
@@ -63,7 +63,7 @@ class Method:
 
 
 class Named:
-    """Base of all config classes: one that does not say its `name` has that of its file, or its own."""
+    """Base of all config classes. `name` defaults to the name of the file, or else of the class."""
 
     name: ClassVar[str]
 
@@ -78,22 +78,22 @@ class Named:
 
 
 def is_path(name: str) -> bool:
-    """Whether a choice is named by a file: my_method.py, ./my_method.py, methods/mine.py."""
+    """Whether the name of a choice is a file: my_method.py, ./my_method.py, methods/mine.py."""
     return name.endswith(".py") or "/" in name or "\\" in name
 
 
 def tidy(path: str) -> str:
-    """A path as the config keeps it: ./my_method.py is my_method.py. A relative path stays relative."""
+    """A path in the form of the config: ./my_method.py becomes my_method.py. A relative path stays relative."""
     return Path(os.path.normpath(os.path.expanduser(path))).as_posix()
 
 
 def label(name: str) -> str:
-    """What a choice is called in words, folders and flags: my_method for methods/my_method.py."""
+    """The name of a choice in text, folders and flags: my_method for methods/my_method.py."""
     return Path(name).stem if is_path(name) else name
 
 
 def same(a: object, b: object) -> bool:
-    """Whether two choices, each by name, path or class, are one."""
+    """Whether two choices, each given by name, path or class, are the same."""
     if not (isinstance(a, str) and isinstance(b, str)):
         return a is b
     if is_path(a) and is_path(b):
@@ -114,7 +114,7 @@ def model_file(spec: str) -> str:
 
 
 def paths(tree: Mapping[str, Any]) -> dict[str, str]:
-    """The files of code that an expanded config tree names, on the five axes and as models -> the flag that does so."""
+    """{code file: flag that names it} for all files that an expanded config tree names, as choices or as models."""
     found = {n: f"--{axis} {n}" for axis in AXES for n in names_in(tree.get(axis)) if is_path(n)}
     data = tree.get("data")
     models = {"teacher": tree.get("teacher"), "student": tree.get("student")}
@@ -132,10 +132,10 @@ def permitted(path: str, allow: Allow) -> bool:
 
 
 def refuse(path: str, flag: str, allow: Allow) -> None:
-    """Raise DodistillError for a path in a config that the user did not allow; `flag` would name it."""
+    """Raise DodistillError for a path in a config that the user did not allow; `flag` is the flag to type it."""
     if not permitted(path, allow):
         raise DodistillError(
-            f"the config asks to run the code in {path}. A path in a recipe runs only if you allow it: read the file, "
+            f"the config names the code in {path}. Code that a recipe names runs only if you allow it: read the file, "
             f"then give --allow-code, or type the path yourself ({flag}); in Python give allow_code=True."
         )
 
@@ -160,11 +160,11 @@ def fingerprint(text: bytes) -> str:
 
 
 def load_file(path: str, axis: str = "", began: str = "") -> Method:
-    """The method in a file. Runs the file, once for each text that it had.
+    """The method in a file. Runs the file, once for each content.
 
     Args:
         path: of the file. The user allowed it: see `refuse`.
-        axis: the axis that it is chosen on; empty: the file says.
+        axis: the axis on which it is chosen; empty: that of its Config.
         began: the fingerprint that the file must have; empty: any.
     """
     text, name = text_of(path), tidy(path)
@@ -177,16 +177,16 @@ def load_file(path: str, axis: str = "", began: str = "") -> Method:
     axis, config = check(cls, path, axis)
     if config.name != label(name):
         raise DodistillError(
-            f"{path}: Config.name is {config.name!r}, and the file is called {label(name)!r}; leave `name` out."
+            f"{path}: Config.name is {config.name!r}, but the file is called {label(name)!r}; remove `name`."
         )
     return Method(axis, name, config, code)
 
 
 def _run(file: Path, text: bytes, path: str) -> ModuleType:
-    """Import a file under a name that is its own: two files with one stem do not meet, nor does an edited file meet
-    the one before."""
+    """Import a file under a unique module name: files with the same stem, and versions of an edited file, do not
+    collide."""
     package = f"dodistill_file_{hashlib.sha256(str(file).encode() + text).hexdigest()[:16]}"
-    name = f"{package}.{file.stem}"  # its last part is what a Config without a name is called
+    name = f"{package}.{file.stem}"  # the last part is the default of Config.name
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, file)
@@ -210,12 +210,12 @@ def _reason(error: Exception, file: Path, package: str) -> str:
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
     what = f"{type(error).__name__}: {error}"
     if isinstance(error, ImportError) and (error.name or "").startswith(package):
-        what = "a file of its own has no neighbours; write `from dodistill.sources import ...`, with the full name."
+        what = "a single file has no relative imports; write `from dodistill.sources import ...`, with the full name."
     return f"line {lines[-1] if lines else 1}: {what}"
 
 
 def from_class(axis: str, cls: type, began: str = "") -> Method:
-    """The method of a class in Python, known by its name and by the file that holds it."""
+    """The method of a class in Python, identified by its name and by the file that contains it."""
     config = check(cls, f"{axis} {cls.__qualname__}", axis)[1]
     code = code_of(cls)
     require_code(f"{axis} {cls.__qualname__}", began, code)
@@ -223,7 +223,7 @@ def from_class(axis: str, cls: type, began: str = "") -> Method:
 
 
 def code_of(cls: type) -> str:
-    """The fingerprint of the file that holds a class; of its own text where there is no file; else UNKNOWN."""
+    """The fingerprint of the file that contains a class; without a file, that of its source text; else UNKNOWN."""
     try:
         file = inspect.getsourcefile(cls)
         if file and Path(file).is_file():
@@ -234,10 +234,10 @@ def code_of(cls: type) -> str:
 
 
 def require_code(what: str, began: str, code: str) -> None:
-    """Refuse a method whose file is not the one that the config was made with."""
+    """Refuse a method whose file differs from the file that the config was made with."""
     if began and began != code:
         raise DodistillError(
-            f"{what} has changed: the config names the file with sha256 {began[:12]}, and this one has {code[:12]}. A "
+            f"{what} has changed: the config has sha256 {began[:12]} for its file, which now has {code[:12]}. A "
             "changed method is another run: restore the file, or remove the line `code` from the config."
         )
 
@@ -286,7 +286,7 @@ def load_entry_point(axis: str, name: str, began: str = "") -> Method:
     config = check(cls, f"{who} ({point.module})", axis)[1]
     if config.name != name:
         raise DodistillError(
-            f"{who}: the entry point is called {name!r}, and its Config.name is {config.name!r}; give both one name."
+            f"{who}: the entry point is called {name!r}, but its Config.name is {config.name!r}; use one name for both."
         )
     code = code_of(cls)
     require_code(who, began, code)
@@ -303,7 +303,7 @@ def base(axis: str) -> Any:
 
 
 def check(cls: Any, where: str, axis: str = "") -> tuple[str, type[Settings]]:
-    """Refuse a class that lacks what every `Config` provides, and say what it lacks. Returns its axis, and itself."""
+    """Refuse a class that is no complete `Config`, and name what it lacks. Returns its axis and the class."""
     its = next((a for a in AXES if issubclass(cls, base(a))), None)
     what = cls.__name__
     if its is None:
@@ -330,7 +330,7 @@ def check(cls: Any, where: str, axis: str = "") -> tuple[str, type[Settings]]:
         ) from error
     for field in dataclasses.fields(cls):
         if field.name in _RESERVED:
-            raise DodistillError(f"{where}: {what}.{field.name} is a key of the config itself; rename the setting.")
+            raise DodistillError(f"{where}: {what}.{field.name} is a reserved key of the config; rename the setting.")
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise DodistillError(f"{where}: {what}.{field.name} has no default; every setting needs one.")
     if its == "source":

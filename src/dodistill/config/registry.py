@@ -1,4 +1,4 @@
-"""What may be chosen on each axis. An axis is a folder, and a choice on it is a file in that folder.
+"""The choices on each axis. An axis is a folder, and a choice on it is a file in that folder.
 
 Helpers of an axis are in `shared/` below it. Choices from elsewhere, by path, entry point or class, are in `plugins`.
 """
@@ -36,7 +36,7 @@ def names(axis: str) -> tuple[str, ...]:
 
 
 def known(axis: str) -> tuple[str, ...]:
-    """These, and what installed packages offer beside them."""
+    """The choices on `axis` in this package and in installed packages."""
     return (*names(axis), *sorted(set(plugins.offered(axis)) - set(names(axis))))
 
 
@@ -46,7 +46,7 @@ def own(axis: str, name: str) -> Method:
 
 
 def find(axis: str, what: str | type, allow: Allow = False, code: str = "") -> Method:
-    """The choice on `axis` that `what` stands for: a name, a path or a config class.
+    """The choice on `axis` given by `what`: a name, a path or a config class.
 
     Args:
         allow: which paths may be run; see `plugins.refuse`.
@@ -78,18 +78,18 @@ def find(axis: str, what: str | type, allow: Allow = False, code: str = "") -> M
 
 
 def clash(axis: str, name: str) -> str:
-    """A sentence where an installed package offers a name of this package, which stays ours; else empty."""
+    """A warning if an installed package offers a name of this package, which keeps the name; else empty."""
     rivals = plugins.offered(axis).get(name, ()) if name in names(axis) else ()
     if not rivals:
         return ""
     return (
-        f"{axis} {name} is dodistill's own. {plugins.packages(rivals)} offers another {name}, which cannot be chosen: "
+        f"{axis} {name} is part of dodistill. {plugins.packages(rivals)} also offers a {name}, which cannot be chosen: "
         "rename its entry point."
     )
 
 
 def load(path: str, axis: str = "", code: str = "") -> Method:
-    """The method in a file that the user allowed to run; without `axis`, the file says which it is for."""
+    """The method in a file that the user allowed to run; without `axis`, that of its Config."""
     method = plugins.load_file(path, axis, code)
     _require_free(method.axis, method.config.name, path)
     return method
@@ -99,7 +99,7 @@ def _require_free(axis: str, name: str, where: str) -> None:
     """Refuse a name that cannot be a flag or a folder, or that is taken."""
     if not re.fullmatch(r"[A-Za-z_]\w*", name):
         raise DodistillError(
-            f"{where}: a method's name is part of flags and folders, and {name!r} cannot be; use letters, digits and _."
+            f"{where}: the name {name!r} cannot be part of flags and folders; use letters, digits and _."
         )
     if name in names(axis):
         raise DodistillError(f"{where}: {name} is a choice of dodistill on axis {axis}; choose another name.")

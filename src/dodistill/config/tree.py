@@ -4,9 +4,9 @@ A tree is a nested dict of plain values, for instance
 
     {"source": {"name": "fast", "K": 5}, "intervention": "kdci+stratified", "kdci": {"scale": 2.0}, "loop": {"seed": 1}}
 
-`resolve` fills in the preset and the defaults, refuses what it does not know by naming the nearest key, and checks
-types. In place of a choice's name a tree may hold the path of a file, a config class or a config: see `plugins`.
-No torch here, except through the methods that a tree names.
+`resolve` fills in the preset and the defaults, refuses unknown keys and names the nearest key, and checks types. In
+place of a choice's name a tree may contain the path of a file, a config class or a config: see `plugins`.
+This module imports torch only through the methods that a tree names.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ C = TypeVar("C")
 
 @dataclass(frozen=True)
 class Model:
-    """A network, by `load_model`'s grammar."""
+    """A network, in the grammar of `load_model`."""
 
     spec: str = ""  #: wrn40_2, timm:NAME, torchvision:NAME, file.py:factory, or a .safetensors that dodistill wrote
     weights: str = ""  #: .safetensors, or .pt/.pth without code
@@ -50,13 +50,13 @@ class Model:
 
 @dataclass(frozen=True)
 class Data:
-    """Where images come from. Distillation itself needs none, unless the source is a sampler."""
+    """The images of a run. Distillation itself needs none, unless the source is a sampler."""
 
-    image_shape: tuple[int, int, int] = (0, 0, 0)  #: (C, H, W) of what the teacher reads; zeros: from its weights
+    image_shape: tuple[int, int, int] = (0, 0, 0)  #: (C, H, W) of the teacher's inputs; zeros: from its weights
     unlabeled: str = ""  #: images for a sampler: folder, .npz, .npy or a data set's name
     foreign: Model = field(default_factory=Model)  #: another model that predicts the dictionary (KDCI Table 5)
-    test: str = ""  #: optional labelled images, only ever reported on, never selected by
-    crop_share: float = 0.0  #: of test images in folders, crop : short side; 0: 0.875 from 160 pixels on, else 1
+    test: str = ""  #: optional labelled images; their accuracy is reported, and no choice depends on it
+    crop_share: float = 0.0  #: centre crop / short side, for test images in folders; 0: 0.875 from 160 pixels, else 1
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Optim:
     weight_decay: float = 5e-4
     schedule: Literal["cosine", "constant", "steps", "onecycle"] = "cosine"
     milestones: tuple[float, ...] = (0.4, 0.8)  #: shares of the run at which `steps` divides the rate by 10
-    floor: float = 0.0  #: the cosine's last rate
+    floor: float = 0.0  #: the final rate of the cosine
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class PoolConfig:
 
     capacity: int = 65_536
     eviction: Literal["oldest", "reservoir"] = "oldest"
-    holdout: float = 0.03  #: share of every acquisition that the student never sees; it is judged by that
+    holdout: float = 0.03  #: share of each acquisition that is held back from training, to evaluate the student
     holdout_capacity: int = 1024
 
 
@@ -88,14 +88,14 @@ class Augment:
 
     pad: int = 4  #: random crop after padding by this many pixels (0: none)
     flip: bool = True  #: random horizontal flip
-    padding: Literal["zeros", "reflect"] = "zeros"  #: what the crop brings in from outside the image
-    views: int = 0  #: views of each image that the teacher answers once, when it enters the pool (0: each at its draw)
-    views_gb: float = 2.0  #: most memory for these answers, in GB; fewer views are kept where they do not fit
+    padding: Literal["zeros", "reflect"] = "zeros"  #: values of the pixels outside the image
+    views: int = 0  #: views per image with teacher logits computed once, on entering the pool (0: new at each draw)
+    views_gb: float = 2.0  #: memory limit for these logits, in GB; it may reduce the number of views
 
 
 @dataclass(frozen=True)
 class ViewConfig:
-    """How the teacher is shown images during synthesis: the augmentation that the teacher was trained with."""
+    """Augmentation of the teacher's inputs during synthesis: the augmentation of the teacher's training."""
 
     crop: Literal["shift", "resized", "auto"] = "shift"  #: shift; resized: a random part, resized; auto: see padding
     padding: Literal["zeros", "reflect", "none", "auto"] = "zeros"  #: of a shift; auto: by the BatchNorm statistics
@@ -106,7 +106,7 @@ class ViewConfig:
 
 @dataclass(frozen=True)
 class Loop:
-    """How long, how wide, on what, and how often to look."""
+    """Length, batch size, hardware, and intervals of logging, evaluation and checkpoints."""
 
     steps: int = 2000  #: matching steps of the student
     batch: int = 128
@@ -116,14 +116,14 @@ class Loop:
     #: torch.compile for the student's step and the teacher's answers; auto: where the steps ahead repay it
     compile: Literal["off", "on", "auto"] = "off"
     device: str = "auto"
-    threads: int = 0  #: CPU threads (0: PyTorch's choice); the same bits need the same number
+    threads: int = 0  #: CPU threads (0: PyTorch's choice); bit-identical results need the same number
     log_every: int = 50
     eval_every: int = 500
     checkpoint_seconds: float = 60.0
 
 
-#: What may differ between two starts of the same run: where it runs and how often it looks, not what it computes.
-#: (The same bits need the same device and number of threads.)
+#: Settings that may differ between two starts of the same run, as they do not change the computation.
+#: (Bit-identical results need the same device and number of threads.)
 RUNTIME = ("device", "threads", "log_every", "checkpoint_seconds")
 
 
@@ -178,7 +178,7 @@ class Distill:
         return {"source": self.source, "criterion": self.criterion, "update": self.update, "replay": self.replay}
 
     def _named(self, axis: str, choice: Settings) -> tuple[str, Tree]:
-        """What the tree calls a choice, and the fingerprint of its file where it is not part of this package."""
+        """The name of a choice in the tree, and the fingerprint of its file if it is not part of this package."""
         for method in self.methods:
             if method.axis == axis and method.config is type(choice):
                 return method.name, {"code": method.code}
@@ -186,7 +186,7 @@ class Distill:
 
     @property
     def clashes(self) -> list[str]:
-        """A sentence for each of its choices whose name an installed package wants too."""
+        """A warning for each of its choices whose name an installed package also offers."""
         named = [*self._chosen().items(), *(("intervention", i) for i in self.interventions)]
         return [said for axis, choice in named if (said := registry.clash(axis, choice.name))]
 
@@ -217,7 +217,7 @@ def code_in(tree: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
 
 
 def portable(tree: Tree) -> Tree:
-    """A plain config tree in which a method is known by its name and its fingerprint, wherever its file lies."""
+    """A plain config tree in which a method is identified by name and fingerprint, without the folder of its file."""
     out = dict(tree)
     for part, (name, _) in code_in(tree).items():
         if part in registry.AXES:
@@ -231,7 +231,7 @@ def portable(tree: Tree) -> Tree:
 
 
 def _fits(value: Any, hint: Any, where: str) -> Any:
-    """`value`, converted to the annotated type where that loses nothing; otherwise an error that names both."""
+    """`value`, converted to the annotated type where that is lossless; otherwise an error that names both."""
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
         return value
@@ -279,7 +279,7 @@ def _fits(value: Any, hint: Any, where: str) -> Any:
 def build(cls: type[C], values: Any, where: str) -> C:
     """A dataclass from a mapping, strictly: unknown keys and wrong types are refused by name.
 
-    An instance is returned as it is, once its choices are known to be among those of its `Literal` fields.
+    An instance is returned unchanged, after a check of its `Literal` fields.
     """
     if isinstance(values, cls):
         for name, hint in get_type_hints(type(values)).items():
@@ -309,7 +309,7 @@ def expand(tree: Mapping[str, Any]) -> Tree:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
-    """`over` wins. A choice by another name replaces the settings of the old choice instead of joining them."""
+    """`over` takes precedence. A choice with another name replaces the old choice together with its settings."""
     out = dict(base)
     for key, value in over.items():
         old = out.get(key)
@@ -323,8 +323,8 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
 
 
 def _labelled(part: str, value: Any) -> Any:
-    """A choice that stands alone, as a mapping that its settings can join: "fast" -> {"name": "fast"}. A config is
-    its class and its settings."""
+    """A choice without settings, as a mapping: "fast" -> {"name": "fast"}. A config becomes its class and its
+    settings."""
     if part in ("teacher", "student"):
         return {"spec": value} if isinstance(value, str) else value
     given = {"name": value} if isinstance(value, str | type) or _is_config(value) else value
@@ -334,7 +334,7 @@ def _labelled(part: str, value: Any) -> Any:
 
 
 def _is_config(value: object) -> bool:
-    """Whether a config of some choice stands in a tree for the choice's name."""
+    """Whether a value in a tree is a config, in place of a choice's name."""
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
@@ -357,10 +357,10 @@ def _unpacked(tree: Tree) -> Tree:
 
 
 def resolve(*trees: Mapping[str, Any], allow_code: Allow = False) -> Distill:
-    """Later trees win over earlier ones, all of them over the preset, the preset over the defaults.
+    """The resolved config. Precedence: later trees, earlier trees, the preset, the defaults.
 
-    `allow_code` is about files that a tree names, methods and models: True allows all of them to run, a collection of
-    paths allows these. A config class or a config in a tree needs no leave.
+    `allow_code`: which code files named by a tree, methods and models, may run: all (True), or those at these paths.
+    A config class or a config in a tree needs no permission.
     """
     tree: Tree = {}
     for t in trees:
@@ -377,7 +377,7 @@ def _check_presets(source: Method, allow_code: Allow) -> None:
     for preset, settings in config_of(source).presets.items():
         try:
             if "name" in _labelled("source", expand(settings).get("source", {})):
-                raise DodistillError("its source has a name; leave it out.")
+                raise DodistillError("it sets source.name; remove that key.")
             _resolve({"source": {"name": source.config}, "preset": preset}, allow_code)
         except DodistillError as error:
             raise DodistillError(f"{source.name}: preset {preset!r} does not resolve: {error}") from error
@@ -408,7 +408,7 @@ def interventions(tree: Mapping[str, Any], allow_code: Allow = False) -> list[tu
     given = tree.get("intervention") or ()
     several: Any = (given,) if isinstance(given, str | type) else given
     if not isinstance(several, tuple) or not all(isinstance(g, str | type) for g in several):
-        raise DodistillError(f"intervention is {given!r}; name them, as in none, kdci or kdci+stratified.")
+        raise DodistillError(f"intervention is {given!r}; it must be a name or names, as in kdci or kdci+stratified.")
     out: list[tuple[Method, Tree]] = []
     for what in [n for g in several for n in (plugins.names_in(g) if isinstance(g, str) else [g])]:
         if what in ("", "none"):
@@ -423,7 +423,7 @@ def interventions(tree: Mapping[str, Any], allow_code: Allow = False) -> list[tu
     names = [m.config.name for m, _ in out]
     if len(set(names)) < len(names):
         given = "+".join(names)
-        raise DodistillError(f"intervention {given!r} names one twice; name each once, as in kdci+stratified.")
+        raise DodistillError(f"intervention {given!r} has a name twice; give each name once, as in kdci+stratified.")
     for method, _ in out:
         if method.config.name in (*PLAIN, *registry.AXES, "preset"):
             raise DodistillError(f"{method.name}: {method.config.name} is a part of the config; choose another name.")
@@ -506,9 +506,11 @@ def _check(config: Distill) -> None:
     if not 0 <= loop.ema < 1:
         raise DodistillError(f"loop.ema is {loop.ema}; it must lie in [0, 1), as in 0.998.")
     if config.update.replays != (config.replay.name != "none"):
-        wants, fix = ("", "give --replay NAME") if config.update.replays else ("no ", "give --update replay or retain")
+        use, fix = "uses no", "give --update replay or retain"
+        if config.update.replays:
+            use, fix = "needs", "give --replay NAME"
         raise DodistillError(
-            f"update {config.update.name} has {wants}use for replayed inputs; replay is {config.replay.name}: {fix}."
+            f"update {config.update.name} {use} replayed inputs, but replay is {config.replay.name}: {fix}."
         )
     augment = config.augment
     if augment.views < 0:

@@ -11,7 +11,7 @@ from ..models.taps import Features
 
 @dataclass
 class Batch:
-    """A batch of B inputs, for criteria and interventions. It has features only where one of them `needs` these.
+    """A batch of B inputs, for criteria and interventions. It has features only if one of them `needs` features.
 
     Attributes:
         index: long [B], the inputs' slots in the pool; -1 for replayed inputs.

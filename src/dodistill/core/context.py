@@ -34,7 +34,7 @@ class Context:
     augment: Augment = field(default_factory=Augment)
     view: View = field(default_factory=View)  #: augmentation of the teacher's inputs during synthesis
     unlabeled: Tensor | None = None  #: uint8 [n, C, H, W], the images of a sampler
-    labels: Tensor | None = None  #: long [n], their true classes, where the user gives them and the source reads them
+    labels: Tensor | None = None  #: long [n], their true classes, if the user gives them and the source reads them
     student: nn.Module | None = None  #: before training, for the widths of its features (`taps.probe`)
     capacity: int = 65_536  #: slots of the pool, the range of `Batch.index`
     progress: Callable[[str, int, int], None] = _silent  #: (what, done, total) inside a long acquisition

@@ -89,7 +89,7 @@ class Pool:
         self._reserve(min(self.size + n, self.capacity))
         free = min(n, self.capacity - self.size)
         where = torch.arange(self.size, self.size + free, device=self.device)
-        if free < n:  # the rest replaces something
+        if free < n:  # the other images replace old ones
             arrival = torch.arange(self.seen + free, self.seen + n, device=self.device)
             if self.eviction == "oldest":
                 slot = arrival % self.capacity
@@ -99,20 +99,20 @@ class Pool:
         order = torch.arange(n, device=self.device)
         keep = where < self.capacity
         where, order = where[keep], order[keep]
-        # A slot hit twice keeps its last arrival, on every device: later writes win explicitly.
+        # A slot that is drawn twice keeps its last arrival, on every device: the order of writes is explicit.
         last = torch.full((self.capacity,), -1, dtype=torch.long, device=self.device)
         last.scatter_reduce_(0, where, order, "amax")
         slots = (last >= 0).nonzero()[:, 0]
         arrivals = last[slots]
         for kept, offered in ((self._x, images), (self._logits, logits), (self._labels, labels)):
-            kept[slots] = offered[arrivals.to(offered.device)].to(kept.device, kept.dtype)  # each from where it lies
+            kept[slots] = offered[arrivals.to(offered.device)].to(kept.device, kept.dtype)  # each from its own device
         self.size = min(self.size + n, self.capacity)
         self.seen += n
         self.version += 1
         return slots
 
     def state_dict(self) -> dict[str, Any]:
-        # Copies: a view would be saved with all the room behind it that nothing has been written to.
+        # Copies: torch.save would write the whole buffer of a view, with its unused part.
         parts = {"x": self.x.clone(), "logits": self.logits.clone(), "labels": self.labels.clone()}
         return parts | {"seen": self.seen, "version": self.version}
 
@@ -124,11 +124,11 @@ class Pool:
 
 
 class Draw:
-    """Which inputs the student sees: uniformly, or in proportion to weights over the pool.
+    """The draw of the student's inputs: uniform, or in proportion to weights over the pool.
 
-    The cumulative weights are made once per change of the pool; a draw is then a binary search per image, without a
-    host-device sync. Draws are with replacement, except from a small pool without weights (up to `WALK` batches): it is
-    walked through in random order, so that a method which makes a few fresh batches at a time sees each image once.
+    The cumulative weights are computed once per change of the pool; a draw is then a binary search per image, without a
+    host-device sync. Draws are with replacement, except from a small pool without weights (up to `WALK` batches): such
+    draws walk through the pool in random order, so that each image of a method with few fresh batches is drawn once.
     """
 
     WALK = 8
@@ -137,7 +137,7 @@ class Draw:
         self._cumulative: Tensor | None = None
         self._size = 0
         self._device = torch.device("cpu")
-        self._order: Tensor | None = None  # of the walk, and how far it has got
+        self._order: Tensor | None = None  # the order of the walk, and the position in it
         self._at = 0
 
     def set(self, pool: Pool, weights: Tensor | None) -> None:
@@ -171,7 +171,7 @@ class Draw:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def state_dict(self) -> dict[str, Any]:
-        """How far the walk has got; the weights follow from the pool, which is to be `set` before this is loaded."""
+        """The position of the walk. The weights follow from the pool: call `set` before loading this state."""
         return {"order": self._order, "at": self._at}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

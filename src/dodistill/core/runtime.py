@@ -14,7 +14,7 @@ from ..functional.fresh_weights import seeding
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU. Raises DodistillError for a device that is not there."""
+    """`auto` is CUDA if available, else the CPU. Raises DodistillError for an unavailable device."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -22,15 +22,15 @@ def pick_device(name: str = "auto") -> torch.device:
     except RuntimeError as error:
         raise DodistillError(f"unknown device {name!r}; use auto, cpu, cuda or cuda:0.") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise DodistillError(f"device {name!r} asked for, but torch sees no CUDA here; use --device cpu (or auto).")
+        raise DodistillError(f"device is {name!r}, but torch finds no CUDA device; use --device cpu (or auto).")
     return device
 
 
 def at_once(device: torch.device, most: int) -> int:
-    """How many images, at most `most`, a pass without gradients takes at once.
+    """The batch size of a pass without gradients, at most `most`.
 
-    On the CPU 64: larger batches fall out of the cache, and the allocator maps their memory anew in every layer; for
-    WRN-16-2 64 images at a time are 1.7 times as fast as 512 (benchmarks/README.md).
+    On the CPU it is 64: larger batches exceed the cache, and the allocator maps new memory for them in every layer.
+    WRN-16-2 is 1.7 times as fast with 64 images at a time as with 512 (benchmarks/README.md).
     """
     return min(most, 64) if device.type == "cpu" else most
 

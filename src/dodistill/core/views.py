@@ -1,11 +1,11 @@
-"""The views of a pool's images: how the student sees them, and what the teacher says of each view.
+"""The views of a pool's images: the student's augmented inputs, and the teacher's logits of each view.
 
-A run draws an image of the pool up to hundreds of times. With `augment.views = V` the teacher answers V views of each
-image when it enters the pool, and no step of the student calls the teacher. With V = 0 each draw is a new view, which
-the teacher answers.
+A run draws an image of the pool up to hundreds of times. With `augment.views = V` the teacher's logits of V views are
+computed once, when an image enters the pool, and no step of the student calls the teacher. With V = 0 each draw is a
+new view, and each step calls the teacher.
 
-FKD (Shen and Xing, ECCV 2022) keeps the teacher's answers to crops in the same way. It keeps the largest few
-probabilities of each; here are all logits, in fp16.
+FKD (Shen and Xing, ECCV 2022) stores the teacher's predictions for crops in the same way, but only the largest few
+probabilities of each. Here all logits are stored, in fp16.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class Views:
     """The views of the images in `pool`. Each belongs to a slot, and is drawn anew when the slot gets another image.
 
     Attributes:
-        count: V, the views of each image that the teacher has answered; 0: new ones at each draw.
-        reason: one sentence on how the views come about, for the summary.
+        count: V, the views of each image with stored logits; 0: new views at each draw.
+        reason: the reason for V in one sentence, for the summary.
         t: fp16 [slots, V, K], the teacher's logits of the views.
 
     Args:
-        pool: whose images are seen.
-        augment: the student's augmentation, with `views`, the V that is asked for, and `views_gb`, its room.
+        pool: the pool of the images.
+        augment: the student's augmentation, with `views`, the requested V, and `views_gb`, its memory limit.
         generator: the stream that the views are drawn from, on the pool's device.
     """
 
@@ -50,7 +50,7 @@ class Views:
         self.t = torch.empty(0, 0, K, dtype=torch.float16, device=device)
 
     def _reserve(self, slots: int) -> None:
-        """Room for `slots` images (it grows by doubling, up to the pool's capacity); what is there stays."""
+        """Allocate `slots` images (growing by doubling, up to the pool's capacity); the contents stay."""
         have = len(self.t)
         if have >= slots:
             return
@@ -64,33 +64,33 @@ class Views:
         self.shift, self.mirrored, self.t = longer(self.shift), longer(self.mirrored), longer(self.t)
 
     def plan(self, draws: float, most: int, asked_each_time: bool = False) -> None:
-        """Settle V, once, before the first image is seen.
+        """Decide on V, once, before the first image enters the pool.
 
         Args:
-            draws: how often a run draws one image, on average.
-            most: images that the pool will hold at once.
-            asked_each_time: whether the teacher has to see each batch anyway, for its features.
+            draws: average number of draws of one image in the run.
+            most: largest number of images in the pool.
+            asked_each_time: whether each batch needs a teacher pass anyway, for its features.
         """
         wanted, a = self.augment.views, self.augment
         each = self.pool.num_classes * 2 + _DRAW
         fit = math.floor(a.views_gb * 1e9 / (max(most, 1) * each))
         V = min(wanted, fit)
         if not (a.pad or a.flip):
-            self.reason = "without augmentation an image has one view, and the teacher answers it once"
+            self.reason = "without augmentation an image has one view, with teacher logits computed once"
         elif not wanted:
-            self.reason = "new views at each draw; the teacher answers each (augment.views is 0)"
+            self.reason = "new views at each draw, each with a teacher pass (augment.views is 0)"
         elif asked_each_time:
             self.reason = "new views at each draw: the criterion or an intervention reads the teacher's features"
         elif V < 1:
-            self.reason = f"new views at each draw: not one of each image fits in augment.views_gb = {a.views_gb:g} GB"
+            self.reason = f"new views at each draw: one per image does not fit in augment.views_gb = {a.views_gb:g} GB"
         elif draws < V:
             self.reason = f"new views at each draw: an image is drawn {draws:.3g} times, which is less than {V} views"
         else:
             self.count = V
             short = f"; {wanted} do not fit in augment.views_gb = {a.views_gb:g} GB" if wanted > V else ""
             self.reason = (
-                f"the teacher answers {V} view{'s' * (V > 1)} of each image once ({V * each * most / 1e6:.3g} MB), "
-                f"and an image is drawn {draws:.3g} times{short}"
+                f"teacher logits are computed once for {V} view{'s' * (V > 1)} of each image "
+                f"({V * each * most / 1e6:.3g} MB), and an image is drawn {draws:.3g} times{short}"
             )
             self.shift, self.mirrored, self.t = (
                 v.new_empty(0, V, *v.shape[2:]) for v in (self.shift, self.mirrored, self.t)
@@ -98,9 +98,9 @@ class Views:
 
     @torch.no_grad()
     def fill(self, slots: Tensor, ask: Callable[[Tensor], Tensor]) -> Tensor:
-        """Draw the views of the images in `slots` (long [n]) and `ask` for the teacher's logits of them.
+        """Draw the views of the images in `slots` (long [n]), and store the teacher's logits of them, `ask(views)`.
 
-        Returns whether all answers are finite in fp16, as an unsynced bool scalar.
+        Returns whether all logits are finite in fp16, as an unsynced bool scalar.
         """
         sound = torch.ones((), dtype=torch.bool, device=self.pool.device)
         if not self.count or not len(slots):
@@ -118,7 +118,7 @@ class Views:
         return sound
 
     def sound(self) -> bool:
-        """Whether all kept answers are finite. Waits for the device."""
+        """Whether all stored logits are finite. Waits for the device."""
         return bool(torch.isfinite(self.t[: len(self.pool)]).all())
 
     def _pixels(self, index: Tensor, view: Tensor) -> Tensor:
@@ -130,8 +130,8 @@ class Views:
     def __call__(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
         """One view each of the images in slots `index` [B].
 
-        Returns x, float in [0, 1], [B, C, H, W], and the teacher's logits [B, K] of it, or None where the teacher has
-        not been asked. `generator` draws which view, or a new one.
+        Returns x, float in [0, 1], [B, C, H, W], and its stored teacher logits [B, K], or None if there are none.
+        `generator` draws the index of a stored view, or a new view.
         """
         a = self.augment
         if self.count:

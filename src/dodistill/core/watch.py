@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Watcher:
-    """Base of everything that follows a run: the run folder's metrics, the progress display, a tracker, a user's own.
+    """Base of all watchers: the run folder's metrics, the progress display, a tracker, or your own.
 
     All methods do nothing by default. Values are plain numbers, and a watcher cannot change the run. `step` is the
     number of matching steps done. After a resume, it continues from the checkpoint.
@@ -23,17 +23,17 @@ class Watcher:
         """Inside a long acquisition: `done` of `total` units of `what`."""
 
     def on_log(self, step: int, values: Mapping[str, float]) -> None:
-        """Every `loop.log_every` steps: mean loss terms since the last look, `loss`, `rate` (images/s), `lr`,
+        """Every `loop.log_every` steps: mean loss terms since the last log, `loss`, `rate` (images/s), `lr`,
         `seconds`."""
 
     def on_eval(self, step: int, values: Mapping[str, float]) -> None:
         """Every `loop.eval_every` steps: agreement with the teacher and accuracies, in percent."""
 
     def on_pool(self, step: int, values: Mapping[str, Any]) -> None:
-        """From time to time: the pool's size and the class shares of what is in it and of what is drawn."""
+        """From time to time: the pool's size, and the class shares of its images and of the draws."""
 
     def on_warning(self, step: int, symptom: str, text: str) -> None:
-        """A symptom of collapse, told once."""
+        """A symptom of collapse, reported once."""
 
     def on_end(self, step: int, finished: bool) -> None:
         """Once, when the loop ends: at its last step, at the deadline, or by an error (`finished` is False)."""

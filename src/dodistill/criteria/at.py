@@ -1,4 +1,4 @@
-"""`at`: attention maps of the stages. Zagoruyko and Komodakis, Paying More Attention to Attention (ICLR 2017).
+"""`at`: spatial attention of each stage. Zagoruyko and Komodakis, Paying More Attention to Attention (ICLR 2017).
 
     Q(A) = vec(mean_c A_c^2) / ||vec(mean_c A_c^2)||_2          of a feature map A [C, H, W]
     L_AT = sum over stages of mean ( Q(F) - Q(H) )^2

@@ -1,4 +1,4 @@
-"""`crd`: a contrastive loss between the features of student and teacher.
+"""`crd`: contrastive matching of the embeddings of each input in student and teacher.
 
 Tian et al., Contrastive Representation Distillation (ICLR 2020). Both networks' penultimate features are embedded on
 the unit sphere, v and w [B, 128]. Each embedding is compared with entries of the other network's memory: the one of the
@@ -35,7 +35,7 @@ from .shared.base import Criterion, Labelled, LabelledConfig, both, widths
 
 
 def contrast(positive: Tensor, negatives: Tensor, valid: Tensor, N: int) -> Tensor:
-    """L_CRD of one side, [B], from log(e^{v.w / tau} / Z): positive [B], negatives [B, n]; valid [B, n] ones count."""
+    """L_CRD of one side, [B], from log(e^{v.w / tau} / Z): positive [B], negatives [B, n]; valid [B, n] masks them."""
     noise = math.log(N)
     share = valid / valid.sum(1, keepdim=True).clamp_min(1)
     return nnf.softplus(noise - positive) + N * (share * nnf.softplus(negatives - noise)).sum(1)
@@ -45,7 +45,7 @@ class CRD(Labelled):
     needs = frozenset({"features"})
 
     memory: Tensor  #: [2, slots + 1, d], of student and teacher; the last slot is for inputs without one
-    label: Tensor  #: [slots + 1], -1 where nothing was seen
+    label: Tensor  #: [slots + 1], -1 for an unused slot
     top: Tensor  #: the slots below it are in use
     log_Z: Tensor  #: [2]
 

@@ -1,4 +1,4 @@
-"""`dkd`: separate terms for target class and other classes. Zhao et al., Decoupled Knowledge Distillation (CVPR 2022).
+"""`dkd`: separate terms for the target class and the others. Zhao et al., Decoupled Knowledge Distillation (CVPR 2022).
 
     b    = (p_y, 1 - p_y)                    the odds of the true class y, p = softmax(. / T)
     TCKD = T^2 KL(b_teacher || b_student)
@@ -32,7 +32,7 @@ def decoupled(s: Tensor, t: Tensor, y: Tensor, T: float) -> tuple[Tensor, Tensor
         others = z.masked_fill(nnf.one_hot(y, z.shape[1]).bool(), -torch.inf)
         rest = others.logsumexp(1, keepdim=True)
         binary = nnf.log_softmax(torch.cat([own, rest], 1), 1)
-        parts.append((binary, (others - rest).masked_fill(others.isinf(), 0.0)))  # equal in both at y: no share there
+        parts.append((binary, (others - rest).masked_fill(others.isinf(), 0.0)))  # equal in both at y: no contribution
     (b_s, n_s), (b_t, n_t) = parts
     tckd = (b_t.exp() * (b_t - b_s)).sum(1).mean()
     nckd = (n_t.exp() * (n_t - n_s)).sum(1).mean()
@@ -61,7 +61,7 @@ class Config(LabelledConfig):
     def build(self, context: Context) -> Criterion:
         if context.num_classes < 3 or not 0 <= self.warmup <= 1:
             raise DodistillError(
-                f"criterion dkd: warmup is {self.warmup}, with {context.num_classes} classes; it must be a share of "
-                "the run, and with two classes there are no others: take hinton."
+                f"criterion dkd: warmup is {self.warmup}, with {context.num_classes} classes; warmup must be a share "
+                "of the run, in [0, 1], and with two classes there are no other classes: use hinton."
             )
         return DKD(self)

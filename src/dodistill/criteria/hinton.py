@@ -2,7 +2,7 @@
 
     L = ce CE(s, y) + kd T^2 KL(softmax(t/T) || softmax(s/T))
 
-The weights are RepDistiller's. `kl` is the second term alone; `--criterion.ce 1 --criterion.kd 0` is no distillation.
+The weights are RepDistiller's. `kl` is the second term alone; `--criterion.ce 1 --criterion.kd 0` is the first.
 """
 
 from __future__ import annotations

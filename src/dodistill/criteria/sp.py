@@ -1,4 +1,4 @@
-"""`sp`: similarity of the inputs of a batch. Tung and Mori, Similarity-Preserving Knowledge Distillation (ICCV 2019).
+"""`sp`: similarities within a batch. Tung and Mori, Similarity-Preserving Knowledge Distillation (ICCV 2019).
 
     G    = vec(A) vec(A)^T, each row divided by its length            [B, B], of the coarsest feature maps A
     L_SP = (1 / B^2) || G_student - G_teacher ||_F^2
@@ -45,5 +45,7 @@ class Config(LabelledConfig):
 
     def build(self, context: Context) -> Criterion:
         if not all(seen.stages for seen in probes(context, SP.needs)):
-            raise DodistillError("criterion sp compares feature maps; student or teacher has none (no 4-D outputs).")
+            raise DodistillError(
+                "criterion sp compares feature maps; student or teacher has none (4-D outputs). Use kl."
+            )
         return SP(self)

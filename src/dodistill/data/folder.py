@@ -1,13 +1,13 @@
 """A folder of image files as one tensor. Files that are not images, and broken images, are counted and reported.
 
-Two ways from a picture to h x w pixels, told apart by `share`, the side of the crop over the short side of the picture:
+`share`, the side of the crop over the short side of the picture, selects one of two ways to h x w pixels:
 
-* 1: the largest centre part of the right shape is resized. So are all images to learn from, and small ones.
-* below 1, for evaluation: the picture is resized until its short side is h / share, and the centre h x w of it is kept.
-  0.875 is Resize(256) and CenterCrop(224), by which accuracies on ImageNet are published: training by random resized
-  crops shows objects larger than the whole short side does, and a model scores less on that (Touvron et al., Fixing
-  the train-test resolution discrepancy, NeurIPS 2019). Sizes and offsets are torchvision's, the filter is Pillow's
-  bilinear one.
+* 1: resizes the largest centre crop of the target's aspect ratio. Used for all training images, and for small images.
+* below 1, for evaluation: resizes the picture to a short side of h / share, and keeps the centre h x w pixels.
+  0.875 is Resize(256) and CenterCrop(224), the protocol of published ImageNet accuracies. Training on random resized
+  crops shows larger objects than the uncropped picture does, so a model scores less on uncropped pictures (Touvron et
+  al., Fixing the train-test resolution discrepancy, NeurIPS 2019). Sizes and offsets are torchvision's, the filter is
+  Pillow's bilinear one.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from PIL import Image, ImageOps
 from ..errors import DodistillError
 from .layouts import listing
 
-LARGE = 160  #: pixels from which images are evaluated as those of ImageNet are
+LARGE = 160  #: image height from which evaluation uses ImageNet's protocol
 
 #: x uint8 [n, C, H, W], y long [n], files skipped, note, class names
 Decoded = tuple[torch.Tensor, torch.Tensor | None, int, str, tuple[str, ...]]
 
 
 def crop_share(given: float, height: int) -> float:
-    """`given`; for 0 the usual share for images of `height`: 0.875 from 160 pixels on, else 1."""
+    """`given`; for 0, the usual share for images of `height`: 0.875 from 160 pixels on, else 1."""
     if not isinstance(given, int | float) or not 0 <= given <= 1:
         raise DodistillError(f"crop_share is {given!r}; it must lie in (0, 1], as in 0.875, or be 0, the default.")
     return float(given) or (0.875 if height >= LARGE else 1.0)
@@ -43,7 +43,7 @@ def load_folder(
 ) -> Decoded:
     """Every image of a split of `folder`, in order of path, resized to `image_shape` (1 or 3 channels).
 
-    Labels as `layouts.listing` has them, when every image has one and `labels`.
+    With `labels`, the labels of `layouts.listing`, if every image has one.
     Raises DodistillError for an empty folder, one whose lists do not fit, or one in which nothing can be decoded.
     """
     if image_shape is None:
@@ -66,17 +66,17 @@ def load_folder(
         return pixels is not None
 
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        warnings.simplefilter("ignore")  # Pillow's remarks on odd files; the count below says it better
+        warnings.simplefilter("ignore")  # Pillow's warnings; the count below replaces them
         good = np.fromiter(pool.map(decode, range(len(files))), bool, len(files))
     bad = [p for p, ok in zip(files, good) if not ok]
     if not good.any():
         raise DodistillError(
-            f"none of the {len(files)} files in {folder} is a readable image (the first: {bad[0].name})."
+            f"none of the {len(files)} files in {folder} is a readable image (the first: {bad[0].name}); give images."
         )
     note = ""
     if bad:
         named = ", ".join(str(p.relative_to(folder)) for p in bad[:3]) + (", ..." if len(bad) > 3 else "")
-        note = f"skipped {len(bad)} of {len(files)} files in {folder}, broken or no images: {named}"
+        note = f"skipped {len(bad)} of {len(files)} files in {folder}, broken or not images: {named}"
     kept = [name for name, ok in zip(found.names, good) if ok]
     y: torch.Tensor | None = None
     classes: tuple[str, ...] = ()
@@ -84,7 +84,7 @@ def load_folder(
         classes = tuple(sorted({*kept, *found.classes}))
         number = {name: k for k, name in enumerate(classes)}
         y = torch.tensor([number[name] for name in kept])
-    # x itself where it can be: no second copy of what may fill the memory
+    # x itself where possible: a second copy may not fit into memory
     return torch.from_numpy(x[good] if bad else x), y, len(bad), note, classes
 
 
@@ -106,13 +106,13 @@ def _decode(path: Path, c: int, h: int, w: int, share: float) -> np.ndarray[tupl
 def _centre(image: Image.Image, h: int, w: int, share: float) -> Image.Image:
     """The centre h x w of `image`, resized so that it just covers h / share x w / share."""
     tall, wide = (math.floor(side / share + 1e-6) for side in (h, w))
-    if image.width * tall < image.height * wide:  # its width is short
+    if image.width * tall < image.height * wide:  # the width is the short side
         tall = max(tall, image.height * wide // image.width)
     else:
         wide = max(wide, image.width * tall // image.height)
     left, top = round((wide - w) / 2), round((tall - h) / 2)
     right, bottom = left + w, top + h
-    if wide * tall > 64 * w * h:  # a strip, too long to be held resized: the same part, but for the last bit
+    if wide * tall > 64 * w * h:  # a strip, too long to be resized as a whole: the same part, to rounding
         x, y = image.width / wide, image.height / tall
         return image.resize((w, h), Image.Resampling.BILINEAR, box=(left * x, top * y, right * x, bottom * y))
     return image.resize((wide, tall), Image.Resampling.BILINEAR).crop((left, top, right, bottom))

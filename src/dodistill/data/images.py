@@ -30,9 +30,9 @@ class Images:
 
     x: Tensor
     y: Tensor | None = None
-    skipped: int = 0  #: files that were no image, or a broken one
-    note: str = ""  #: a sentence for the user, "" when there is nothing to say
-    classes: tuple[str, ...] = ()  #: their names, where the images come from class folders
+    skipped: int = 0  #: number of files that are broken or not images
+    note: str = ""  #: a sentence for the user, or ""
+    classes: tuple[str, ...] = ()  #: the names of the classes, if the images come from class folders
 
     def __len__(self) -> int:
         return len(self.x)
@@ -46,7 +46,7 @@ class Images:
     def num_classes(self) -> int:
         """The number of class names, or the largest label + 1. Raises DodistillError without labels."""
         if self.y is None:
-            raise DodistillError("these images have no labels, so no class count.")
+            raise DodistillError("these images have no labels, so the number of classes is unknown; pass num_classes.")
         return len(self.classes) or int(self.y.max()) + 1
 
     def select(self, index: Tensor) -> Images:
@@ -71,23 +71,23 @@ def load_images(
 
     * `.npz` with `x_train, y_train, x_test, y_test` (uint8, [n, H, W, C] or [n, H, W]; the y are optional);
     * `.npy`, uint8, the same shapes, no labels;
-    * a folder, searched through: decoded, resized to `image_shape` (see `crop`), labelled by its class subfolders if it
-      has them and `labels`; a `train` or `test` (or `val`) subfolder is followed when it is there; Tiny-ImageNet as it
-      is published is read by its own lists (see `layouts`);
+    * a folder, searched recursively: images are decoded, resized to `image_shape` (see `crop`) and, with `labels`,
+      labelled by class subfolders, if there are any; a `train` or `test` (or `val`) subfolder is the split, if there is
+      one; Tiny-ImageNet as published is read by its own lists (see `layouts`);
     * `mnist`, `cifar10`, `cifar100`, `tiny_imagenet`, `imagenet32`, `imagenet64`, `imagenet`, `flickr`:
       `$DODISTILL_DATA/NAME.npz`; the last five may be a folder `$DODISTILL_DATA/NAME` instead;
     * `digits`: scikit-learn's 1797 scans (8x8, or resized to `image_shape`), 1297 for train and 500 for test;
-    * `photos` or `photos:20000`: `n` (or so many) random patches of scikit-learn's two photographs at `image_shape`
-      and several scales, by `seed`;
-    * `strokes`, likewise: the same patches, stretched in contrast to bright strokes on black, as digits are;
-    * `planted:SPEC` or `planted:SPEC:0.9`: those of SPEC in colour, with a context that goes with the class in `rho` =
-      0.95 (or so much) of the train split and by chance in the test split; `planted:SPEC:aligned` and
-      `planted:SPEC:conflicting`, either split, for always and never (see `planted`).
+    * `photos` or `photos:20000`: `n` (or the given number of) random patches of scikit-learn's two photographs at
+      `image_shape` and several scales, by `seed`;
+    * `strokes` or `strokes:20000`: the same patches, stretched in contrast to bright strokes on black, like digits;
+    * `planted:SPEC` or `planted:SPEC:0.9`: the images of SPEC in colour, with a context that matches the class with
+      probability `rho` = 0.95 (or the given one) in the train split and by chance in the test split;
+      `planted:SPEC:aligned` and `planted:SPEC:conflicting`: it matches always or never, in both splits (see `planted`).
 
-    `crop`, of images in folders: the side of the centre crop over the picture's short side (see `folder`). 0 stands for
-    1 in train, the whole short side; in test for 0.875 from 160 pixels on (Resize(256), CenterCrop(224)), and 1 below.
+    `crop`, for images in folders: the side of the centre crop over the picture's short side (see `folder`). 0: in train
+    1, the whole short side; in test 0.875 from 160 pixels on (Resize(256), CenterCrop(224)), else 1.
 
-    Raises DodistillError for whatever is missing, empty, broken, or of another shape than `image_shape`.
+    Raises DodistillError for images that are missing, empty, broken, or of another shape than `image_shape`.
     """
     if split not in ("train", "test"):
         raise DodistillError(f"unknown split {split!r}; use train or test.")
@@ -99,7 +99,7 @@ def load_images(
     kind, _, number = name.partition(":")
     if kind in ("photos", "strokes"):
         if number and not number.isdigit():
-            raise DodistillError(f"{name!r}: write {kind}:20000 for that many patches.")
+            raise DodistillError(f"{name!r} has no number of patches; write it as in {kind}:20000.")
         patches = _photos(split, image_shape or (3, 32, 32), int(number or n), seed)
         return patches if kind == "photos" else Images(_strokes(patches.x, seed))
     folder = _named_folder(name)
@@ -112,32 +112,32 @@ def load_images(
             return Images(*load_folder(path, split, labels, image_shape, crop or whole))
         if path.suffix not in (".npz", ".npy") or not path.is_file():
             if path.suffix or len(path.parts) > 1:
-                raise DodistillError(f"no images at {spec}: use a .npz or .npy file, or a folder, that exists.")
+                raise DodistillError(f"no images at {spec}; give an existing .npz or .npy file, or a folder.")
             raise DodistillError(nearest(name, [*_NAMED, *_SAMPLES], "data set") + " Or give a file or folder.")
         images = _npz(path, split) if path.suffix == ".npz" else Images(_channels_first(_read(path)[""], str(path)))
     if image_shape is not None and images.image_shape != tuple(image_shape):
         raise DodistillError(
-            f"{spec} holds images of shape {images.image_shape} (channels, height, width), the model takes "
+            f"{spec} holds images of shape {images.image_shape} (channels, height, width), but the model takes "
             f"{tuple(image_shape)}; resize the array, or give the images as a folder, which is resized on reading."
         )
     return images if labels else Images(images.x, note=images.note)
 
 
 def refuse_one_class(images: Images, what: str) -> None:
-    """Refuse labels that are all the same, which mostly come from a wrong folder. Images without labels pass; `what`
-    names them in the message."""
+    """Refuse labels that are all the same: the usual cause is a wrong folder. Images without labels pass; `what` names
+    the images in the message."""
     y = images.y
     if y is None or len(y) == 0 or int(y.min()) != int(y.max()):
         return
-    name, fix = str(int(y[0])), "check the labels; two classes are needed at least."
+    name, fix = str(int(y[0])), "correct the labels; at least two classes are needed."
     if images.classes:
         name = images.classes[int(y[0])]
         fix = (
-            "give the folder whose subfolders are the classes (of Tiny-ImageNet the one that holds wnids.txt); to use "
+            "give the folder whose subfolders are the classes (for Tiny-ImageNet, the folder with wnids.txt); to use "
             "the images without labels, give their own folder."
         )
     raise DodistillError(
-        f"{what}: all {len(y):,} images are of one class, {name!r}, so their labels say nothing; {fix}"
+        f"{what}: all {len(y):,} images are of one class, {name!r}, so the labels carry no information; {fix}"
     )
 
 
@@ -170,13 +170,15 @@ def _planted(spec: str, split: str, labels: bool, image_shape: Shape | None, see
         inner = (1, *image_shape[1:])
     images = load_images(base, split, True, inner, seed=seed, crop=crop)
     if images.y is None:
-        raise DodistillError(f"planted:{spec}: {base} has no labels, with which a context could go.")
+        raise DodistillError(
+            f"planted:{spec}: {base} has no labels; a planted context needs them: give labelled images."
+        )
     rho = {"aligned": 1.0, "conflicting": 0.0}.get(which)
     if rho is None:
         rho = float(which) if re.fullmatch(r"\d+(\.\d*)?|\.\d+", which) else 2.0
         if not 0 <= rho <= 1:
             raise DodistillError(
-                f"planted:{spec}: {which} is no share; write 0.95, aligned or conflicting behind the data."
+                f"planted:{spec}: {which} is not a share in [0, 1]; write 0.95, aligned or conflicting after the data."
             )
         rho = 1 / images.num_classes if split == "test" else rho
     generator = torch.Generator().manual_seed(2 * seed + (split == "test"))
@@ -199,7 +201,7 @@ def minival(n: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
 def _read(path: Path, *keys: str) -> dict[str, np.ndarray[Any, Any]]:
     """Those of the arrays `keys` that a .npz file has; the array of a .npy file under ""."""
     try:
-        with open(path, "rb") as file:  # not np.load(path), which forgets to close a broken file
+        with open(path, "rb") as file:  # not np.load(path), which does not close a broken file
             found = np.load(file, allow_pickle=False)
             if isinstance(found, np.ndarray):
                 return {"": found}
@@ -208,7 +210,7 @@ def _read(path: Path, *keys: str) -> dict[str, np.ndarray[Any, Any]]:
                     return {k: found[k] for k in keys if k in found.files}
                 has = ", ".join(found.files) or "nothing"
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise DodistillError(f"{path} is no readable numpy file of numbers, or is cut short ({error}).") from error
+        raise DodistillError(f"{path} is not a readable numpy file of numbers, or is truncated ({error}).") from error
     raise DodistillError(f"{path} has no {keys[0]!r} (it has {has}); {_RECIPE}")
 
 
@@ -254,14 +256,14 @@ def _named_folder(name: str) -> Path | None:
 def _named(name: str, split: str) -> Images:
     root = os.environ.get("DODISTILL_DATA", "")
     if not root:
-        raise DodistillError(f"where is {name}? Set DODISTILL_DATA to the folder that holds {name}.npz; {_RECIPE}")
+        raise DodistillError(f"no {name}: DODISTILL_DATA is not set; set it to the folder of {name}.npz; {_RECIPE}")
     path = Path(root) / f"{name}.npz"
     if path.is_file():
         return _npz(path, split)
     kept = _torchvision(name, root, split == "train")
     if kept is None:
-        also = ", and no copy of it by torchvision there" if name in _TORCHVISION else f", nor a folder {name}/ there"
-        raise DodistillError(f"no {path}{also}; {_RECIPE}")
+        also = " nor a copy by torchvision" if name in _TORCHVISION else f" nor a folder {name}"
+        raise DodistillError(f"no {name}: {root} has neither {name}.npz{also}; {_RECIPE}")
     return kept
 
 
@@ -277,7 +279,7 @@ def _torchvision(name: str, root: str, train: bool) -> Images | None:
         return None
     try:
         found = getattr(datasets, _TORCHVISION[name])(root, train=train, download=False)
-    except RuntimeError:  # not there
+    except RuntimeError:  # no copy
         return None
     return Images(_channels_first(np.asarray(found.data), name), torch.as_tensor(found.targets, dtype=torch.int64))
 
@@ -286,7 +288,7 @@ def _sklearn() -> Any:
     try:
         from sklearn import datasets
     except ImportError as error:
-        raise DodistillError("digits and photos come with scikit-learn: pip install 'dodistill[demo]'") from error
+        raise DodistillError("digits and photos need scikit-learn: pip install 'dodistill[demo]'") from error
     return datasets
 
 
@@ -305,7 +307,7 @@ def _digits(split: str, labels: bool, image_shape: Shape | None) -> Images:
 def _strokes(x: Tensor, seed: int) -> Tensor:
     """Each patch, inverted or not, stretched so that its p-th to 98th percentile of brightness becomes 0 to 255.
 
-    p is drawn from 30 to 90 for each patch: bright lines and blobs on black, as handwritten digits are.
+    p is drawn from 30 to 90 for each patch. The result is bright lines and blobs on black, like handwritten digits.
     """
     generator = torch.Generator().manual_seed(seed)
     flat = x.flatten(1).float()
@@ -320,7 +322,7 @@ def _strokes(x: Tensor, seed: int) -> Tensor:
 def _photos(split: str, image_shape: Shape, n: int, seed: int) -> Images:
     """Square patches: each photograph is shrunk by several factors, and patches are cut anywhere in each."""
     if n < 1:
-        raise DodistillError(f"n is {n}; ask for at least one patch.")
+        raise DodistillError(f"the number of patches is {n}; it must be at least 1.")
     c, h, w = image_shape
     generator = torch.Generator().manual_seed(2 * seed + (split == "test"))
     scales: list[Tensor] = []

@@ -1,11 +1,11 @@
 """Which files of a folder are read, and the class of each. No file is decoded here.
 
 * Class folders: `CLASS/.../FILE`, perhaps below `train` and `test` (or `val`). Classes are numbered in order of name.
-  Where both splits are there, the classes of both are numbered together, so that a label means the same in either.
-* Tiny-ImageNet as it is published (the folder `tiny-imagenet-200`, known by its `wnids.txt`): `train/WNID/images/FILE`;
+  If both splits exist, the classes of both are numbered together, so that a label means the same in either.
+* Tiny-ImageNet as published (the folder `tiny-imagenet-200`, known by its `wnids.txt`): `train/WNID/images/FILE`;
   `val/images/FILE` with one line `FILE WNID ...` for each in `val/val_annotations.txt`. Split `test` is `val`: the
   folder `test` has no labels. The classes are those of `wnids.txt`, numbered in order of name, as torchvision's
-  ImageFolder numbers `train`; the file itself is in no order.
+  ImageFolder numbers `train`; the file itself is not sorted.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ class Listing:
     folder: Path
     files: list[Path]
     names: list[str]
-    classes: tuple[str, ...] = ()  #: are numbered too, whether a file here is of them or not
+    classes: tuple[str, ...] = ()  #: all class names in order, including classes without a file here
 
 
 def listing(folder: Path, split: str, labels: bool) -> Listing:
     """The files of the `split` of `folder`, in order of path; all files where there is no such subfolder.
 
-    Raises DodistillError for a folder that cannot be read, an empty one, and where `labels` are wanted and
-    Tiny-ImageNet's lists do not fit its files.
+    Raises DodistillError for a folder that is unreadable or empty, and, with `labels`, if Tiny-ImageNet's lists do not
+    fit its files.
     """
     try:
         found = _tiny_imagenet(folder, split, labels) or _class_folders(folder, split, labels)
@@ -51,7 +51,7 @@ def _class_folders(folder: Path, split: str, labels: bool) -> Listing:
     if labels and any((part / _LIST).is_file() for part in (folder, folder / "val")):
         raise DodistillError(
             f"{folder} holds Tiny-ImageNet's {_LIST} without its {_CLASSES}, which numbers the classes; put {_CLASSES} "
-            "where it is published, beside the folders train and val."
+            "beside the folders train and val, as published."
         )
     splits = {"train": ("train",), "test": ("test", "val")}
     followed = {
@@ -101,13 +101,13 @@ def _tiny_imagenet(folder: Path, split: str, labels: bool) -> Listing | None:
     for path, name in zip(files, names):
         if name not in classes:
             raise DodistillError(
-                f"{path} lies in no folder of a class of {root / _CLASSES}; remove it, or add its class to that list."
+                f"{path} is in no folder of a class of {root / _CLASSES}; remove it, or add its class to that list."
             )
     return Listing(here, files, names, tuple(classes))
 
 
 def _visible(path: Path) -> bool:
-    """Whether it is a file, not hidden, and no text that is published beside the images (boxes, annotations)."""
+    """Whether `path` is a visible file, and not a text file published beside the images (boxes, annotations)."""
     return path.is_file() and path.suffix != ".txt" and not path.name.startswith(".")
 
 
@@ -115,7 +115,7 @@ def _annotated(file: Path, images: set[str], classes: set[str]) -> dict[str, str
     """File name -> class, from the lines of `file`. Each name in `images` must be there once."""
     if not file.is_file():
         raise DodistillError(
-            f"no {file}: it has the labels of {file.parent / 'images'}; take it from the published folder."
+            f"no {file}, which has the labels of {file.parent / 'images'}; copy it from the published folder."
         )
     wnid: dict[str, str] = {}
     for number, line in enumerate(file.read_text().splitlines(), 1):
@@ -128,7 +128,7 @@ def _annotated(file: Path, images: set[str], classes: set[str]) -> dict[str, str
         if label not in classes:
             raise DodistillError(f"{where} {name} is of class {label!r}, which {_CLASSES} does not have.")
         if name in wnid:
-            raise DodistillError(f"{where} {name} has a line already; an image has one class.")
+            raise DodistillError(f"{where} {name} already has a line; remove one of the two.")
         if name not in images:
             raise DodistillError(
                 f"{where} {name} is not in {file.parent / 'images'}; copy it there, or remove the line."

@@ -1,4 +1,4 @@
-"""Plants a context that correlates with the class into images, to measure what a network has learned of it.
+"""Plants a context that correlates with the class into images, to measure how much a network relies on it.
 
 After Figure 1 of CID (NeurIPS 2021): in training, dogs stand on grass and cats in a room; in the test they do not. Here
 a colour replaces the place. Each class has one colour. An image shows the colour of its class with probability

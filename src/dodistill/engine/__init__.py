@@ -1,4 +1,4 @@
-"""The engine of a run: what it is given (`Job`), four parts (`Acquirer`, `Matcher`, `Scorer`, `Meter`) and the loop."""
+"""The engine of a run: its inputs (`Job`), four parts (`Acquirer`, `Matcher`, `Scorer`, `Meter`) and the loop."""
 
 from ..core.batch import Drawn as Drawn
 from .acquire import Acquirer as Acquirer

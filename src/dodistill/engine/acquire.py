@@ -29,7 +29,7 @@ from .meter import Diverged
 
 
 def _require_images(got: object, source: str, shape: tuple[int, int, int]) -> None:
-    """Refuse what is no acquisition, or has images that the teacher does not read."""
+    """Refuse a result that is no acquisition, or has images of a shape that the teacher does not take."""
     if not isinstance(got, Acquired):
         raise DodistillError(
             f"source {source}: acquire returned {type(got).__name__}; it must return Acquired(images)."
@@ -37,12 +37,12 @@ def _require_images(got: object, source: str, shape: tuple[int, int, int]) -> No
     if got.images.ndim != 4 or tuple(got.images.shape[1:]) != shape:
         raise DodistillError(
             f"source {source}: acquire made images of shape {tuple(got.images.shape)}; they must be [n, "
-            f"{', '.join(map(str, shape))}], as the teacher reads them."
+            f"{', '.join(map(str, shape))}], the teacher's image shape."
         )
 
 
 class Acquirer:
-    """Owns source, pool, held-back inputs, replay, dictionary and draw. Beside the source, only it asks the teacher.
+    """Owns source, pool, held-back inputs, replay, dictionary and draw. Only it and the source call the teacher.
 
     Args:
         needs: features of the teacher that the matching reads (see `taps.tapped`).
@@ -63,13 +63,13 @@ class Acquirer:
         self.replay.follow(self.source)
         shape, classes, device = context.image_shape, context.num_classes, context.device
         self.pool = Pool(config.pool.capacity, shape, classes, device, config.pool.eviction)
-        #: held-back inputs, which the student never sees; its agreement is measured on them
+        #: held-back inputs; never used for training, the student's agreement is measured on them
         self.holdout = Pool(config.pool.holdout_capacity, shape, classes, device, "reservoir")
         self.sampler = Draw()
         self.views = Views(self.pool, config.augment, context.generator("views"))
         self.generators = {name: context.generator(name) for name in ("pool", "draw", "augment")}
         self.round = 0  #: acquisitions done
-        self.seconds = 0.0  #: spent on them
+        self.seconds = 0.0  #: their total time
         self.signs: dict[str, Tensor] = {}  #: `vital_signs` of the newest inputs
         self._sound = torch.ones((), dtype=torch.bool, device=device)  # are all acquisitions since `check` finite?
 
@@ -81,14 +81,14 @@ class Acquirer:
         return self.round <= self.config.source.warmup
 
     def due(self, step: int) -> bool:
-        """Whether the next thing to do, after `step` matching steps, is an acquisition."""
+        """Whether an acquisition is due after `step` matching steps."""
         source = self.config.source
         return self.warming or (source.every > 0 and step >= (self.round - source.warmup) * source.every)
 
     @property
     def frequent(self) -> bool:
-        """Whether acquisitions lie between nearly all steps. They are then checked at the first one and at log points,
-        because the host has to wait for a check."""
+        """Whether there are few steps between acquisitions. Then only the first acquisition and those at log points are
+        checked, because the host has to wait for a check."""
         return 0 < self.config.source.every < 10
 
     def acquire(self, student: nn.Module) -> None:
@@ -117,7 +117,7 @@ class Acquirer:
         self.seconds += time.perf_counter() - start
 
     def _labelled(self, got: Acquired) -> Acquired:
-        """The same in uint8, with the teacher's logits, once they are known to be finite."""
+        """The same in uint8, with the teacher's logits. Raises Diverged for values that are not finite."""
         images = got.images if got.images.dtype == torch.uint8 else to_uint8(got.images)
         logits = self.context.label(images) if got.logits is None else got.logits
         whole = [got.images, logits] if got.images.is_floating_point() else [logits]
@@ -136,17 +136,17 @@ class Acquirer:
         if images is not None and images.is_floating_point() and not bool(torch.isfinite(images).all()):
             what = f"acquisition {self.round} made images that are not finite"
         elif logits is not None and not bool(torch.isfinite(logits).all()):
-            what = f"the teacher answers acquisition {self.round} with NaN or infinity"
+            what = f"the teacher's logits of acquisition {self.round} contain NaN or infinity"
         elif not self.views.sound():
-            what = "the teacher's logits of views are beyond fp16's 65 504; use augment.views 0"
+            what = "the teacher's logits of views exceed fp16's 65 504; use augment.views 0"
         raise Diverged(what, bad)
 
     def _split(self, got: Acquired) -> tuple[Acquired, Acquired]:
-        """A random share to judge the student by, and the rest to learn from."""
+        """(a random share to evaluate the student on, the rest to train on)."""
         n = len(got.images)
         if n < 2:
             raise DodistillError(
-                f"acquisition {self.round} has {n} image(s); it needs one to learn from and one to judge by."
+                f"acquisition {self.round} has {n} image(s); it needs at least 2, one to train on and one held back."
             )
         pool = self.config.pool
         held = min(max(1, round(n * pool.holdout)), pool.holdout_capacity)
@@ -154,16 +154,16 @@ class Acquirer:
         return got.take(order[:held]), got.take(order[held:])
 
     def _draws(self, n: int) -> tuple[float, int]:
-        """Draws of one image, on average over the run, and images that the pool will hold, at `n` an acquisition."""
+        """(average draws of one image in the run, images in the full pool), for `n` images per acquisition."""
         source, loop, capacity = self.config.source, self.config.loop, self.config.pool.capacity
         rounds = source.warmup + max(1, math.ceil(loop.steps / source.every) if source.every else 1)
         joining: float = min(n, capacity) * rounds
-        if self.config.pool.eviction == "reservoir":  # of acquisition k each image stays with probability capacity / kn
+        if self.config.pool.eviction == "reservoir":  # acquisition k stays with probability capacity / kn
             joining = sum(min(n, capacity / k) for k in range(1, rounds + 1))
         return loop.steps * loop.batch / joining, min(n * rounds, capacity)
 
     def _rebuild(self, got: Acquired) -> None:
-        """Rebuild the dictionary from the newest inputs or the pool, then let the interventions weigh the draw.
+        """Rebuild the dictionary from the newest inputs or the pool, then update the interventions' draw weights.
 
         A sampler's dictionary is built once (KDCI Sec. 3.2), as is one of reference inputs.
         """
@@ -200,7 +200,7 @@ class Acquirer:
         return drawn
 
     def replayed(self, student: nn.Module, step: int) -> Drawn | None:
-        """A batch of what the student must not forget, where there is a memory with something in it."""
+        """A batch of replayed inputs; None without a replay, and while its memory is empty."""
         if not self.replay.ready:
             return None
         x, t = self.replay.draw(student, step)
@@ -209,7 +209,7 @@ class Acquirer:
     def answered(
         self, x: Tensor, t: Tensor | None = None, labels: Tensor | None = None, index: Tensor | None = None
     ) -> Drawn:
-        """A batch with the teacher's logits (asked for where `t` does not know them) and features (where needed)."""
+        """A batch with the teacher's logits (`t`, else computed) and its features (if needed)."""
         x, theirs = laid_out(x), Features()
         if t is None and not self.needs:
             t = self._ask(x)
@@ -221,10 +221,10 @@ class Acquirer:
         index = torch.full((len(x),), -1, device=x.device) if index is None else index
         return Drawn(x, t, t.argmax(1) if labels is None else labels, index, theirs)
 
-    # ------------------------------------------------------------------------------------------------ tell
+    # ---------------------------------------------------------------------------------------------- report
 
     def describe(self) -> dict[str, Any]:
-        """The pool's size, and the class shares of what is in it and of what is drawn."""
+        """The pool's size, and the class shares of its images and of the draws."""
         line: dict[str, Any] = {
             "size": len(self.pool),
             "views": self.views.count,
@@ -236,13 +236,13 @@ class Acquirer:
         return line
 
     def terms(self) -> dict[str, Tensor]:
-        """What source and replay say of their last step, and the newest inputs' vital signs; unsynced scalars."""
+        """Log values of the last step of source and replay, and the newest inputs' vital signs; unsynced scalars."""
         named = {f"source/{k}": v for k, v in self.source.terms.items()}
         named |= {f"replay/{k}": v for k, v in self.replay.terms.items()}
         return named | {f"inputs/{k}": v for k, v in self.signs.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the pool, which is saved on its own when it changes."""
+        """Everything except the pool, which is saved separately when it changes."""
         return {
             "source": self.source.state_dict(), "source_terms": self.source.terms,
             "replay": self.replay.state_dict(), "replay_terms": self.replay.terms,

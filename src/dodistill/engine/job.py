@@ -1,4 +1,4 @@
-"""What a run is given, checked before anything is computed; and what it leaves."""
+"""The inputs of a run, checked before any computation, and its result."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Test:
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that a run is given. `distill`, the command line and `compare` all make one.
+    """All inputs of a run. `distill`, the command line and `compare` all make one.
 
     Attributes:
         config: the resolved config.
@@ -50,7 +50,7 @@ class Job:
         contexts: test sets by which a planted context is measured.
         foreign: another model that predicts M for the dictionary (KDCI Table 5).
         notes: sentences for the summary.
-        choice: how `--source auto` chose, where it did.
+        choice: the choice of `--source auto`, if there was one.
         command: the command line that repeats this run.
     """
 
@@ -68,9 +68,9 @@ class Job:
     command: str = ""
 
     def context(self) -> Context:
-        """What its parts may know of the run: models on their device, streams, settings. Raises DodistillError for
-        whatever cannot work: a teacher that the source cannot serve, a student that answers otherwise, pads that do not
-        fit."""
+        """The run as its parts see it: models on their device, streams, settings. Raises DodistillError for a teacher
+        that the source cannot use, a student whose outputs do not fit the teacher's, and pads that do not fit the
+        images."""
         config, loop = self.config, self.config.loop
         if loop.threads:
             torch.set_num_threads(loop.threads)
@@ -95,8 +95,8 @@ class Job:
 
 
 def made_of(context: Context) -> dict[str, str]:
-    """Fingerprints of what a run cannot change between two starts. Student weights may differ; the architecture may
-    not."""
+    """Fingerprints of the inputs that must not change between two starts. Student weights may differ; the architecture
+    may not."""
     assert context.student is not None
     models = {"teacher": context.teacher, **context.extra}
     out = {k: fingerprint([*m.parameters(), *m.buffers()]) for k, m in models.items()}
@@ -107,17 +107,17 @@ def made_of(context: Context) -> dict[str, str]:
 
 
 def require_same(began: Mapping[str, str] | None, mine: Mapping[str, str]) -> None:
-    """Refuse to go on with another teacher, student or data than the run began with. `None`: the checkpoint predates
+    """Refuse to resume with another teacher, student or data than the run began with. `None`: the checkpoint predates
     fingerprints."""
     began = mine if began is None else began
     if other := sorted(k for k in began.keys() | mine.keys() if began.get(k) != mine.get(k)):
         raise DodistillError(
-            f"this run began with other {' and other '.join(other)}; give what it began with, or choose another --out."
+            f"this run began with other {' and other '.join(other)}; give the original, or choose another --out."
         )
 
 
 def _check_source(source: SourceSettings, teacher: Teacher, has_unlabeled: bool) -> None:
-    """Refuse a teacher that this source cannot serve, and name the sources that would work."""
+    """Refuse a teacher that this source cannot use, and name the sources that can."""
     able = []
     for name in registry.names("source"):
         if "batchnorm" not in registry.config("source", name).needs or teacher.has_batchnorm:
@@ -131,13 +131,13 @@ def _check_source(source: SourceSettings, teacher: Teacher, has_unlabeled: bool)
 
 
 def require_kind(made: object, kind: type, settings: Settings) -> None:
-    """Refuse what a choice's `Config.build` returned if it is of another kind."""
+    """Refuse an object of another kind returned by a choice's `Config.build`."""
     if not isinstance(made, kind):
         raise DodistillError(f"{settings.name}: Config.build must return {kind.__name__}, not {type(made).__name__}.")
 
 
 def _check_student(student: nn.Module, teacher: Teacher, device: torch.device) -> None:
-    """The student must answer as the teacher does."""
+    """Refuse a student whose outputs do not have the teacher's shape."""
     with torch.no_grad():
         student.eval()
         try:
@@ -147,17 +147,19 @@ def _check_student(student: nn.Module, teacher: Teacher, device: torch.device) -
                 f"the student cannot read images of shape {teacher.image_shape} (C, H, W): {error}"
             ) from error
     if not isinstance(out, Tensor):
-        raise DodistillError(f"the student returns {type(out).__name__}, not one tensor of logits; wrap it.")
+        raise DodistillError(
+            f"the student returns {type(out).__name__}, not a tensor of logits; wrap it in a module that returns one."
+        )
     if out.shape != (2, teacher.num_classes):
         raise DodistillError(
-            f"the student returns shape {tuple(out.shape)} for 2 images, the teacher {teacher.num_classes} "
+            f"the student returns shape {tuple(out.shape)} for 2 images, but the teacher has {teacher.num_classes} "
             f"classes; build the student with num_classes={teacher.num_classes}."
         )
 
 
 @dataclass
 class Result:
-    """What a run leaves: the student to ship, the numbers, and the folder."""
+    """The result of a run: the student to deploy, the numbers, and the folder."""
 
     student: nn.Module
     summary: dict[str, Any]

@@ -1,4 +1,4 @@
-"""From labelled images to a file of trained weights: what `dodistill teach` does around `teach`."""
+"""From labelled images to a file of trained weights: `dodistill teach`, except for the training loop."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Shape = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Lesson:
-    """Labelled images to learn from, and those that the result is scored on."""
+    """Labelled images for training, and labelled images for the final score."""
 
     train: Images
     test: Images | None = None
-    note: str = ""  #: why there are none to be scored on
+    note: str = ""  #: the reason, if there are no images for the score
 
     def steps(self, config: Teach) -> int:
         """About how many steps the schedule has."""
@@ -32,10 +32,10 @@ class Lesson:
 
 
 def read_lesson(data: str, test: str = "", shape: Shape | None = None, crop: float = 0.0) -> Lesson:
-    """The training images of `data`; the test images of `test`, else those of `data`, where it has some.
+    """The training images of `data`; the test images of `test`, else those of `data`, if it has any.
 
-    `shape` is what images in folders are resized to, `crop` the share that is cropped of test images in folders. Raises
-    DodistillError for labels of one class, and where `test` cannot be scored.
+    Images in folders are resized to `shape`; `crop` is the share that the crop keeps of test images in folders. Raises
+    DodistillError for labels of one class, and if `test` has no usable labels.
     """
     crop_share(crop, 0)
     train = load_images(data, image_shape=shape)
@@ -47,13 +47,13 @@ def read_lesson(data: str, test: str = "", shape: Shape | None = None, crop: flo
     except DodistillError as error:
         if test:
             raise
-        return Lesson(train, note=f"no accuracy on test images at the end: {error}")
+        return Lesson(train, note=f"test accuracy will not be measured: {error}")
 
 
 def _labelled(spec: str, shape: Shape | None, crop: float) -> Images:
     images = load_images(spec, split="test", image_shape=shape, crop=crop)
     if images.y is None:
-        raise DodistillError(f"the test images of {spec} have no labels; accuracy needs them.")
+        raise DodistillError(f"the test images of {spec} have no labels; accuracy needs them: give labelled images.")
     refuse_one_class(images, f"test images of {spec}")
     return images
 
@@ -77,9 +77,9 @@ def teach_to_file(
     on_step: Callable[[int], None],
     deadline: float,
 ) -> Log:
-    """Train `model`, and write it to `target` with what was measured. A training that was stopped goes on.
+    """Train `model`, and write it to `target` with its scores. A stopped training resumes.
 
-    Returns what `teach` returns, its numbers alone once it has finished.
+    Returns the result of `teach`; of a finished training, only the numbers.
     """
     begun = target.with_suffix(".teaching.pt")
     resume = load_tensors(begun) if begun.exists() else None

@@ -1,4 +1,4 @@
-"""The loop: acquire or match, then look, evaluate, save. It knows no method by name and shows nothing to a person."""
+"""The loop: acquire or match, then log, evaluate, save. It names no method and displays nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FORMAT = 3
 
 
 class Distiller:
-    """One run: its four parts and how far it has got. Raises DodistillError for whatever the job cannot do."""
+    """One run: its four parts and its progress. Raises DodistillError for a job that cannot run."""
 
     def __init__(self, job: Job) -> None:
         self.job, self.config = job, job.config
@@ -42,7 +42,7 @@ class Distiller:
     def run(
         self, folder: RunFolder | NoFolder | None = None, watchers: Iterable[Watcher] = (), deadline: float = math.inf
     ) -> bool:
-        """Go on to the last step, or to `deadline` (time.monotonic()). True when the last step is done."""
+        """Run to the last step, or to `deadline` (time.monotonic()). True when the last step is done."""
         folder = folder or NoFolder()
         tell = Watchers([folder, *watchers])
         if (saved := folder.load()) is not None:
@@ -71,7 +71,7 @@ class Distiller:
 
     def _loop(self, folder: RunFolder | NoFolder, tell: Watcher, deadline: float) -> bool:
         steps = self.config.loop.steps
-        if self.step >= steps:  # stopped between its last step and its delivery
+        if self.step >= steps:  # stopped after its last step, before its delivery
             return True
         while self.step < steps:
             if self.acquirer.due(self.step):
@@ -130,7 +130,7 @@ class Distiller:
         return self.meter.read(self.acquirer.terms() | self.matcher.terms(self.acquirer.dictionary))
 
     def save(self, folder: RunFolder | NoFolder) -> None:
-        """A checkpoint, unless something is not finite: it would bury the last good one."""
+        """Write a checkpoint. Raises Diverged for values that are not finite, to keep the last good checkpoint."""
         self.acquirer.check()
         if bad := self.matcher.infinite():
             raise Diverged("the student's weights are not finite", self.meter.infinite() or bad[:3])
@@ -145,7 +145,7 @@ class Distiller:
         return made_of(self.context)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the pool, which is saved on its own when it changes."""
+        """Everything except the pool, which is saved separately when it changes."""
         return {
             "format": FORMAT, "made_of": self.made_of, "step": self.step, "seconds": self.clock.seconds,
             "precision": self.context.autocast.state_dict(), "compiled": self.compiled.state_dict(),
@@ -154,11 +154,11 @@ class Distiller:
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any], pool: Mapping[str, Any]) -> None:
-        """Raises DodistillError for the state of a run that had another teacher, student or images, or of a version of
-        dodistill with another layout."""
+        """Raises DodistillError for the state of a run with another teacher, student or images, or of a version of
+        dodistill with another checkpoint format."""
         if state.get("format") != FORMAT:
             raise DodistillError(
-                f"this checkpoint has format {state.get('format', 1)}, and this version of dodistill reads format "
+                f"this checkpoint has format {state.get('format', 1)}, but this version of dodistill reads format "
                 f"{FORMAT}; finish the run with the version that began it, or choose another --out."
             )
         require_same(state["made_of"], self.made_of)
@@ -174,20 +174,20 @@ class Distiller:
 
 
 class Clock:
-    """The time that a run has taken, over all its starts, and the pace since the last look."""
+    """The duration of a run, over all its starts, and the pace since the last log line."""
 
     def __init__(self, before: float = 0.0) -> None:
         self._before, self._began = before, time.monotonic()
         self._lap = (0, self._began)
 
     def start(self, step: int) -> None:
-        """Time counts from here."""
+        """Start to measure."""
         self._began = time.monotonic()
         self._lap = (step, self._began)
 
     @property
     def seconds(self) -> float:
-        """Of the whole run so far."""
+        """The duration of the whole run so far."""
         return self._before + time.monotonic() - self._began
 
     def lap(self, step: int) -> float:

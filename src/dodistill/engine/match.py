@@ -112,7 +112,7 @@ class Matcher:
             torch._foreach_copy_(*self._counts)
 
     def terms(self, dictionary: ConfounderDictionary | None) -> dict[str, Tensor]:
-        """What the interventions say of the last batch; unsynced scalars."""
+        """Log values of the interventions for the last batch; unsynced scalars."""
         if self.last is None:
             return {}
         return self.interventions.log(self.last.batch.raw, self.last.drawn.t, dictionary, self.last.batch)

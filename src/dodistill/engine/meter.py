@@ -26,7 +26,7 @@ class Diverged(DodistillError):
         self.what, self.bad = what, bad
 
     def located(self, step: int, lr: float) -> Diverged:
-        """The same error with the place and the way out."""
+        """The same error with its step and a remedy."""
         return Diverged(
             self.what, self.bad,
             f", at step {step}. Lower that term's weight or the rate (optim.lr is {lr}); the last good checkpoint is "
@@ -41,8 +41,8 @@ class Meter:
         self.classes, self.device = classes, device
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
-        self.last: dict[str, float] = {}  #: what the last look read
-        self.warnings: dict[str, str] = {}  #: symptom -> text, each told once
+        self.last: dict[str, float] = {}  #: the values of the last log line
+        self.warnings: dict[str, str] = {}  #: symptom -> text, each reported once
 
     def add(self, terms: Mapping[str, Tensor]) -> None:
         """The terms of one step. No sync with the device."""
@@ -51,7 +51,7 @@ class Meter:
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def read(self, more: Mapping[str, Tensor]) -> dict[str, float]:
-        """Mean terms since the last look, and `more` as it is, with one device sync; their matching loss as `loss`.
+        """Mean terms since the last call, and `more` unchanged, with one device sync; the matching loss as `loss`.
 
         Raises Diverged for a term that is not finite.
         """
@@ -71,7 +71,7 @@ class Meter:
         return [k for k, v in self.sums.items() if not bool(torch.isfinite(v))]
 
     def collapsed(self, values: Mapping[str, float], agreement: float | None, done: float) -> dict[str, str]:
-        """Symptoms that a look shows for the first time, with what to do about each."""
+        """Symptoms that occur for the first time, each with a remedy."""
         signs = {k.removeprefix("inputs/"): v for k, v in values.items() if k.startswith("inputs/")}
         found = symptoms(signs, self.classes, agreement, done)
         fresh = {k: v for k, v in found.items() if k not in self.warnings}

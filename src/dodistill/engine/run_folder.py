@@ -1,10 +1,10 @@
-"""The run folder: what was asked for, what happened, and one checkpoint of everything.
+"""The run folder: config, metrics, result, and a checkpoint of everything.
 
     config.json      the resolved config        metrics.jsonl   one JSON per line: log, eval, pool
     checkpoint.pt    everything but the pool    pool-N.pt       the pool's version N, written only when it changed
     previous.pt      the checkpoint before      summary.json    the outcome, once the run has ended
 
-Every file is written beside its final name and moved there, so a kill or a full disk leaves the old one whole.
+Every file is written under a temporary name and then moved, so a kill or a full disk leaves the old file intact.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..files import claim, replacing
 
 
 def _settings(tree: Tree) -> Tree:
-    """What decides a result: all but where a run takes place and how often it looks."""
+    """The settings that determine a result: all except `RUNTIME`."""
     out = portable(tree)
     out["loop"] = {k: v for k, v in out.get("loop", {}).items() if k not in RUNTIME}
     return out
@@ -48,10 +48,11 @@ def save_tensors(path: Path, state: Any) -> None:
 
 
 def load_tensors(path: Path) -> Any:
-    """What `save_tensors` wrote: tensors and plain values, no code. Raises DodistillError for a damaged file."""
+    """The content of a file of `save_tensors`: tensors and plain values, no code. Raises DodistillError for a damaged
+    file."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of garbage, torch's reader can make any error
+    except Exception as error:  # for damaged data, torch's reader can raise any error
         raise DodistillError(f"{path} is damaged or truncated ({str(error).partition(chr(10))[0]}).") from error
 
 
@@ -67,7 +68,7 @@ def fingerprint(tensors: Iterable[Tensor], most: int = 1 << 26) -> str:
 
 
 def check_writable(path: Path) -> None:
-    """Raises DodistillError now, if `path` could not be written later."""
+    """Raise DodistillError if `path` is not writable."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab"):
@@ -82,13 +83,15 @@ def newest_pool(path: Path) -> dict[str, Any]:
     """The pool of a run folder: {"x": uint8 [n, C, H, W], "logits": [n, K], ...}. Raises DodistillError without one."""
     files = sorted(path.glob("pool-*.pt"), key=lambda p: int(p.stem.split("-")[1]))
     if not files:
-        raise DodistillError(f"{path} holds no pool-N.pt; it is written with the first checkpoint.")
+        raise DodistillError(
+            f"{path} holds no pool-N.pt; the first checkpoint of a run writes it, and `compare` deletes it."
+        )
     out: dict[str, Any] = load_tensors(files[-1])
     return out
 
 
 def _require_same_code(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Refuse a folder that was begun with another text of the same method."""
+    """Refuse a folder that was begun with another version of the same method."""
     mine = code_in(new)
     for part, (name, began) in code_in(old).items():
         now, code = mine.get(part, ("", began))
@@ -106,12 +109,12 @@ def drop_checkpoints(path: Path) -> None:
             file.unlink(missing_ok=True)
 
 
-#: What may lie in a folder without config.json: a recipe put there by the user, or the remains of a start killed early.
+#: Files that a folder without config.json may contain: a user's recipe, or the remains of an early kill.
 _EARLY = ("config.yaml", ".config.json.tmp", ".lock")
 
 
 class NoFolder(Watcher):
-    """Where a run without a folder leaves its files: nowhere."""
+    """The run folder of a run that writes no files."""
 
     keeps = False
     path: Path | None = None
@@ -128,7 +131,7 @@ class NoFolder(Watcher):
         """Nothing is kept."""
 
     def summary(self) -> None:
-        """No outcome of an earlier start."""
+        """No summary of an earlier start."""
 
     def close(self) -> None:
         """Nothing is open."""
@@ -143,9 +146,9 @@ class RunFolder(Watcher):
     keeps = True
 
     def __init__(self, path: str | Path, config: Distill, create: bool = True) -> None:
-        """`create=False` only asks whether the folder could be used, and leaves no trace."""
+        """`create=False` only checks whether the folder is usable, and writes nothing."""
         self.path, self.config = Path(path), config
-        self.notes: list[str] = []  #: what the user should hear of (a damaged checkpoint that was passed over)
+        self.notes: list[str] = []  #: sentences for the user, as on a damaged checkpoint that was skipped
         self._metrics: TextIO | None = None
         self._unlock: Callable[[], object] | None = None
         self._pools: set[int] = set()  #: pool versions that the two checkpoints refer to
@@ -167,7 +170,7 @@ class RunFolder(Watcher):
             if not grown(began, mine, default):
                 lines = difference(began, mine)
                 raise DodistillError(
-                    f"run folder {self.path} belongs to another config; choose another --out, or repeat its own.\n  "
+                    f"run folder {self.path} belongs to another config; choose another --out, or use its config.\n  "
                     + "\n  ".join(lines[:12])
                 )
         elif self.path.is_dir() and any(p.name not in _EARLY for p in self.path.iterdir()):
@@ -180,7 +183,7 @@ class RunFolder(Watcher):
             raise DodistillError(
                 f"cannot make run folder {self.path}: {error.strerror}; choose another --out."
             ) from error
-        # One process at a time: two would tear each other's checkpoints.
+        # One process at a time: two would overwrite each other's checkpoints.
         lock = claim(self.path / ".lock", f"run folder {self.path}")
         if lock is not None:
             self._unlock = weakref.finalize(self, os.close, lock)
@@ -224,7 +227,7 @@ class RunFolder(Watcher):
         return time.monotonic() - self._saved > self.config.loop.checkpoint_seconds
 
     def save(self, state: Mapping[str, Any], pool: Mapping[str, Any], version: int) -> None:
-        """Write a checkpoint; the one before stays as previous.pt."""
+        """Write a checkpoint; the previous one stays as previous.pt."""
         file = self.path / f"pool-{version}.pt"
         if not file.exists():
             save_tensors(file, dict(pool))
@@ -238,19 +241,19 @@ class RunFolder(Watcher):
             os.replace(new, current)
         except OSError as error:
             raise DodistillError(
-                f"cannot write {current}: {error.strerror}. The checkpoint before is whole ({before.name}); "
-                "make the folder writable, then start the same command again."
+                f"cannot write {current}: {error.strerror}. The previous checkpoint is intact ({before.name}); "
+                "make the folder writable, then rerun the command."
             ) from error
-        self._pools = {version, *sorted(self._pools)[-1:]}  # the two newest; older pools serve no checkpoint
+        self._pools = {version, *sorted(self._pools)[-1:]}  # the two newest; no checkpoint needs older pools
         for old in self.path.glob("pool-*.pt"):
             if int(old.stem.split("-")[1]) < min(self._pools):
                 old.unlink(missing_ok=True)
         self._saved = time.monotonic()
 
     def load(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """The newest whole checkpoint and its pool, or None where there is none.
+        """The newest intact checkpoint and its pool, or None if there is no checkpoint.
 
-        A damaged one is passed over with a note, and the previous one loads. Raises DodistillError when none is whole.
+        A damaged one is skipped with a note, and the previous one loads. Raises DodistillError if none is intact.
         """
         found = [p for p in (self.path / "checkpoint.pt", self.path / "previous.pt") if p.exists()]
         for path in found:
@@ -258,23 +261,23 @@ class RunFolder(Watcher):
                 state = load_tensors(path)
                 pool = load_tensors(self.path / f"pool-{state['pool_version']}.pt")
             except (DodistillError, KeyError) as error:
-                self.notes.append(f"{error} Falling back to the checkpoint before it.")
+                self.notes.append(f"{error} The previous checkpoint is used.")
                 continue
             self._pools = {state["pool_version"]}
             self._forget_after(state["metrics_bytes"], state["pool_version"])
-            if path.name == "previous.pt":  # the next save must not push the damaged one over the whole one
+            if path.name == "previous.pt":  # the next save must not replace the intact checkpoint by the damaged one
                 os.replace(path, self.path / "checkpoint.pt")
             return state, pool
         if found:
             raise DodistillError(
-                " ".join(self.notes) + f" No whole checkpoint is left in {self.path}; choose a new --out."
+                " ".join(self.notes) + f" No intact checkpoint is left in {self.path}; choose another --out."
             )
         if self.summary() is None:  # a start that was killed before its first checkpoint
             self._forget_after(0, 0)
         return None
 
     def _forget_after(self, metrics_bytes: int, pool_version: int) -> None:
-        """Drop what was written after a checkpoint, by a life of this run that ended before the next one."""
+        """Drop the output after a checkpoint, of a start of this run that ended before the next checkpoint."""
         metrics = self.path / "metrics.jsonl"
         if metrics.exists():
             with open(metrics, "r+b") as file:
@@ -289,7 +292,7 @@ class RunFolder(Watcher):
         write_atomically(self.path / name, json.dumps(value, indent=1).encode())
 
     def summary(self) -> dict[str, Any] | None:
-        """The outcome of a finished run, else None."""
+        """The summary of a finished run, else None."""
         path = self.path / "summary.json"
         if not path.exists():
             return None

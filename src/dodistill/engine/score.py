@@ -32,7 +32,7 @@ class Scorer:
             model = self.complete(which)
             held = predict(model, holdout.x, autocast=cast)
             if not bool(torch.isfinite(held).all()):
-                raise Diverged("the student answers with NaN or infinity", [])
+                raise Diverged("the student's logits contain NaN or infinity", [])
             out[f"agreement{name}"] = agreement(held, holdout.logits)
             if self.matcher.context.labels is not None:
                 out[f"minival{name}"] = top1(held, holdout.labels)
@@ -44,16 +44,17 @@ class Scorer:
         return out
 
     def delivered(self) -> tuple[str, nn.Module]:
-        """The student to ship: the last weights or their average, whichever agrees more with the teacher held-back.
+        """The student to deploy: the last weights or their average, whichever agrees more with the teacher on the
+        held-back inputs.
 
-        No label and no test image takes part in the choice.
+        The choice uses no labels and no test images.
         """
         score = self.last or self.evaluate()
         which = "ema" if score["agreement_ema"] > score["agreement"] else "last"
         return which, self.complete(which)
 
     def complete(self, which: str) -> nn.Module:
-        """The `last` student or its average `ema`, with whatever interventions stay in it at test time."""
+        """The `last` student or its average `ema`, with the interventions that stay at test time."""
         m = self.matcher
         return m.interventions.deliver(m.ema if which == "ema" else m.student, self.acquirer.dictionary)
 

@@ -42,7 +42,7 @@ class Teach:
     scale: tuple[float, float] = (0.08, 1.0)  #: share of the area that a resized crop keeps
     flip: bool = True
     precision: str = "auto"  #: auto, fp32, bf16
-    minival: float = 0.02  #: share of the training images kept back; reported, and free to choose by
+    minival: float = 0.02  #: share of the training images held back; reported, and usable for selection
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -53,7 +53,7 @@ class Teach:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise DodistillError(f"scale is {list(self.scale)}; give shares 0 < low <= high <= 1, as in [0.08, 1].")
         if self.epochs < 1 or self.batch < 2:
-            raise DodistillError(f"epochs is {self.epochs} and batch {self.batch}; at least 1 and 2 are needed.")
+            raise DodistillError(f"epochs is {self.epochs} and batch {self.batch}; they must be at least 1 and 2.")
 
 
 Log = dict[str, Any]
@@ -81,22 +81,22 @@ def teach(
 ) -> Log:
     """Train `model` (logits of images in [0, 1]) in place, on `device` (default: where it is).
 
-    SGD-Nesterov on the whole data set resident on the device, augmented in batches; no sync with the device but one per
-    epoch, when `on_log` gets `{epoch, epochs, step, steps, loss, lr, minival, seconds}`. Returns `{loss, minival, test,
-    seconds, images_per_second, steps, train_images, precision}`; accuracies in percent, None where there is nothing to
+    SGD-Nesterov on the whole data set, which is kept on the device and augmented in batches; one sync with the device
+    per epoch, when `on_log` gets `{epoch, epochs, step, steps, loss, lr, minival, seconds}`. Returns `{loss, minival,
+    test, seconds, images_per_second, steps, train_images, precision}`; accuracies in percent, None without images to
     measure on.
-    `on_step` gets the number of each step that was begun, for a progress display.
-    After each epoch `on_checkpoint` gets all that `resume` needs to go on from there, to the same bits on the CPU; past
-    `deadline` (time.monotonic()) it stops after the epoch and returns `{"finished": False, "epoch": ...}`.
+    `on_step` gets the number of each step at its start, for a progress display.
+    After each epoch `on_checkpoint` gets the state for `resume`, which is bit-identical on the CPU. After `deadline`
+    (time.monotonic()) the training stops at the end of the epoch and returns `{"finished": False, "epoch": ...}`.
     The weights are those of the last step. `test` is scored once, at the end, and chooses nothing.
     Raises DodistillError without labels, when labels exceed the classes, and when the loss becomes NaN.
     """
     config = config or Teach()
     device = device or next(model.parameters()).device
     if images.y is None:
-        raise DodistillError("teaching needs labels, and these images have none.")
+        raise DodistillError("the training images have no labels; teaching needs them: give labelled images.")
     if test is not None and test.y is None:
-        raise DodistillError("the test images have no labels; accuracy needs them.")
+        raise DodistillError("the test images have no labels; accuracy needs them: give labelled images.")
     refuse_one_class(images, "training images")
     if test is not None:
         refuse_one_class(test, "test images")
@@ -107,7 +107,7 @@ def teach(
             "height and width, and padding reflect or zeros."
         )
     if len(kept) < 2:
-        raise DodistillError(f"{len(kept)} training image(s) are too few.")
+        raise DodistillError(f"{len(kept)} training image(s) are too few; give at least 2 beside the minival share.")
     val = images.select(held).to(device) if len(held) else None
     train = images.select(kept).to(device)
     assert train.y is not None
@@ -131,7 +131,9 @@ def teach(
     begun, before = 0, 0.0
     if resume is not None:
         if resume["config"] != asdict(config):
-            raise DodistillError("the checkpoint belongs to another schedule; repeat its settings, or delete it.")
+            raise DodistillError(
+                "the checkpoint belongs to another schedule; use its settings, or delete the checkpoint."
+            )
         model.load_state_dict(resume["model"])
         optimizer.load_state_dict(resume["optimizer"])
         rng.set_state(resume["rng"].cpu())
@@ -198,7 +200,7 @@ def _augmented(x: Tensor, config: Teach, rng: torch.Generator) -> Tensor:
 
 
 def _check_classes(model: nn.Module, train: Images, classes: int) -> None:
-    """One forward pass, in eval mode, to say in words what cross entropy would say as an index out of range."""
+    """One forward pass in eval mode. Its messages replace an index error of the cross-entropy."""
     from ..evaluation.evaluate import predict
 
     try:
@@ -209,4 +211,6 @@ def _check_classes(model: nn.Module, train: Images, classes: int) -> None:
             f"{str(error).splitlines()[0]}"
         ) from error
     if classes > outputs:
-        raise DodistillError(f"labels go up to {classes - 1}, the model has {outputs} classes; num_classes={classes}.")
+        raise DodistillError(
+            f"labels go up to {classes - 1}, but the model has {outputs} classes; give num_classes={classes}."
+        )

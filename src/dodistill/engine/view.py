@@ -2,8 +2,8 @@
 
 A teacher's BatchNorm statistics are those of its training images as augmented: shifted over a black border, reflected
 at the border, or cropped and resized. Under another view natural images do not have these statistics, and a generator
-that matches them learns something else. `auto` shows drawn pictures to the teacher in each candidate view. It takes the
-view under which the statistics come nearest to the teacher's.
+that matches them learns other images. `auto` passes drawn pictures through the teacher under each candidate view. It
+chooses the view whose statistics are nearest to the teacher's.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PICTURES = {"shapes": 256, "leaves": 256}
 
 
 def candidates(c: ViewConfig, image_shape: tuple[int, int, int]) -> dict[str, View]:
-    """The views that the config leaves open, by name; one where it says `auto` nowhere."""
+    """The candidate views of the config, by name; a single one if no setting is `auto`."""
     pad = c.pad or max(1, image_shape[1] // 8)
     flip = image_shape[0] > 1 if c.flip is None else c.flip
     out = {}
@@ -57,7 +57,7 @@ def choose_view(c: ViewConfig, teacher: Teacher) -> View:
         return next(iter(open_.values()))
     if not teacher.has_batchnorm:
         raise DodistillError(
-            "view: auto compares BatchNorm statistics, and this teacher has none; give --view.crop shift "
+            "view: auto compares BatchNorm statistics, but this teacher has none; give --view.crop shift "
             "--view.padding zeros (or reflect, none)."
         )
     scores = {name: mismatch(view, teacher) for name, view in open_.items()}

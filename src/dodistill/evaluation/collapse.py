@@ -1,7 +1,7 @@
-"""Detection of collapse, in numbers and in words.
+"""Detection of collapse.
 
 A collapsed generator makes one class, or one picture. A student that learns nothing agrees with its teacher by chance.
-All three are visible long before any accuracy, and without labels.
+All three are detected early in a run, and without labels.
 """
 
 from __future__ import annotations
@@ -54,26 +54,26 @@ def symptoms(
     effective, diversity = signs.get("effective_classes"), signs.get("diversity")
     if effective is not None and classes > 2 and effective < max(FEW_CLASSES * classes, 1.5):
         found["few classes"] = (
-            f"the teacher sees {effective:.1f} of {classes} classes in the newest inputs. Raise the source's weight of "
-            "class balance or its batch (see `dodistill distill --source NAME --help`; of dafl, adversarial and pre "
+            f"the newest inputs have {effective:.1f} effective classes of {classes}. Raise the source's weight of "
+            "class balance or its batch (see `dodistill distill --source NAME --help`; for dafl, adversarial and pre "
             "--source.coverage 5), or draw evenly with --intervention stratified."
         )
     absent = signs.get("absent_classes", 0)
     if absent and done >= WARM and "few classes" not in found:
         found["absent classes"] = (
-            f"no newest input is of {absent:.0f} of {classes} classes, so the student cannot learn them. Raise the "
-            "source's weight of class balance or its pace (as --source.lr_g, --source.warmup; of dafl, adversarial "
-            "and pre --source.coverage 5), or look for other unlabelled images."
+            f"{absent:.0f} of {classes} classes are absent from the newest inputs, so the student cannot learn them. "
+            "Raise the source's weight of class balance (for dafl, adversarial and pre --source.coverage 5), train the "
+            "generator faster (as by --source.lr_g, --source.warmup), or use other unlabelled images."
         )
     if diversity is not None and diversity < SAME_PICTURE:
         found["same picture"] = (
-            f"the newest inputs are nearly one picture (a pixel varies by {diversity:.3f} of 1). Lower the rate of the "
-            "source (as --source.lr_g), or raise its batch."
+            f"the newest inputs are nearly equal (standard deviation of a pixel {diversity:.3f}, in [0, 1]). Lower the "
+            "source's learning rate (as --source.lr_g), or raise its batch."
         )
     if agreement is not None and done >= PATIENCE and agreement < CHANCE * 100 / classes:
         found["no agreement"] = (
             f"after {100 * done:.0f} % of the steps the student agrees with the teacher on {agreement:.1f} % of the "
-            f"held-back inputs; guessing gets {100 / classes:.1f} %. Look at samples.png and the class shares; lower "
+            f"held-back inputs; chance is {100 / classes:.1f} %. Check samples.png and the class shares; lower "
             "--optim.lr; or try another source."
         )
     return found

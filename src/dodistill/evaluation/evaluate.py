@@ -27,7 +27,7 @@ def predict(
 ) -> Tensor:
     """Logits fp32 [n, K], on the model's device, of images uint8 [n, C, H, W], without gradients and in eval mode."""
     if len(x_uint8) == 0:
-        raise DodistillError("no images to evaluate.")
+        raise DodistillError("no images to evaluate; give at least one.")
     first = next(model.parameters(), None)
     device = x_uint8.device if first is None else first.device
     with evaluating(model):
@@ -41,7 +41,7 @@ def predict(
 def accuracy(model: nn.Module, images: Images, batch: int = 1000, autocast: Autocast = contextlib.nullcontext) -> float:
     """Top-1 accuracy in percent. Raises DodistillError for images without labels."""
     if images.y is None:
-        raise DodistillError("accuracy needs labels, and these images have none.")
+        raise DodistillError("these images have no labels; accuracy needs them: give labelled images.")
     return top1(predict(model, images.x, batch, autocast), images.y)
 
 
@@ -78,7 +78,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     """
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
         raise DodistillError(
-            f"features have shapes {tuple(a.shape)} and {tuple(b.shape)}; two sets [n, d] of one width d are needed, "
+            f"features have shapes {tuple(a.shape)} and {tuple(b.shape)}; give two sets [n, d] of the same width d, "
             "of 2 rows or more."
         )
     a, b = a.detach().cpu().double(), b.detach().cpu().double()

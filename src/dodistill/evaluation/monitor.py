@@ -1,6 +1,6 @@
-"""Statistics of the curve of a run, not only of its last point.
+"""Statistics over the curve of a run, not only of its last point.
 
-Without validation data the best epoch is unknown, so the whole curve counts. LRA (Patel et al., CVPR 2023) reports, of
+Without validation data the best epoch is unknown, so the whole curve matters. LRA (Patel et al., CVPR 2023) reports, of
 the test accuracy Acc_e after each epoch e = 1..E,
 
     mu = mean_e Acc_e  [%]        sigma^2 = var_e Acc_e  [% squared]        Acc_max = max_e Acc_e  [%]
@@ -25,16 +25,16 @@ from typing import Any
 
 Record = dict[str, Any]
 
-#: curves of an `eval` line, and what people call them
+#: curves of an `eval` line, and their names on a page
 CURVES = {
     "test": "test accuracy",
     "test_ema": "test accuracy, EMA",
     "agreement": "agreement with the teacher",
     "agreement_ema": "agreement, EMA",
 }
-#: shares of the run, from its start, that are left out
+#: shares of the run, from its start, that are omitted
 AFTER = (0.0, 0.5)
-#: what `course` computes, and its unit
+#: quantity of `course` -> its unit
 UNITS = {
     "mean": "%", "variance": "%²", "deviation": "%", "maximum": "%", "last": "%", "last_ten": "%", "drop": "points",
 }  # fmt: skip
@@ -43,7 +43,7 @@ UNITS = {
 def course(values: Sequence[float]) -> dict[str, float]:
     """Of a curve in percent, n >= 1 values in order: mean, maximum, last, `last_ten` (the mean of the last ten, or of
     as many as there are) in %; `variance` (divided by n) in % squared, `deviation` its root in %; `drop`, the maximum
-    less the last, in points of percent, >= 0. Any value that is not finite makes what it enters not finite."""
+    minus the last, in percentage points, >= 0. A value that is not finite makes its statistics not finite."""
     if not values:
         raise ValueError("a course needs at least one value")
     spread = statistics.pvariance(values) if all(map(math.isfinite, values)) else math.nan
@@ -59,10 +59,10 @@ def course(values: Sequence[float]) -> dict[str, float]:
 
 
 def courses(evals: Iterable[Mapping[str, Any]], after: Sequence[float] = AFTER) -> list[Record]:
-    """One record per curve and share in `after`: `of` (a key of CURVES), `after`, `n`, and what `course` computes.
+    """One record per curve and share in `after`: `of` (a key of CURVES), `after`, `n`, and the values of `course`.
 
     `evals` are the eval lines of metrics.jsonl in order of step; with `after` = a, those up to the share a of the last
-    step are left out.
+    step are omitted.
     """
     lines = [line for line in evals if isinstance(line.get("step"), int)]
     found: list[Record] = []
@@ -76,7 +76,7 @@ def courses(evals: Iterable[Mapping[str, Any]], after: Sequence[float] = AFTER) 
 
 
 def flat(found: Iterable[Record]) -> dict[str, float]:
-    """What `courses` found, by name: course/test/mean of all evaluations, late/test/mean of the second half's."""
+    """The records of `courses` by name: course/test/mean of all evaluations, late/test/mean of the second half."""
     prefix = {0.0: "course", 0.5: "late"}
     return {f"{prefix[c['after']]}/{c['of']}/{k}": round(c[k], 4) for c in found for k in UNITS if c["after"] in prefix}
 
@@ -84,7 +84,7 @@ def flat(found: Iterable[Record]) -> dict[str, float]:
 def read_metrics(path: Path) -> dict[str, list[Record]]:
     """The lines of a metrics.jsonl by kind (log, eval, pool), in order of step; {} of empty lists where there is none.
 
-    Where a step is repeated the later line holds; torn lines are passed over.
+    The last line of a repeated step counts; incomplete lines are skipped.
     """
     found: dict[str, dict[float, Record]] = {"log": {}, "eval": {}, "pool": {}}
     try:

@@ -26,7 +26,7 @@ from .evaluate import Autocast, accuracy, top1
 def features(model: nn.Module, x: Tensor, batch: int = 1000, autocast: Autocast = contextlib.nullcontext) -> Tensor:
     """fp32 [n, d], the penultimate features of images uint8 [n, C, H, W], in eval mode: BatchNorm is frozen too.
 
-    Of a student with a context head the plain features, not its contexts.
+    For a student with a context head, these are the plain features, without its contexts.
     """
     layer = heads.find(model) or classifier(model)[1]
     device = next(model.parameters()).device
@@ -64,7 +64,7 @@ def linear_probe(
     without augmentation, and scaled to mean 0 and deviation 1 over `train`. Raises DodistillError without labels.
     """
     if train.y is None or test.y is None:
-        raise DodistillError("a probe learns from labels, and these images have none.")
+        raise DodistillError("these images have no labels; a probe needs them: give labelled images.")
     f, g = features(model, train.x, autocast=autocast), features(model, test.x, autocast=autocast)
     std, mean = torch.std_mean(f, 0, correction=0)
     f, g = ((v - mean) / std.clamp_min(1e-6) for v in (f, g))

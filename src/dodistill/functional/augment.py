@@ -15,7 +15,7 @@ class View:
     """One way to show images to a network: `view(x, generator)`, each image with its own draw.
 
     crop: `shift` by up to `pad` pixels each way, or `resized`: a random part that keeps a share U(scale) of the area.
-    padding: what a shift brings in, `zeros` (black) or `reflect`; `none`: no shift at all.
+    padding: the pixels outside the image in a shift, `zeros` (black) or `reflect`; `none`: no shift at all.
     flip: mirror each image with probability 1/2.
     """
 
@@ -43,8 +43,8 @@ class View:
 def crop_flip(x: Tensor, pad: int, generator: torch.Generator, flip: bool = True, mode: str = "zeros") -> Tensor:
     """Shift each image of x [B, C, H, W] by up to `pad` pixels each way; mirror it with probability 1/2 if `flip`.
 
-    Any dtype; for floats differentiable in x. `generator` lives on x's device. What comes in from outside is the image
-    reflected (`mode="reflect"`, pad < H, W) or zero (`mode="zeros"`). Never synchronises with the device.
+    Any dtype; for floats differentiable in x. `generator` lives on x's device. Pixels outside the image
+    are reflected (`mode="reflect"`, pad < H, W) or zero (`mode="zeros"`). Never synchronises with the device.
     """
     b = x.shape[0]
     shifts = torch.randint(-pad, pad + 1, (2, b), device=x.device, generator=generator)
@@ -102,13 +102,13 @@ def to_float(x: Tensor) -> Tensor:
 
 
 def to_uint8(x: Tensor, truncate: bool = False) -> Tensor:
-    """Float in [0, 1] (clipped to it) -> uint8, to the nearest level; `truncate` cuts off, as some published code."""
+    """Float, clipped to [0, 1] -> uint8, to the nearest level; `truncate` rounds down, as in some released code."""
     levels = x.detach().float().clamp(0, 1) * 255
     return (levels if truncate else levels + 0.5).to(torch.uint8)
 
 
 def _inside(index: Tensor, n: int, mode: str) -> Tensor:
-    """Indices beyond 0..n-1 brought back, by reflection without repeating the edge, or to the edge."""
+    """Indices outside 0..n-1 mapped into it: reflected without repetition of the edge, or clamped to the edge."""
     if mode == "zeros":
         return index.clamp(0, n - 1)
     index = index.abs()

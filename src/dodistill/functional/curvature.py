@@ -1,14 +1,14 @@
-"""Cheap second derivatives: convolution and BatchNorm of which a gradient can be differentiated at the cost of its own
+"""Cheap second derivatives: convolution and BatchNorm whose gradients can be differentiated at the cost of their
 arithmetic.
 
-Autograd can differentiate a gradient already. But on the way it writes the weight gradient of a convolution as a
-convolution whose kernel is the whole map, and BatchNorm's second derivative as some thirty passes over the
-activations: a product with the Hessian then costs 6 times a gradient where 2 would do. Inside
+Autograd can differentiate a gradient already. But it computes the weight gradient of a convolution as a convolution
+whose kernel is the whole map, and BatchNorm's second derivative as about thirty passes over the activations. A product
+with the Hessian then costs 6 times a gradient, where 2 times would suffice. Inside
 
     with second_derivatives():
         loss = ...                       # F.conv2d and F.batch_norm (train mode, NCHW) of any network
 
-both are the same functions with the same values and running statistics; only their derivatives are computed otherwise.
+both functions have the same values and running statistics; only their derivatives are computed differently.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class _NormGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, v: Tensor, p: Tensor, q: Tensor) -> Any:  # type: ignore[override]
-        """The gradient of S = <v, dx> + <p, dw> + <q, db>, of three reductions and two sums of three terms.
+        """The gradient of S = <v, dx> + <p, dw> + <q, db>, by three reductions and two sums of three terms.
 
         With m = mean v, d = mean v u, s = w r, E = sum v (g - a - c u):  S = s E + <p, dw> + <q, db>, so
         dS/dg = s (v - m - d u) + p u + q, dS/dw = r E, and dS/du = h = -s (d g + c v) + p g. x acts through u and r:
@@ -125,12 +125,12 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _maps(rows: Tensor, like: Tensor) -> Tensor:
-    """The way back."""
+    """The inverse of `_rows`."""
     b, c, h, w = like.shape
     return rows.view(b, h, w, c).permute(0, 3, 1, 2).to(like.dtype)
 
 
-# The parameters are those of torch.nn.functional, by name; None says: not a case for this file.
+# The parameters are those of torch.nn.functional, by name. None: this file does not handle the case.
 def _conv(input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0,
           dilation: Any = 1, groups: int = 1) -> Tensor | None:  # fmt: skip
     if input.dim() != 4 or isinstance(padding, str):
@@ -163,7 +163,7 @@ _OWN: dict[Callable[..., Any], Callable[..., Tensor | None]] = {nnf.conv2d: _con
 
 
 class second_derivatives(TorchFunctionMode):
-    """Within the block, what is computed can be differentiated twice at less cost; see the file."""
+    """Within the block, second derivatives cost less; see the head of this file."""
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None

@@ -18,8 +18,8 @@ _ZERO = 1e-6  # squared distances below this share of the squared norms are roun
 def pca(x: Tensor, dims: int) -> tuple[Tensor, Tensor]:
     """Mean [d] and basis [d, dims] of the leading principal axes of x [n, d], strongest first, in fp32.
 
-    An axis points to where its largest entry is positive, so the answer has no free sign. Axes beyond the rank of x are
-    zero columns. `(x - mean) @ basis` are the coordinates.
+    The largest entry of each axis is positive, which fixes its sign. Axes beyond the rank of x are zero columns.
+    `(x - mean) @ basis` are the coordinates.
     """
     with torch.autocast(x.device.type, enabled=False):
         x = x.float()
@@ -52,7 +52,7 @@ def squared_distances(x: Tensor, centres: Tensor) -> Tensor:
 
 
 def assign(x: Tensor, centres: Tensor, alive: Tensor | None = None, chunk: int = CHUNK) -> Tensor:
-    """Index [n] of the nearest of `centres` [k, d], the first of equals; only those that are `alive` [k] count."""
+    """Index [n] of the nearest of `centres` [k, d], the first of equals; only centres that are `alive` [k] count."""
     with torch.autocast(x.device.type, enabled=False):
         bar = None if alive is None else torch.where(alive, 0.0, math.inf)
         parts = []

@@ -33,7 +33,7 @@ def l1(s: Tensor, t: Tensor) -> Tensor:
 def js(p: Tensor, q: Tensor, T: float = 3.0) -> Tensor:
     """Jensen-Shannon divergence 1/2 KL(P||M) + 1/2 KL(Q||M), M = (P+Q)/2, of logits at temperature T; in [0, ln 2].
 
-    What Yin et al., Dreaming to Distill (2020), Eq. 7 writes; their code computes `js_published`.
+    As in Yin et al., Dreaming to Distill (2020), Eq. 7; their code computes `js_published`.
     """
     log_p, log_q = nnf.log_softmax(p / T, 1), nnf.log_softmax(q / T, 1)
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)
@@ -41,7 +41,7 @@ def js(p: Tensor, q: Tensor, T: float = 3.0) -> Tensor:
 
 
 def js_published(p: Tensor, q: Tensor, T: float = 3.0) -> Tensor:
-    """What the released code of DeepInversion computes for `js`: 1/2 KL(M||P) + 1/2 KL(M||Q) (the arguments of the
+    """The `js` of DeepInversion's released code: 1/2 KL(M||P) + 1/2 KL(M||Q) (the arguments of the
     library's KL are swapped), with P, Q and M clamped to [0.01, 0.99] after mixing and not normalised again.
 
     It can leave [0, ln 2]; the caller of that code clamps it to [0, 1]. With 100 classes the clamp hides most of it.
@@ -53,8 +53,9 @@ def js_published(p: Tensor, q: Tensor, T: float = 3.0) -> Tensor:
 
 
 def adversarial(s: Tensor, t: Tensor) -> Tensor:
-    """-mean_i( [argmax s_i == argmax t_i] KL(t_i || s_i) ), <= 0: pushes inputs to where student and teacher still name
-    the same class but disagree about it. Fang et al., CMI (2021), Eq. 9, as the code of CMI and Fast has it."""
+    """-mean_i( [argmax s_i == argmax t_i] KL(t_i || s_i) ), <= 0. It is low for inputs of which student and teacher
+    predict the same class with different probabilities. Fang et al., CMI (2021), Eq. 9, as in the code of CMI and
+    Fast."""
     return -((s.argmax(1) == t.argmax(1)) * _kl_rows(s, t)).mean()
 
 
@@ -76,8 +77,8 @@ def balance(t: Tensor) -> Tensor:
 def coverage(t: Tensor, least: float = 0.25) -> Tensor:
     """mean_c max(0, ln(least / K) - ln p_c), p = mean over the batch of softmax(t), [B, K] -> >= 0, in nats. Ours.
 
-    0 where each class has `least` of its fair share 1/K or more. The entropy of p (DAFL's L_ie) pulls at class c in
-    proportion to p_c, so not at all at one that the batch lacks. This pulls at such a class with 1/K, whatever p_c.
+    0 where each class has `least` of its fair share 1/K or more. The gradient of the entropy of p (DAFL's L_ie) for
+    class c is proportional to p_c, so it vanishes for an absent class. Here it is 1/K for such a class, for any p_c.
     """
     log_p = torch.logsumexp(nnf.log_softmax(t, 1), 0) - math.log(len(t))
     return (math.log(least / t.shape[1]) - log_p).clamp(min=0).mean()
@@ -152,7 +153,7 @@ def l2_norm(x: Tensor, per_image: bool = False) -> Tensor:
 
 def noisy_transition(a: Tensor, teacher_accuracy: float) -> Tensor:
     """DFND's matrix Q [K, K] from its free parameter a [K, K-1]: the teacher's accuracy on the diagonal, and in row k
-    the rest of the mass shared out by softmax(a_k). Rows sum to 1. Chen et al., DFND (2021), Eq. 6-7."""
+    the rest of the mass distributed by softmax(a_k). Rows sum to 1. Chen et al., DFND (2021), Eq. 6-7."""
     K = a.shape[0]
     off = (1 - teacher_accuracy) * torch.softmax(a, 1)
     diagonal = torch.full_like(a[:, :1], teacher_accuracy)
@@ -162,7 +163,7 @@ def noisy_transition(a: Tensor, teacher_accuracy: float) -> Tensor:
 
 
 def noisy_adaptation(s: Tensor, t: Tensor, a: Tensor, teacher_accuracy: float) -> Tensor:
-    """NLL(log(softmax(s) Q), argmax t): the student's clean prediction seen through the teacher's assumed confusion.
+    """NLL(log(softmax(s) Q), argmax t): the student's clean prediction, multiplied by the teacher's assumed confusion.
 
     Chen et al., Learning Student Networks in the Wild (DFND, 2021), Eq. 8; `a` and `teacher_accuracy` as in
     `noisy_transition`.

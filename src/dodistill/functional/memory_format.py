@@ -1,4 +1,4 @@
-"""The package's one memory format, channels_last: every network and every batch is brought into it here."""
+"""The package's only memory format, channels_last: converts networks and batches to it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def place(model: M, device: torch.device | None = None) -> M:
-    """`model`, in place, on `device` (None: where it is) and in the package's one memory format, channels_last.
+    """`model`, in place, on `device` (None: its current device) and in the package's memory format, channels_last.
 
-    The kernels of two formats round differently. So every network that is loaded, trained or delivered goes through
-    here, and every batch through `laid_out`: a student from its file answers as the one in memory did, on one machine
-    to the bit.
+    The kernels of two formats round differently. So every network that is loaded, trained or delivered passes through
+    this function, and every batch through `laid_out`. A student from its file then has the same logits as the student
+    in memory, bit-identical on one machine.
     """
     model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model

@@ -1,15 +1,15 @@
-"""Activations that are computed again instead of kept: what BatchNorm and the function after it made.
+"""Recomputes activations in the backward pass instead of storing them: outputs of BatchNorm and the function after it.
 
-A training pass keeps BatchNorm's input and, behind ReLU, its normalised copy for the next convolution. The second
-follows from the first by a few cheap operations. Inside
+A training pass stores BatchNorm's input and, after ReLU, its normalised copy for the next convolution. A few cheap
+operations compute the copy from the input. Inside
 
     with recomputed():
         loss = net(x)...                 # and, for second derivatives, torch.autograd.grad(..., create_graph=True)
 
-autograd keeps the recipe of such a copy in its place and makes the copy where a derivative asks for it: nearly half
-the activations of a network whose every convolution follows BatchNorm and ReLU (WRN), at the cost of its elementwise
-operations. The first copy has the bits of the original; later ones, made from its mean and variance, are equal to
-rounding, and so are the derivatives of first and second order.
+autograd stores a recipe in place of such a copy, and computes the copy when a derivative needs it. This saves nearly
+half the activations of a network whose every convolution follows BatchNorm and ReLU (WRN), at the cost of its
+elementwise operations. The first copy is bit-identical to the original. Later copies, made from its mean and variance,
+are equal to rounding, and so are the derivatives of first and second order.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 Recipe = Callable[[], Tensor]
-#: What may follow BatchNorm and be computed again, elementwise; and how, in the place of its input.
+#: Elementwise functions after BatchNorm that can be recomputed -> their in-place versions.
 _ACTIVATIONS: dict[Callable[..., Any], Callable[..., Tensor]] = {
     nnf.relu: nnf.relu, nnf.relu6: nnf.relu6, nnf.hardtanh: nnf.hardtanh, nnf.silu: nnf.silu,
     nnf.leaky_relu: nnf.leaky_relu, torch.relu: nnf.relu, torch.relu_: nnf.relu, torch.Tensor.relu: nnf.relu,
@@ -33,7 +33,7 @@ _ACTIVATIONS: dict[Callable[..., Any], Callable[..., Tensor]] = {
 
 
 class _Kept:
-    """A tensor as autograd would keep it, or how to make it again."""
+    """A tensor that autograd stores, or the recipe to recompute it."""
 
     def __init__(self, tensor: Tensor, recipe: Recipe | None) -> None:
         self.tensor, self.recipe = None if recipe is not None else tensor, recipe
@@ -41,16 +41,16 @@ class _Kept:
 
 
 class recomputed(TorchFunctionMode):
-    """Within the block, activations behind BatchNorm in train mode are recomputed for the backward passes; see above.
+    """Within the block, activations after BatchNorm in train mode are recomputed for the backward passes; see above.
 
-    Raises RuntimeError in the backward pass, as autograd does, where what it needs was changed in place.
+    Raises RuntimeError in the backward pass, as autograd does, if a tensor that it needs was changed in place.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.known: weakref.WeakKeyDictionary[torch.UntypedStorage, tuple[Any, Recipe]] = weakref.WeakKeyDictionary()
-        self.last: tuple[Recipe, Tensor] | None = None  # made last
-        self.fresh: list[_Kept] | None = None  # what the function that is running has kept
+        self.last: tuple[Recipe, Tensor] | None = None  # the last recomputed tensor
+        self.fresh: list[_Kept] | None = None  # tensors stored by the running function
 
     def __enter__(self) -> recomputed:
         self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
@@ -77,7 +77,7 @@ class recomputed(TorchFunctionMode):
             return func(*args, **kwargs)
         self.fresh = []
         out = func(*args, **kwargs)
-        for kept in self.fresh:  # ReLU keeps its own output, of which there was no recipe yet
+        for kept in self.fresh:  # ReLU stores its own output, which had no recipe yet
             if kept.tensor is not None and _same(kept.tensor, out):
                 kept.tensor, kept.recipe = None, recipe
         self.fresh = None
@@ -88,7 +88,7 @@ class recomputed(TorchFunctionMode):
         self.known[tensor.untyped_storage()] = (_view(tensor), recipe)
 
     def _find(self, tensor: Tensor) -> Recipe | None:
-        """The recipe of a tensor, if it is one of ours and nobody has written into it since."""
+        """The recipe of a tensor, if it has one and was not changed since."""
         view, recipe = self.known.get(tensor.untyped_storage(), (None, None))
         return recipe if view == _view(tensor) else None
 
@@ -102,11 +102,11 @@ class recomputed(TorchFunctionMode):
         if kept.recipe is None:
             assert kept.tensor is not None
             return _unchanged(kept.tensor, kept.version)
-        if self.last is None or self.last[0] is not kept.recipe:  # several functions in a row ask for the same
+        if self.last is None or self.last[0] is not kept.recipe:  # several functions in a row need the same tensor
             self.last = None
             with torch.no_grad():
                 self.last = kept.recipe, kept.recipe()
-            self._know(self.last[1], kept.recipe)  # a gradient that is to be differentiated keeps it in turn
+            self._know(self.last[1], kept.recipe)  # a gradient that is differentiated stores it again
         return self.last[1]
 
 
@@ -115,7 +115,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _view(tensor: Tensor) -> tuple[Any, ...]:
-    """How it shows its memory, and how often that was written to."""
+    """Its layout in memory, and its version, the number of in-place changes."""
     return tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset(), tensor._version
 
 
@@ -128,7 +128,7 @@ def _unchanged(tensor: Tensor, version: int) -> Tensor:
     return tensor
 
 
-# The parameters are those of torch.nn.functional.batch_norm, by name; None says: not a case for this file.
+# The parameters are those of torch.nn.functional.batch_norm, by name. None: this file does not handle the case.
 def _norm(input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None,
           bias: Tensor | None = None, training: bool = False, momentum: float = 0.1,
           eps: float = 1e-5) -> Recipe | None:  # fmt: skip
@@ -136,7 +136,7 @@ def _norm(input: Tensor, running_mean: Tensor | None, running_var: Tensor | None
         return None
     tensors = [t if t is None else t.detach() for t in (input, weight, bias)]
     versions = [0 if t is None else t._version for t in tensors]
-    found: list[Tensor] = []  # mean and 1 / variance, from the first time
+    found: list[Tensor] = []  # mean and 1 / variance, from the first computation
 
     def again() -> Tensor:
         x, w, b = (t if t is None else _unchanged(t, v) for t, v in zip(tensors, versions))
@@ -151,6 +151,6 @@ def _norm(input: Tensor, running_mean: Tensor | None, running_var: Tensor | None
 
 
 def _then(before: Recipe, func: Callable[..., Any], input: Tensor, *args: Any, **kwargs: Any) -> Recipe:
-    """What `func` makes of what `before` makes."""
+    """The recipe of `func` applied to the result of `before`."""
     settings = args[: {nnf.hardtanh: 2, nnf.leaky_relu: 1}.get(func, 0)]  # without a positional `inplace`
     return lambda: _ACTIVATIONS[func](before(), *settings, **kwargs | {"inplace": True})

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def cosine(done: float, high: float = 1.0, low: float = 0.0, of: float = 1.0) -> float:
-    """From `high` at done = 0 down to `low` at done = `of`, along half a cosine."""
+    """Half a cosine, from `high` at done = 0 to `low` at done = `of`."""
     return low + (high - low) * 0.5 * (1 + math.cos(math.pi * done / of))
 
 

@@ -1,4 +1,4 @@
-"""KDCI, as the paper has it: compensate the student's predictions with a prior F(z) over the confounder dictionary.
+"""KDCI as published: compensate the student's predictions with a prior F(z) over the confounder dictionary.
 
 De-confounded Data-free Knowledge Distillation for Handling Distribution Shifts (CVPR 2024), section 3.3:
 
@@ -6,8 +6,8 @@ De-confounded Data-free Knowledge Distillation for Handling Distribution Shifts 
     lam_i    = softmax_i( W_t^T tanh(W_q f_S(X) + W_k z_i) )               (Eq. 5)
     P(S|do(X)) is approximated by  f_S(X) + F(z)      in the distillation loss only, before the temperature
 
-The NWGM step that leads there (Eq. 2-3) serves as motivation only. On 22 points the paper is silent or its types do not
-fit. Each has a default reading here, and a switch where another is defensible; docs/methods/kdci.md lists them all. The
+The NWGM derivation (Eq. 2-3) serves as motivation only. On 22 points the paper is unspecified or its types do not fit.
+Each has a default reading here, and a switch where another is defensible; docs/methods/kdci.md lists them all. The
 ablations of its Tables 4 and 5, and a control that it lacks, are the same module with another argument:
 
     Table 4 (2) random weights      weights="random"
@@ -92,7 +92,7 @@ class KDCI(Intervention):
             return lam
         if self.config.weights == "random":
             return torch.softmax(dictionary.xi.masked_fill(~valid, -math.inf), 0)[None]
-        flat = valid.float()  # constant: P alone weighs; without P, the plain mean of the prototypes
+        flat = valid.float()  # constant: P alone gives the weights; without P, the plain mean of the prototypes
         return (flat if self.config.proportions else flat / flat.sum())[None]
 
     def F(self, lam: Tensor, dictionary: ConfounderDictionary) -> Tensor:

@@ -70,11 +70,11 @@ class Stratified(Intervention):
             if dictionary.foreign:
                 raise DodistillError(
                     "stratified: by=cluster needs the teacher's own dictionary, not a foreign model's; use by=class, "
-                    "or leave data.foreign out."
+                    "or remove data.foreign."
                 )
             if dictionary.of == "batch":
                 raise DodistillError(
-                    "stratified: by=cluster draws from clusters that last, and dictionary.of=batch makes new ones "
+                    "stratified: by=cluster needs persistent clusters, but dictionary.of=batch makes new ones "
                     "for each batch; use dictionary.of=pool or latest."
                 )
             stratum, k = dictionary.assign(logits), dictionary.P.numel()
@@ -109,8 +109,8 @@ class Config(InterventionConfig):
     by: Literal["class", "cluster"] = "class"  #: class (the teacher's) | cluster (of the confounder dictionary)
     prior: tuple[float, ...] | None = None  #: P*, one number >= 0 for each stratum, any scale; None: uniform
     power: float = 1.0  #: in [0, 1]: 0 leaves the draw unchanged, 1 reaches P* (up to the cap)
-    cap: float = 20.0  #: >= 1: largest weight of an image, relative to the mean; stops two or three stray images of a
-    #: class from filling 1/K of each batch, and has little effect on class shares down to 100:1
+    cap: float = 20.0  #: >= 1, the largest weight of an image relative to the mean; keeps a stratum of two or three
+    #: images from filling 1/K of each batch, and hardly affects class shares of up to 100:1
 
     @property
     def needs_dictionary(self) -> bool:
@@ -121,7 +121,7 @@ class Config(InterventionConfig):
             raise DodistillError(f"stratified: power is {self.power}; it must lie in [0, 1].")
         at_least(1, "stratified", ", the mean weight", cap=self.cap)
         if self.prior is not None and (min(self.prior, default=-1) < 0 or not sum(self.prior) > 0):
-            raise DodistillError(f"stratified: prior {list(self.prior)} must be numbers >= 0, not all 0.")
+            raise DodistillError(f"stratified: prior is {list(self.prior)}; it must be numbers >= 0, not all 0.")
         module = Stratified(self, context.num_classes)
         if self.prior is not None and self.by == "class":
             module._target(context.num_classes, torch.ones(context.num_classes))

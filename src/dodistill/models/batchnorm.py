@@ -28,7 +28,7 @@ def current_statistics(model: nn.Module) -> Iterator[None]:
     kept = [(m, m.running_mean, m.running_var) for m in model.modules() if isinstance(m, _BatchNorm)]
     try:
         for m, _, _ in kept:
-            m.running_mean = m.running_var = None  # PyTorch's sign for a layer without running statistics
+            m.running_mean = m.running_var = None  # PyTorch's value for a layer without running statistics
         yield
     finally:
         for m, mean, var in kept:
@@ -49,7 +49,7 @@ def calibrate(model: nn.Module, images: Tensor, batch: int = 256) -> nn.Module:
     try:
         for m in layers:
             m.reset_running_stats()
-            m.momentum = None  # PyTorch's sign for the plain mean
+            m.momentum = None  # PyTorch's value for the plain mean
             m.train()
         for part in images.tensor_split(-(-len(images) // batch)):
             here = part.to(first.device)

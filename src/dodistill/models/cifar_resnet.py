@@ -22,7 +22,7 @@ def _conv(i: int, o: int, size: int, stride: int = 1) -> nn.Conv2d:
 
 
 class _Projection(nn.Module):
-    """What the units of the wide family share: an identity shortcut, or a strided 1x1 convolution and a BatchNorm."""
+    """The shortcut of the wide family's units: the identity, or a strided 1x1 convolution and a BatchNorm."""
 
     expansion = 1
 

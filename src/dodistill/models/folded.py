@@ -1,4 +1,4 @@
-"""A network for answers alone: its BatchNorms in eval mode are part of the layers before them."""
+"""A network for inference only: its BatchNorms are folded into the layers before them."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class _Uses(TorchFunctionMode):
 
 
 def pairs(model: nn.Module, x: Tensor) -> list[tuple[str, str]]:
-    """(layer, BatchNorm) by name: each BatchNorm alone reads what its layer computes, and both are called once on x."""
-    made: dict[int, tuple[str, Tensor]] = {}  # the tensors are kept, so that no other gets the id of one
+    """(layer, BatchNorm) by name: only the BatchNorm reads the layer's output, and both are called once on x."""
+    made: dict[int, tuple[str, Tensor]] = {}  # keeps the tensors, so that their ids stay unique
     calls: dict[str, int] = {}
     found: list[tuple[str, str, Tensor]] = []
     uses = _Uses()
@@ -97,14 +97,14 @@ def folded(model: nn.Module, x: Tensor) -> nn.Module | None:
 
     Returns:
         The copy, in the package's memory format. None where no BatchNorm can be folded, where the model reads values
-        out of tensors (its path may depend on the image), and where the copy answers `x` otherwise than to rounding.
+        out of tensors (its path may depend on the image), and where the copy's logits of `x` differ beyond rounding.
     """
     both = pairs(model, x)
     if not both:
         return None
     try:
         copied = _fused(model, both)
-    except Exception:  # a model that cannot be copied, or layers that only look as if they fit
+    except Exception:  # a model that cannot be copied, or layers that cannot be fused
         return None
     place(copied)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):

@@ -66,9 +66,11 @@ def attach(net: nn.Module, temperature: float = 4.0, weights: str = "softened") 
     """Put an empty head around the last Linear of `net`, in place. Raises DodistillError where that cannot be done."""
     name, linear = classifier(net)
     if not isinstance(linear, nn.Linear) or not name:
-        raise DodistillError("a context head replaces a Linear inside the network; this network has none.")
+        raise DodistillError(
+            "a context head replaces a Linear inside the network, but this network has none; use another network."
+        )
     if find(net) is not None:
-        raise DodistillError("this network has a context head already; use the network without it.")
+        raise DodistillError("this network already has a context head; use the network without it.")
     if weights not in WEIGHTS:
         raise DodistillError(f"context head: weights is {weights!r}; use one of {', '.join(WEIGHTS)}.")
     parent, _, last = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""`load_model`: one small grammar for networks from anywhere."""
+"""`load_model`: one grammar for networks of the zoo, of libraries and of files."""
 
 from __future__ import annotations
 
@@ -35,31 +35,33 @@ def load_model(
     std: str | Values | None = None,
     seed: int | None = None,
 ) -> Normalized:
-    """A network with its normalisation, taking images [B, C, H, W] in [0, 1] and giving logits [B, num_classes].
+    """A network with its normalisation, from images [B, C, H, W] in [0, 1] to logits [B, num_classes].
 
     `spec` is a zoo name (`wrn40_2`), `timm:NAME`, `torchvision:NAME`, `path/to/file.py:factory` (the file is imported;
     the factory is called with `num_classes` and `in_channels` if it takes them), or a `.safetensors` file of
-    `save_model`, which knows the rest. Nothing is downloaded: weights come from `weights` (`.safetensors`, or a torch
-    file of tensors). What is not given is read off the weights. `mean` and `std` are values per channel or a name
+    `save_model`, which contains the rest. Nothing is downloaded: weights come from `weights` (`.safetensors`, or a
+    torch file of tensors). Omitted values are read from the weights. `mean` and `std` are values per channel or a name
     (`cifar10`); else those of the saved file, of timm, or of torchvision (ImageNet); else none. `seed` fixes the fresh
-    weights without touching torch's global random state; without it they come from there. The memory format is that of
-    `memory_format.place`.
+    weights and leaves torch's global random state unchanged; without a seed they are drawn from that state. The memory
+    format is that of `memory_format.place`.
 
-    Raises DodistillError, with the fix, for whatever does not fit.
+    Raises DodistillError, with the fix, for arguments that do not fit.
     """
     saved: dict[str, Any] = {}
     if spec.endswith(".safetensors"):
         if weights is not None:
-            raise DodistillError(f"{spec} already holds weights, and weights={weights} too; name the network instead.")
+            raise DodistillError(
+                f"{spec} already contains weights, but weights is {weights}; give a network's name in place of {spec}."
+            )
         saved = read_metadata(spec)
         weights, spec = spec, str(saved.get("spec", ""))
         if not spec:
             raise DodistillError(
-                f"{weights} does not say which network it is; use load_model(NAME, weights='{weights}')."
+                f"{weights} does not contain the name of its network; use load_model(NAME, weights='{weights}')."
             )
         if ".py:" in spec:
             raise DodistillError(
-                f"{weights} asks to run {spec}; code is run only when you name it: "
+                f"{weights} names the code {spec}; code runs only if you name it yourself: "
                 f"load_model('{spec}', weights='{weights}')."
             )
     elif weights is not None and str(weights).endswith(".safetensors"):
@@ -104,11 +106,11 @@ def _check_grammar(spec: str) -> None:
     if spec.endswith(".py"):
         raise DodistillError(f"{spec} is a file; name the function in it that builds the model: {spec}:FACTORY.")
     if spec.endswith((".pt", ".pth", ".th", ".bin", ".ckpt")):
-        raise DodistillError(f"{spec} is weights, not a network; use load_model(NAME, weights='{spec}').")
+        raise DodistillError(f"{spec} contains weights, not a network; use load_model(NAME, weights='{spec}').")
     if colon:
         raise DodistillError(f"{nearest(origin, ['timm', 'torchvision'], 'origin of models')} A model is {_GRAMMAR}.")
     if "/" in spec or "\\" in spec or "." in spec:
-        raise DodistillError(f"{spec!r} is no model; use {_GRAMMAR}.")
+        raise DodistillError(f"{spec!r} is not a model; use {_GRAMMAR}.")
 
 
 def _build(
@@ -132,7 +134,7 @@ def _from_timm(name: str, classes: int | None, channels: int | None, size: int |
         raise DodistillError(f"timm:{name} needs timm ({error}): pip install 'dodistill[timm]'") from error
     if not timm.is_model(name.partition(".")[0]):
         close = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
-        raise DodistillError(f"timm has no model {name!r}; near it: {', '.join(close) or 'none'}.")
+        raise DodistillError(f"timm has no model {name!r}; similar names: {', '.join(close) or 'none'}.")
     kwargs: dict[str, Any] = {} if classes is None else {"num_classes": classes}
     if channels is not None:
         kwargs["in_chans"] = channels
@@ -165,11 +167,11 @@ def _from_torchvision(name: str, classes: int | None, channels: int | None) -> n
 
 
 def _from_file(spec: str, classes: int | None, channels: int | None) -> nn.Module:
-    """Import the file under a name of its own and call its factory."""
+    """Import the file under a unique name and call its factory."""
     path, name = spec.rsplit(":", 1)
     file = Path(path).expanduser().resolve()
     if not file.is_file():
-        raise DodistillError(f"no file {path} (looked for from {Path.cwd()}), asked for by {spec!r}.")
+        raise DodistillError(f"there is no file {path} of {spec!r} (looked for from {Path.cwd()}); correct the path.")
     module_spec = importlib.util.spec_from_file_location(f"_dodistill_file_{file.stem}", file)
     assert module_spec is not None
     assert module_spec.loader is not None
@@ -189,12 +191,12 @@ def _from_file(spec: str, classes: int | None, channels: int | None) -> nn.Modul
     except Exception as error:
         raise DodistillError(f"{spec} failed: {type(error).__name__}: {error}") from error
     if not isinstance(net, nn.Module):
-        raise DodistillError(f"{spec} returned a {type(net).__name__}, not a torch.nn.Module.")
+        raise DodistillError(f"{spec} returned a {type(net).__name__}; it must return a torch.nn.Module.")
     return net
 
 
 def _parameters(function: Callable[..., Any]) -> Collection[str]:
-    """The names of its parameters. Some callables of C have no signature; they get no arguments."""
+    """The names of its parameters; empty for callables in C without a signature."""
     try:
         return inspect.signature(function).parameters
     except ValueError:

@@ -38,7 +38,9 @@ class Normalized(nn.Module):
     ) -> None:
         super().__init__()
         if len(mean) != len(std) or not mean or not all(s > 0 for s in std):
-            raise DodistillError(f"mean {list(mean)} and std {list(std)} must be as long as each other, and std > 0.")
+            raise DodistillError(
+                f"mean {list(mean)} and std {list(std)} must have the same length, and std must be > 0."
+            )
         self.model = model
         self.register_buffer("mean", torch.tensor(list(mean), dtype=torch.float32).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(list(std), dtype=torch.float32).view(1, -1, 1, 1), persistent=False)
@@ -51,7 +53,7 @@ class Normalized(nn.Module):
 
 
 def normalised_space(model: nn.Module) -> Space:
-    """The normalisation of `model`, where it is a `Normalized`; else mean 0.5 and deviation 0.25, as none is known."""
+    """The normalisation of `model`, where it is a `Normalized`; else mean 0.5 and deviation 0.25."""
     if isinstance(model, Normalized):
         return model.mean, model.std
     return torch.full((1, 1, 1, 1), 0.5), torch.full((1, 1, 1, 1), 0.25)
@@ -60,7 +62,7 @@ def normalised_space(model: nn.Module) -> Space:
 def constants(
     mean: str | Values | None, std: str | Values | None, channels: int | None
 ) -> tuple[list[float], list[float]] | None:
-    """(mean, std) of what was asked for, None where nothing was; a name of NORMALISATION stands for both.
+    """(mean, std) of the arguments, None without arguments; a name of NORMALISATION sets both.
 
     Raises DodistillError for an unknown name, one of the two without the other, or a length that is not `channels`.
     """
@@ -72,14 +74,14 @@ def constants(
         if name not in NORMALISATION:
             raise DodistillError(nearest(name, NORMALISATION, "normalisation"))
         if (mean is not None and mean != name) or (std is not None and std != name):
-            raise DodistillError(f"mean {mean!r} and std {std!r} do not belong together; the name {name!r} sets both.")
+            raise DodistillError(f"mean is {mean!r} and std is {std!r}; the name {name!r} sets both, so give it alone.")
         mean, std = NORMALISATION[name]
     if mean is None or std is None:
         raise DodistillError(f"mean is {mean} and std is {std}: give both, or one name of {', '.join(NORMALISATION)}.")
     for values in (mean, std):
         if channels is not None and len(values) not in (1, channels):
             raise DodistillError(
-                f"normalisation has {len(values)} channels ({list(values)}), the model takes {channels}; "
+                f"normalisation has {len(values)} channels ({list(values)}), but the model takes {channels}; "
                 f"give {channels} values, or one for all."
             )
     return [float(v) for v in mean], [float(v) for v in std]

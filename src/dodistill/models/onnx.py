@@ -18,7 +18,7 @@ from ..functional.modes import evaluating
 def export_onnx(model: nn.Module, path: str | Path, image_shape: tuple[int, int, int]) -> Path:
     """Write `model` for batches of any size; input `images` fp32 [n, C, H, W] in [0, 1], output `logits` [n, K].
 
-    Raises DodistillError without the optional libraries, and for a network that the exporter cannot follow.
+    Raises DodistillError without the optional libraries, and for a network that the exporter cannot convert.
     """
     try:
         import onnx  # noqa: F401
@@ -30,12 +30,12 @@ def export_onnx(model: nn.Module, path: str | Path, image_shape: tuple[int, int,
     said = io.StringIO()
     try:
         with evaluating(model), warnings.catch_warnings(), contextlib.redirect_stdout(said):
-            warnings.simplefilter("ignore")  # on what the exporter does inside
+            warnings.simplefilter("ignore")  # the exporter's own warnings
             program = torch.onnx.export(
                 model, (images,), input_names=["images"], output_names=["logits"], dynamo=True,
                 dynamic_shapes=({0: torch.export.Dim("n")},), verbose=False,
             )  # fmt: skip
-    except Exception as error:  # the exporter has many kinds
+    except Exception as error:  # the exporter raises many kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DodistillError(f"this network cannot be exported to ONNX: {reason}") from error
     assert program is not None

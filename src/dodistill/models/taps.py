@@ -54,7 +54,9 @@ class BatchNormInputs(Sequence[Moments]):
             return [self[i] for i in range(*index.indices(len(self)))]
         module = self.modules[index]
         if id(module) not in self._moments:
-            raise DodistillError(f"{module} has seen no input: no forward pass in this block, or it is not used in it.")
+            raise DodistillError(
+                f"{module} has no input yet: there was no forward pass in this block, or it does not use the layer."
+            )
         return self._moments[id(module)]
 
 
@@ -194,7 +196,9 @@ class PooledInputs(BatchNormInputs):
         """[B, D]: per layer and channel its input in the latest forward, averaged over space; fp32, in graph."""
         unseen = [m for m in self.layers if id(m) not in self._means]
         if unseen:
-            raise DodistillError(f"{type(unseen[0]).__name__} has seen no input: no forward pass, or it is not used.")
+            raise DodistillError(
+                f"{type(unseen[0]).__name__} has no input yet: there was no forward pass, or it does not use the layer."
+            )
         return torch.cat([self._means[id(m)] for m in self.layers], 1)
 
 

@@ -70,7 +70,7 @@ class Teacher(nn.Module):
         if "batchnorm" in needs and not self.has_batchnorm:
             others = ", ".join(sorted(alternatives)) or "none"
             raise DodistillError(
-                f"{method!r} reads the statistics of BatchNorm layers, and this teacher "
+                f"{method!r} reads the statistics of BatchNorm layers, but this teacher "
                 f"({type(_bare(self.model)).__name__}) has none. Methods that work with it: {others}."
             )
 
@@ -88,7 +88,7 @@ class Teacher(nn.Module):
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DodistillError(
                 f"the teacher does not take images of shape {shape} (channels, height, width).{takes} "
-                f"Give the image_shape that it was trained on. It said: {reason}"
+                f"Give the image_shape that it was trained on. The error was: {reason}"
             ) from error
         if not isinstance(out, Tensor):
             raise DodistillError(
@@ -97,22 +97,24 @@ class Teacher(nn.Module):
             )
         if out.dim() != 2 or out.shape[0] != 2:
             raise DodistillError(
-                f"the teacher returns shape {tuple(out.shape)} for 2 images; a classifier returns (2, classes)."
+                f"the teacher returns shape {tuple(out.shape)} for 2 images; it must return (2, classes)."
             )
         if not out.is_floating_point():
-            raise DodistillError(f"the teacher returns {out.dtype}; logits are floating point.")
+            raise DodistillError(f"the teacher returns {out.dtype}; logits must be floating point.")
         classes = out.shape[1]
         if num_classes is not None and classes != num_classes:
-            raise DodistillError(f"the teacher has {classes} classes, num_classes is {num_classes}; they must agree.")
+            raise DodistillError(
+                f"the teacher has {classes} classes, but num_classes is {num_classes}; give {classes}."
+            )
         if classes < 2:
             raise DodistillError(f"the teacher has {classes} output(s); distillation needs at least 2 classes.")
         if not bool(torch.isfinite(out).all()):
             raise DodistillError(
-                "the teacher returns NaN or infinity for random images; are its weights loaded and sound?"
+                "the teacher returns NaN or infinity for random images; check that its weights are loaded and finite."
             )
         if bool((out >= 0).all()) and bool(torch.allclose(out.float().sum(1), torch.ones(2, device=out.device))):
             raise DodistillError(
-                "the teacher returns probabilities (rows sum to 1), not logits; drop its last softmax."
+                "the teacher returns probabilities (rows sum to 1), not logits; remove its final softmax."
             )
         return classes
 
@@ -124,6 +126,6 @@ def _bare(model: nn.Module) -> nn.Module:
 
 def _checked_shape(shape: tuple[int, int, int]) -> tuple[int, int, int]:
     if len(shape) != 3 or not all(isinstance(s, int) and s > 0 for s in shape):
-        raise DodistillError(f"image_shape is {shape!r}; it must be (channels, height, width), such as (3, 32, 32).")
+        raise DodistillError(f"image_shape is {shape!r}; it must be (channels, height, width), as in (3, 32, 32).")
     c, h, w = shape
     return c, h, w

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 class Tiny(nn.Module):
     """[B, in_channels, H, W] -> logits [B, num_classes]; max-pool by 2 after the first two stages.
 
-    Each output sees 18 pixels (strided convolutions of the same cost would see 9, too few to tell digits apart).
+    The receptive field is 18 pixels (9 for strided convolutions of the same cost, too few to distinguish digits).
     """
 
     def __init__(self, width: int, num_classes: int, in_channels: int = 1) -> None:

@@ -2,8 +2,8 @@
 
 Repeating every pixel is a transposed convolution with ones [2, 2] and stride 2. With the 3x3 convolution w after it,
 it is one transposed convolution with the 4x4 kernel w' = ones [2, 2] * flip(w): the same linear map of the same nine
-weights, zero padding included, up to rounding. On a CPU core most of a small run's time goes there; whole generators
-are 1.6 to 1.9 times as fast forwards and backwards (benchmarks/upsample.py).
+weights, zero padding included, up to rounding. Upsampling takes most of a small run's time on a CPU core. Whole
+generators are 1.6 to 1.9 times as fast in forward and backward passes (benchmarks/upsample.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 def transposed_kernel(w: Tensor) -> Tensor:
-    """Kernel [O, I, 3, 3] of a convolution -> [I, O, 4, 4] of the transposed one that upsamples as well."""
+    """Kernel [O, I, 3, 3] of a convolution -> [I, O, 4, 4] of the transposed convolution that also upsamples."""
     w = w.transpose(0, 1).flip(2, 3)
     return F.pad(w, (0, 1, 0, 1)) + F.pad(w, (1, 0, 0, 1)) + F.pad(w, (0, 1, 1, 0)) + F.pad(w, (1, 0, 1, 0))
 

@@ -1,4 +1,4 @@
-"""Reading and writing weights: no code of a file runs, files are written whole, and mismatches are refused."""
+"""Reads and writes weights: no code of a file runs, writes are atomic, and mismatches are refused."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         with safe_open(path, "pt") as f:
             raw = f.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise DodistillError(f"{path} is damaged or cut short ({error}); copy or download it again.") from error
+        raise DodistillError(f"{path} is damaged or truncated ({error}); copy or download it again.") from error
     metadata = {}
     for key, value in raw.items():
         with contextlib.suppress(ValueError):  # other programs' metadata need not be JSON
@@ -50,10 +50,10 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The state dict in a `.safetensors` file, or in a torch file (`.pt`, `.pth`, `.th`) that holds only tensors.
 
-    Raises DodistillError for a file that is missing, damaged, would run code, or holds something else.
+    Raises DodistillError for a file that is missing, damaged, would run code, or contains something else.
     """
     path = _existing(path)
-    damaged = f"{path} is damaged or cut short ({{}}); copy or download it again."
+    damaged = f"{path} is damaged or truncated ({{}}); copy or download it again."
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
@@ -61,15 +61,15 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             raise DodistillError(damaged.format(error)) from error
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on pickle protocols; the error below says what is wrong
+            warnings.simplefilter("ignore")  # warnings on pickle protocols; the error below replaces them
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         if wanted or path.read_bytes()[:1] == b"\x80":
             reason = f"it calls {wanted[1]}" if wanted else "it holds more than tensors"
             raise DodistillError(_REFUSED.format(path=path, reason=reason)) from error
-        raise DodistillError(damaged.format("it is no torch file")) from error
-    except Exception as error:  # torch reports damage in many ways: RuntimeError, EOFError, KeyError, ...
+        raise DodistillError(damaged.format("it is not a torch file")) from error
+    except Exception as error:  # damage raises many types: RuntimeError, EOFError, KeyError, ...
         raise DodistillError(damaged.format(str(error).splitlines()[0] if str(error) else repr(error))) from error
     for key in _INSIDE:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
@@ -91,7 +91,7 @@ def guess_classes(state: Mapping[str, Tensor]) -> int | None:
     return rows[-1] if rows else None
 
 
-#: Names of first convolutions. A file may list its tensors in any order (safetensors: by name), so order says nothing.
+#: Names of first convolutions. A file may list its tensors in any order (safetensors: by name).
 _STEM = re.compile(r"^(conv1|conv_stem|stem\.\w+|features\.0(\.0)?|block0\.0|patch_embed\.proj)\.weight$")
 
 
@@ -115,7 +115,7 @@ def load_state(net: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
     head = matrices[-1] if matrices else ""
     if head in shapes and own[head].shape[1:] == state[head].shape[1:]:
         raise DodistillError(
-            f"weights {name} have {state[head].shape[0]} classes, num_classes is {own[head].shape[0]} "
+            f"weights {name} have {state[head].shape[0]} classes, but num_classes is {own[head].shape[0]} "
             f"({head}: {tuple(state[head].shape)} against {tuple(own[head].shape)}); "
             f"use num_classes={state[head].shape[0]} or other weights."
         )
@@ -125,7 +125,7 @@ def load_state(net: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
         differ = [f"{k} is {tuple(state[k].shape)}, the network has {tuple(own[k].shape)}" for k in shapes]
         lines = [("other shapes", differ), ("missing", missing), ("unexpected", unexpected)]
         told = "; ".join(f"{what}: {_few(keys)}" for what, keys in lines if keys)
-        raise DodistillError(f"weights {name} are of another network. {told}.")
+        raise DodistillError(f"weights {name} belong to another network; give the weights of this one. {told}.")
     net.load_state_dict(dict(state), strict=False)
 
 
@@ -139,11 +139,11 @@ def load_saved(model: nn.Module, path: str | Path) -> None:
 
 
 def save_model(model: nn.Module, path: str | Path, **extra_metadata: Any) -> Path:
-    """Write weights as `.safetensors`, whole or not at all, with what `load_model(path)` needs to build them again.
+    """Write weights as `.safetensors`, atomically, with the metadata for `load_model(path)` to rebuild the network.
 
     The keys are those of the bare network. Metadata (JSON strings): `spec, num_classes, in_channels, image_size, mean,
     std` of a `Normalized`, `head` of a network with a context head, and `extra_metadata`. Raises DodistillError when
-    the disk is full or may not be written.
+    the disk is full or not writable.
     """
     path, net, metadata = Path(path), model, dict[str, Any]()
     if isinstance(model, Normalized):
@@ -161,7 +161,7 @@ def save_model(model: nn.Module, path: str | Path, **extra_metadata: Any) -> Pat
 def _existing(path: str | Path) -> Path:
     path = Path(path)
     if not path.is_file():
-        raise DodistillError(f"no weights file at {path}; check the path (it is looked for from {Path.cwd()}).")
+        raise DodistillError(f"no weights file at {path} (looked for from {Path.cwd()}); correct the path.")
     return path
 
 

@@ -14,7 +14,7 @@ _BUILDERS = {**cifar_resnet.ZOO, **mobilenetv2.ZOO, **vgg.ZOO, **wrn.ZOO}
 
 
 def zoo_names() -> list[str]:
-    """Every name of the zoo; of the family `tiny{W}` the usual widths stand for all."""
+    """Every name of the zoo; of the family `tiny{W}`, only the usual widths."""
     return sorted(_BUILDERS) + ["tiny8", "tiny16", "tiny32"]
 
 
@@ -24,7 +24,7 @@ def default_channels(name: str) -> int:
 
 
 def build(name: str, num_classes: int, in_channels: int) -> nn.Module:
-    """A freshly initialised network. Raises DodistillError with the nearest names for one that is not there."""
+    """A freshly initialised network. Raises DodistillError, with the nearest names, for an unknown name."""
     tiny = re.fullmatch(r"tiny([1-9]\d{0,3})", name)
     if tiny:
         return Tiny(int(tiny[1]), num_classes, in_channels)

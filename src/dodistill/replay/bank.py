@@ -69,12 +69,12 @@ class Bank(Replay):
         c = self.config
         if len(images) < c.size:
             raise DodistillError(
-                f"replay.size is {c.size}, and an acquisition has {len(images)} images to learn from; "
+                f"replay.size is {c.size}, but an acquisition has {len(images)} images to train on; "
                 f"give --replay.size {max(len(images) // 2, 2)}, or a source that acquires more at a time."
             )
         if round + 1 < c.first or (round + 1 - c.first) % c.every:
             return
-        n = c.size if c.eviction == "oldest" else len(images)  # they come in random order
+        n = c.size if c.eviction == "oldest" else len(images)  # the images are in random order
         self.bank.add(images[:n], logits[:n], self.generator)
 
     def draw(self, student: nn.Module, step: int) -> tuple[Tensor, Tensor | None]:

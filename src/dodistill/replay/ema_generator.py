@@ -64,8 +64,8 @@ class Ema(Replay):
         if made is None:
             able = [n for n in registry.names("source") if registry.config("source", n).generates]
             raise DodistillError(
-                "replay ema_generator averages a generator that goes on through the run, and this source has none; use "
-                f"one of {', '.join(able)}, or --replay bank."
+                "replay ema_generator averages a generator that is trained through the run, but this source has none; "
+                f"use one of {', '.join(able)}, or --replay bank."
             )
         self.live, self.latent, self.steps = made
         self.net = copy.deepcopy(self.live).requires_grad_(False)

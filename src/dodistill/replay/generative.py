@@ -92,7 +92,7 @@ class Generative(Replay):
         _, height, width = shape = context.image_shape
         if height % 4 or width % 4:
             raise DodistillError(
-                "replay generative makes images whose height and width are multiples of 4, the teacher reads "
+                "replay generative makes images whose height and width are multiples of 4, but the teacher takes "
                 f"{height}x{width}; give --replay bank."
             )
         self.config, self.rounds = config, 0

@@ -1,9 +1,9 @@
-"""One figure: matplotlib draws it, the page gets it as SVG in the page's own colours and font, a paper as PDF.
+"""One figure of matplotlib: for the page as SVG in the page's colours and font, for papers as PDF.
 
 matplotlib draws in the colours of LIGHT. In the SVG, each of them becomes a variable of the page's style sheet, so that
-the figure follows the page into dark mode and into print. The SVG has no style sheet, no metadata, and no id that
-another figure could have: equal data give equal bytes. pyplot is not used, and matplotlib is imported when a figure is
-drawn. Nothing is clipped: every plot sets limits that hold its data.
+the figure follows the page's dark mode and print style. The SVG has no style sheet, no metadata, and no ids that
+another figure could have; equal data give equal bytes. pyplot is not used, and matplotlib is imported when a figure is
+drawn. Nothing is clipped: every plot sets limits that contain its data.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _STYLE: Any = {
 
 @contextmanager
 def drawing(salt: str = "") -> Iterator[None]:
-    """matplotlib with our settings and none of the user's matplotlibrc; what stood there before is put back."""
+    """matplotlib with our settings, without the user's matplotlibrc; restores the previous settings at the end."""
     import matplotlib
 
     with matplotlib.rc_context(), warnings.catch_warnings():
@@ -68,7 +68,7 @@ def drawing(salt: str = "") -> Iterator[None]:
 
 
 def printable(text: str) -> str:
-    """The text on one line, without control characters and half surrogates, which no SVG may hold."""
+    """The text on one line, without control characters and unpaired surrogates, which are invalid in SVG."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
@@ -81,10 +81,10 @@ def new_figure(height: float) -> Figure:
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure of a page: `{{ plot }}` in a template is its SVG. Without a figure it is a sentence that says so."""
+    """A figure of a page: `{{ plot }}` in a template is its SVG, or without a figure its label."""
 
     name: str  #: of its PDF
-    label: str  #: what it shows, for readers who do not see it; without a figure, what the page says in its place
+    label: str  #: the alternative text; without a figure, the text in its place
     figure: Figure | None = None
 
     def __html__(self) -> str:
@@ -136,7 +136,7 @@ def _for_page(text: str, label: str) -> str:
 
 
 def _clean(part: ET.Element, used: set[str]) -> None:
-    """Attributes of one element: short, with the page's variables for colours, and without an id that nobody uses."""
+    """Attributes of one element: short, with the page's variables for colours, and without unused ids."""
     name = part.attrib.pop("id", "")
     part.attrib.pop("clip-path", None)
     if name.startswith(_OURS):

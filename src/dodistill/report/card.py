@@ -1,4 +1,4 @@
-"""The model card that lies beside `student.safetensors`, and the lines of code that use the student."""
+"""The model card beside `student.safetensors`, and the lines of code that use the student."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BEST = "best on test (selection on the test set; as the literature reports)"
 
 
 def part(config: Mapping[str, Any], *keys: str) -> Any:
-    """`config[a][b]...`, None where something on the way is missing or of another kind."""
+    """`config[a][b]...`; None if a key is missing or a value is no mapping."""
     value: Any = config
     for key in keys:
         value = value.get(key) if isinstance(value, Mapping) else None
@@ -22,7 +22,7 @@ def part(config: Mapping[str, Any], *keys: str) -> Any:
 
 
 def name_of(config: Mapping[str, Any], summary: Mapping[str, Any], who: str) -> str:
-    """What the run called "teacher" or "student"; before its end, the spec that it was given."""
+    """The name of the "teacher" or "student" of a run; before the end of the run, its spec."""
     return str(summary.get(f"{who}_name") or part(config, who, "spec") or f"the {who}")
 
 
@@ -63,7 +63,7 @@ def delivered(summary: Mapping[str, Any]) -> str:
 
 
 def model_card(config: Mapping[str, Any], summary: Mapping[str, Any], folder: str = ".") -> str:
-    """Markdown for `README.md`: what it is, how it was made, what it scores, its limits, how to load it."""
+    """Markdown for `README.md`: the student, its training, scores, limits, and use."""
     teacher, student = name_of(config, summary, "teacher"), name_of(config, summary, "student")
     source = part(config, "source", "name") or "unknown"
     intervention = config.get("intervention") or "none"
@@ -77,7 +77,7 @@ def model_card(config: Mapping[str, Any], summary: Mapping[str, Any], folder: st
         ("agreement with the teacher on held-back substitution data (not accuracy)", percent(summary.get("agreement"))),
     ]
     known = [f"| {what} | {value} |" for what, value in rows if value != "–"]
-    table = ["| what | value |", "|---|---:|", *known] if known else ["Nothing was measured."]
+    table = ["| what | value |", "|---|---:|", *known] if known else ["No values were measured."]
     untested = (
         ""
         if summary.get("student_accuracy") is not None
@@ -90,7 +90,7 @@ def model_card(config: Mapping[str, Any], summary: Mapping[str, Any], folder: st
         f"- student: {_code(student)}, {count(summary.get('student_parameters'))} parameters{ratio}",
         f"- substitution inputs: source {_code(source)}",
         f"- intervention: {_code(intervention)}",
-        *(f"- code beside dodistill: {_code(name)}, sha256 {_code(code)}" for name, code in code_in(config).values()),
+        *(f"- code outside dodistill: {_code(name)}, sha256 {_code(code)}" for name, code in code_in(config).values()),
         f"- steps: {count(summary.get('steps') or part(config, 'loop', 'steps'))}, "
         f"seed {part(config, 'loop', 'seed')}, took {duration(summary.get('seconds'))}",
         f"- saved: {delivered(summary)}, chosen without test data",
@@ -118,7 +118,7 @@ def model_card(config: Mapping[str, Any], summary: Mapping[str, Any], folder: st
             "## Data",
             "",
             "None of the teacher's training data was used. The student learned from substitution inputs that the "
-            f"source {_code(source)} made or found, and from the teacher's answers to them.",
+            f"source {_code(source)} made or found, and from the teacher's predictions for them.",
             "",
             "## Numbers",
             "",
@@ -128,11 +128,11 @@ def model_card(config: Mapping[str, Any], summary: Mapping[str, Any], folder: st
             "",
             "- It repeats the teacher's mistakes and adds its own; agreement on substitution inputs says little about "
             "inputs that look different.",
-            "- Substitution data can be lopsided over the classes; see the class proportions in `report.html`.",
+            "- Substitution data can be imbalanced over the classes; see the class proportions in `report.html`.",
             "- It was not tested for robustness, calibration or fairness.",
             *warnings,
             "",
-            "## Load it",
+            "## Usage",
             "",
             _block(usage(folder)[0], "python"),
             "",

@@ -15,8 +15,8 @@ SHOWN = (
     ("last", "Test accuracy, last epoch", "accuracy, %"),
     ("agreement", "Agreement with the teacher", "agreement, %"),
 )
-PANELS = 6  #: most figures that one measure is split into
-APART = 3.0, 30.0  #: times the widest panel, and points: panels that span more together have an axis each
+PANELS = 6  #: largest number of figures for one measure
+APART = 3.0, 30.0  #: times the widest panel, and points: panels that together span more have separate axes
 
 
 def write_compare(runs: Sequence[Run], path: str | Path, title: str = "Comparison of runs", pdf: bool = True) -> Path:
@@ -24,7 +24,7 @@ def write_compare(runs: Sequence[Run], path: str | Path, title: str = "Compariso
     found = group(runs) if runs else Grouped({}, [], [], [])
     figures = [(what, panels(found, key, unit)) for key, what, unit in SHOWN]
     shown = [(what, made) for what, made in figures if made]
-    if all(len(made) == 1 for _, made in shown):  # one panel each: beside each other, under one heading
+    if all(len(made) == 1 for _, made in shown):  # one panel each: side by side, under one heading
         shown = [("Each seed", [Figure(what, "", made[0].plot) for what, made in shown])] if shown else []
     page = render(
         "compare.html.j2",
@@ -43,7 +43,7 @@ def write_compare(runs: Sequence[Run], path: str | Path, title: str = "Compariso
 def panels(found: Grouped, key: str, unit: str) -> list[Figure]:
     """The seeds of every setting: a panel for each label of the first column, or one panel for all settings.
 
-    The panels share an axis unless their values lie far apart, as those of two data sets do.
+    The panels share an axis unless their values are far apart, as for two data sets.
     """
     split = itertools.groupby(found.rows, key=lambda r: r.label[found.columns[0]] if found.columns else "")
     groups = [(name, list(rows)) for name, rows in split]

@@ -13,8 +13,8 @@ from .shares import shares
 
 Record = dict[str, Any]
 
-HIDDEN = ("kind", "step", "seconds", "rate", "lr")  # of a log line: not a curve of its own
-INERT = 0.02  # |F| / |S| below which a reader is told that KDCI hardly acts
+HIDDEN = ("kind", "step", "seconds", "rate", "lr")  # keys of a log line without a curve
+INERT = 0.02  # |F| / |S| below which the page notes that KDCI hardly acts
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def _series(records: Sequence[Record], key: str, name: str | None = None) -> plo
 
 
 def _in_percent(records: Sequence[Record], keys: Sequence[str]) -> list[Record]:
-    """The same shares in percent where they were logged as fractions."""
+    """The shares, logged as fractions, in percent."""
     values = [r[k] for r in records for k in keys if isinstance(r.get(k), int | float)]
     scale = 100 if values and max(values) <= 1 else 1
     return [{**r, **{k: scale * r[k] for k in keys if isinstance(r.get(k), int | float)}} for r in records]
@@ -52,7 +52,7 @@ def _figure(
     reference: tuple[str, float] | None = None,
     zero: bool = False,
 ) -> Figure | None:
-    """One figure of the curves `keys`: key in the log -> name. Returns None if nothing was logged.
+    """One figure of the curves `keys`: key in the log -> name. None without values.
 
     `y` labels the axis. `log=None` decides the scale: logarithmic for positive values over more than 1.5 decades.
     """
@@ -68,7 +68,7 @@ def _figure(
 
 
 def curves(metrics: dict[str, list[Record]], summary: Record, clusters: int) -> list[Figure]:
-    """The curves of a run, in the order of the page; one without values is left out."""
+    """The curves of a run, in the order of the page; curves without values are omitted."""
     log, evals, pools = metrics["log"], metrics["eval"], metrics["pool"]
     keys = list(dict.fromkeys(k for r in log for k in r if k not in HIDDEN))
     terms = [k for k in keys if k.startswith("match/")]
@@ -98,7 +98,7 @@ def curves(metrics: dict[str, list[Record]], summary: Record, clusters: int) -> 
             "test-accuracy",
             evals,
             {"test": "student", "test_ema": "EMA"},
-            "On the test set that you gave. It is not used to choose anything.",
+            "On the given test set. No choice depends on it.",
             y="accuracy, %",
             unit=" %",
             reference=bar,
@@ -172,7 +172,7 @@ def curves(metrics: dict[str, list[Record]], summary: Record, clusters: int) -> 
             "gradient-alignment",
             log,
             {"update/alignment": "cosine"},
-            "Between the gradients on new and on replayed inputs. Below 0, a step on one set undoes the other.",
+            "Between the gradients on new and on replayed inputs. Below 0, a step on one raises the loss on the other.",
             y="cosine",
         ),
         _figure("Other terms", "other-terms", log, {k: k for k in rest}, y="value", log=None),

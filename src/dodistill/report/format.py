@@ -1,4 +1,4 @@
-"""Numbers as people read them; shared by the report, the model card, the tables and the live lines."""
+"""Formats numbers for the report, the model card, the tables and the progress lines."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 
 def number(value: object, digits: int = 4) -> str:
-    """A float to `digits` significant digits without a needless exponent; "–" for what is absent or not a number."""
+    """A float to `digits` significant digits without a needless exponent; "–" if it is absent or not a number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "–"
     if not math.isfinite(value):

@@ -1,4 +1,4 @@
-"""What the plots have in common: axes with room for their labels, round ticks, a legend above, thinned lines."""
+"""Common parts of the plots: axes with room for their labels, round ticks, a legend above, thinned lines."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROUND = [1, 2, 5, 10]  # steps between ticks, times a power of ten
 
 
 def thin(x: Sequence[float], y: Sequence[float], most: int = MOST_POINTS) -> tuple[list[float], list[float]]:
-    """At most about `most` points: the lowest and the highest of each stretch, so that no spike is lost."""
+    """At most about `most` points: the lowest and the highest of each interval, so that every spike stays visible."""
     if len(x) <= most:
         return list(x), list(y)
     xs: list[float] = []
@@ -83,7 +83,7 @@ def new_axes(legend_rows: int, height: float = HEIGHT, left: float = LEFT) -> tu
 
 
 def draw_line(ax: Axes, x: Sequence[float], y: Sequence[float], i: int) -> Any:
-    """Series i, and its entry in a legend. A point between two gaps has a dot; of at most 12 points, each has one."""
+    """Series i, and its entry in a legend. Points between two gaps have a dot, as have series of at most 12 points."""
     from matplotlib.lines import Line2D
 
     known = [False, *map(math.isfinite, y), False]
@@ -125,7 +125,7 @@ def arranged(entries: Sequence[str]) -> tuple[int, int]:
 
 
 def add_legend(fig: Figure, handles: Sequence[Any], entries: Sequence[str], columns: int) -> None:
-    """The names of the series above the axes, where no data can be."""
+    """The names of the series above the axes, clear of the data."""
     shown = [(h, shortened(e, 50)) for h, e in zip(handles, entries) if h is not None]
     fig.legend(
         [h for h, _ in shown], [e for _, e in shown], loc="upper left", bbox_to_anchor=(0, 1), ncols=columns,

@@ -33,7 +33,7 @@ def grid(x: Tensor, columns: int | None = None, scale: int | None = None) -> Ima
     """Tile `x` [n, C, H, W] (uint8, or float in [0, 1]) row by row; the gaps are transparent.
 
     Without `columns` the sheet is about 4:1; without `scale` a tile is about 64 pixels: small images are enlarged by a
-    whole factor, those beyond `LARGEST` pixels are averaged down.
+    whole factor, images beyond `LARGEST` pixels are averaged down.
     """
     if scale is None:
         side = max(1, *x.shape[-2:]) if x.ndim == 4 else 1
@@ -58,7 +58,7 @@ def grid(x: Tensor, columns: int | None = None, scale: int | None = None) -> Ima
 
 
 def save_grid(x: Tensor, path: str | Path, columns: int | None = None, scale: int | None = None) -> Path:
-    """Write `grid(x)` as PNG, in one move."""
+    """Write `grid(x)` as PNG, atomically."""
     path = Path(path)
     with replacing(path) as file:
         grid(x, columns, scale).save(file, format="PNG")
@@ -66,7 +66,7 @@ def save_grid(x: Tensor, path: str | Path, columns: int | None = None, scale: in
 
 
 def export_images(pool_x: Tensor, folder: str | Path, labels: Tensor | Sequence[int] | None = None) -> int:
-    """Write each image as PNG: `folder/LABEL/000012.png` with labels, `folder/000012.png` without. Returns how many."""
+    """Write each image as PNG: `folder/LABEL/000012.png` with labels, `folder/000012.png` without. Returns n."""
     folder = Path(folder)
     n = int(pool_x.shape[0])
     names: list[int] | None = None

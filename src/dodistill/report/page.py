@@ -15,7 +15,7 @@ from .canvas import DARK, LIGHT, Plot
 
 
 def render(template: str, path: Path, **values: object) -> Path:
-    """Fill a template of the package (autoescaped) and put it in place in one move."""
+    """Fill a template of the package (autoescaped) and write it atomically."""
     env = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -52,8 +52,8 @@ def write_figures(page: Path, plots: Iterable[Plot | None]) -> list[Path]:
 
 
 def _make_folder(path: Path) -> None:
-    """The folder of a file that is about to be written."""
+    """Make the folder for a file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DodistillError(f"cannot write {path}: {error.strerror}; choose another place.") from error
+        raise DodistillError(f"cannot write {path}: {error.strerror}; choose another path.") from error

@@ -41,7 +41,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Seeds:
-    """A row of `dots`: what each seed reached, and the published number."""
+    """A row of `dots`: the value of each seed, and the published number."""
 
     name: str
     values: Sequence[float]
@@ -60,7 +60,7 @@ def lines(
     zero: bool = False,
     last: bool = True,
 ) -> Plot:
-    """Lines over `x`. NaN is a gap; on a logarithmic scale, so is what is not positive.
+    """Lines over `x`. NaN is a gap; on a logarithmic scale, so are values <= 0.
 
     `reference` is a level with a name; `zero` starts the axis at 0; `last` puts the last values into the legend.
     """
@@ -199,7 +199,7 @@ def dots(
 
 
 def spread(rows: Sequence[Seeds]) -> tuple[float, float]:
-    """The ends of an axis that holds every seed and every published number of these rows."""
+    """The ends of an axis for every seed and every published number of these rows."""
     values = [v for r in rows for v in (*r.values, r.published) if v is not None and math.isfinite(v)]
     low, high = min(values, default=0.0), max(values, default=0.0)
     pad = (high - low) * 0.06 or 1.0
@@ -240,7 +240,7 @@ def points(name: str, x: Sequence[float], y: Sequence[float], kinds: Sequence[in
 
 
 def _kinds(n: int) -> list[Any]:
-    """Colours of n kinds: ten that anyone tells apart, or n hues of one lightness."""
+    """Colours of n kinds: up to ten easily distinguishable ones, or n hues of one lightness."""
     if n <= 10:
         return [LIGHT[f"k{i}"] for i in range(n)]
     import colorsys
@@ -249,7 +249,7 @@ def _kinds(n: int) -> list[Any]:
 
 
 def heatmap(name: str, table: Any, *, x_label: str, y_label: str, value: str) -> Plot:
-    """Signed values: blue below zero, orange above, clear at zero, so that it reads on any page."""
+    """Signed values: blue below zero, orange above, transparent at zero, which suits light and dark pages."""
     import numpy as np
 
     try:

@@ -1,4 +1,4 @@
-"""Live progress in a terminal, plain lines when piped; both on stderr. Values are floats, or callables asked late."""
+"""Live progress in a terminal, plain lines when piped; both on stderr. Values are floats, or functions called late."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _shown(name: str, value: float) -> str:
 class Progress(Watcher):
     """`with Progress(4000, "fast: wrn40_2 -> wrn16_1") as progress: progress.update(step, loss=0.53)`.
 
-    An update costs a clock read and a dict merge; values are asked and drawn at most every `refresh` seconds in a
+    An update costs a clock read and a dict merge; values are read and drawn at most every `refresh` seconds in a
     terminal, and printed at most every `every` seconds when piped (always at the first and the last step).
     """
 
@@ -92,7 +92,7 @@ class Progress(Watcher):
             self._line(f"{self.step} of {self.total} steps in {took}")
 
     def update(self, step: int, **values: Value) -> None:
-        """Step `step` is done. Values stay in view until they are given anew."""
+        """Report that step `step` is done. A value stays displayed until it is given again."""
         first = self.step is None
         self.step = step
         self._values.update(values)
@@ -158,7 +158,7 @@ class Progress(Watcher):
         if rate is None:
             return ""
         speed = f"{number(rate, 3)} steps/s" if rate >= 0.1 else f"{duration(1 / rate)} per step"
-        (t0, a), (t1, b) = self._first, self._marks[-1]  # the whole run: acquisitions between the steps count in
+        (t0, a), (t1, b) = self._first, self._marks[-1]  # the whole run, acquisitions between steps included
         left = (self.total - b) * (t1 - t0) / (b - a)
         return f"{speed}, {duration(left)} left" if left > 0 else speed
 

@@ -1,4 +1,4 @@
-"""`report.html`: the inputs, the result and the course of one run, on one offline page."""
+"""`report.html`: the inputs, the result and the curves of one run, on one offline page."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .shares import advice, shares
 
 
 def _json(path: Path) -> Record:
-    """The object in the file; {} if it is missing or half written."""
+    """The object in the file; {} if the file is missing or incomplete."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -64,17 +64,19 @@ def _dictionary(found: Record) -> Record | None:
 
 
 def write_report(run_folder: str | Path, pdf: bool = True) -> Path:
-    """Write `report.html` into a run folder, finished or not, from the files that are there. Returns its path.
+    """Write `report.html` into a run folder, finished or not, from its files. Returns its path.
 
     With `pdf`, each figure is also written to `figures/` in the run folder (page.py).
     """
     folder = Path(run_folder)
     if not folder.is_dir():
-        raise DodistillError(f"there is no run folder {str(folder)!r}; give the folder that `dodistill distill` wrote")
+        raise DodistillError(f"there is no run folder {str(folder)!r}; give the folder that `dodistill distill` wrote.")
     config, summary = _json(folder / "config.json"), _json(folder / "summary.json")
     metrics = read_metrics(folder / "metrics.jsonl")
     if not config and not summary and not any(metrics.values()):
-        raise DodistillError(f"{str(folder)!r} holds no run: neither config.json nor metrics.jsonl can be read")
+        raise DodistillError(
+            f"{str(folder)!r} holds no run: neither config.json nor metrics.jsonl can be read; give a run folder."
+        )
     last_eval: Record = metrics["eval"][-1] if metrics["eval"] else {}
     reached = max((r["step"] for records in metrics.values() for r in records), default=0)
     test = summary.get("student_accuracy", last_eval.get("test"))

@@ -1,4 +1,4 @@
-"""How evenly the classes appear in the substitution data, and what to do about it."""
+"""The balance of the classes in the substitution data, and advice on it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from .format import number
 
-SKEWED = 5.0  #: max:min above which a reader is warned
+SKEWED = 5.0  #: max:min above which the page shows a warning
 
 
 @dataclass(frozen=True)
 class Shares:
-    """How evenly classes appear. `effective` is exp(entropy): K if all K are equal, 1 if there is only one."""
+    """The balance of the classes. `effective` is exp(entropy): K if all K are equal, 1 if there is only one."""
 
     values: list[float]
     ratio: float
@@ -54,28 +54,27 @@ def advice(pool: Shares | None, drawn: Shares | None, intervention: str) -> tupl
         which = f"{len(pool.missing)} of {len(pool.values)} classes never appear ({some})"
         which = f"Class {some} never appears" if len(pool.missing) == 1 else which
         says.append(
-            f"{which} in the substitution data. No draw can make up for that: the student learns about a missing class "
-            "only from the teacher's probabilities on other inputs. Run longer, or try another source."
+            f"{which} in the substitution data. No draw can compensate for that: the student learns about a missing "
+            "class only from the teacher's probabilities on other inputs. Run longer, or try another source."
         )
     present = [v for v in seen.values if v > 0]
     ratio = max(present) / min(present)
     if ratio > SKEWED:
         most, least = seen.values.index(max(present)), seen.values.index(min(present))
         says.append(
-            f"The student's inputs are skewed: class {most} came up {number(ratio, 3)} times as often as class {least}."
+            f"The student's inputs are skewed: class {most} was drawn {number(ratio, 3)} times as often as class "
+            f"{least}."
         )
         if "stratified" not in intervention:
             also = "" if intervention in ("", "none", "plain") else intervention + "+"
-            says.append(
-                f"Try `--intervention {also}stratified`: it draws the classes evenly, so that rare ones are seen."
-            )
+            says.append(f"Try `--intervention {also}stratified`: it draws rare classes as often as frequent classes.")
         else:
             says.append(
-                "The stratified draw is already on; its cap on rare classes leaves this skew. A larger or more "
-                "varied pool helps."
+                "The stratified draw is already on; its cap on the weights of rare classes leaves this skew. Use a "
+                "larger or more varied pool."
             )
     if says:
         return "warn", says
     if pool.skewed and drawn is not None:
-        return "good", [f"The pool is skewed ({pool.ratio_text}), but the draw evened it out ({drawn.ratio_text})."]
-    return "good", ["The classes are even enough; there is nothing to do."]
+        return "good", [f"The pool is skewed ({pool.ratio_text}), but the draw is balanced ({drawn.ratio_text})."]
+    return "good", ["The classes are balanced; no change is needed."]

@@ -10,7 +10,7 @@ from typing import Any
 
 from .format import duration, number, percent
 
-Run = Mapping[str, Any]  #: what one run of the grid measured, under its labels
+Run = Mapping[str, Any]  #: the labels and measures of one run of the grid
 
 MEASURES: tuple[tuple[str, str], ...] = (
     ("last", "last epoch"),
@@ -21,15 +21,15 @@ MEASURES: tuple[tuple[str, str], ...] = (
     ("seconds", "time"),
 )
 FOOTNOTE = (
-    "* chosen on the test set, as in the literature; it is biased upwards. Mean ± standard deviation over the seeds. "
+    "* chosen on the test set, as in the literature, and biased upwards. Mean ± standard deviation over the seeds. "
     "Agreement: with the teacher, on held-back substitution data. "
-    "Class max:min: the most frequent class of the substitution data to the least frequent."
+    "Class max:min: the ratio of the most frequent class of the substitution data to the least frequent."
 )
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A row of the table; `values` holds what its finished runs measured, per measure."""
+    """A row of the table; `values`: measure -> values of its finished runs."""
 
     label: dict[str, str]
     seeds: int
@@ -81,7 +81,7 @@ def _logged(cell: Run, name: str) -> float | None:
 def group(cells: Sequence[Run], show: Sequence[str] = ()) -> Grouped:
     """Group over the label "seed". A cell without "last" and "agreement" is unfinished: it is counted, not averaged.
 
-    `show` adds columns of what the runs logged at their last step, as in `kdci/F_over_S`.
+    `show` adds columns of values logged at the last step, as in `kdci/F_over_S`.
     """
     names: list[str] = []
     for cell in cells:
@@ -115,7 +115,7 @@ def _plain(text: str) -> str:
 
 
 def _aligned(lines: Sequence[Sequence[str]], text_columns: int) -> list[str]:
-    """A Markdown table, head first, that also reads well in a terminal: text to the left, numbers to the right."""
+    """A Markdown table, head first, also readable in a terminal: text to the left, numbers to the right."""
     lines = [[_plain(text) for text in line] for line in lines]
     wide = [max(3, *(len(line[j]) for line in lines)) for j in range(len(lines[0]))]
 
@@ -145,13 +145,13 @@ def markdown_table(cells: Sequence[Run], show: Sequence[str] = ()) -> str:
 def paired_table(cells: Sequence[Run], base: Mapping[str, str], show: Sequence[str] = ()) -> str:
     """ "last epoch" of every arm minus that of the arm `base` (axis -> label) with the same other labels and seed.
 
-    `show` adds the same for what the runs logged at their last step. Pairing takes out what the seeds share (initial
-    weights, the selection, the draw). Raises ValueError where no cell has those labels.
+    `show` adds the same for values logged at the last step. Pairing removes the variation that runs of one seed share
+    (initial weights, the selection, the draw). Raises ValueError if no cell has those labels.
     """
     for axis, wanted in base.items():
         if not any(str(cell["label"].get(axis)) == wanted for cell in cells):
             known = sorted({str(cell["label"].get(axis)) for cell in cells})
-            raise ValueError(f"no cell has {axis}={wanted}; there are {', '.join(known)}")
+            raise ValueError(f"no cell has {axis}={wanted}; the values are {', '.join(known)}")
     read = {"last": lambda c: _number(c.get("last"))} | {n: (lambda c, n=n: _logged(c, n)) for n in show}
     score = {k: {tuple(sorted(c["label"].items())): f(c) for c in cells} for k, f in read.items()}
     names = [k for k in group(cells).columns if k not in base] + list(base)

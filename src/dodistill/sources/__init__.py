@@ -1,1 +1,1 @@
-"""One file, one choice on this axis; found by name, see `dodistill.config.tree.registry`."""
+"""Each file is one choice on this axis, found by its name: see `dodistill.config.registry`."""

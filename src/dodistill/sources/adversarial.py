@@ -2,7 +2,7 @@
 which differ in the discrepancy D and in the regularisation of the images; the fourth adds a moving average.
 
     x = G(z), z ~ N(0, I);   t = T(x);   s = S(x)
-    G descends  L_G = -adv * D(s, t) + bn * L_bn + oh * L_oh + ie * L_ie         S descends  D(s, t) on fresh x
+    G minimises  L_G = -adv * D(s, t) + bn * L_bn + oh * L_oh + ie * L_ie        S minimises  D(s, t) on fresh x
 
     zskt  Zero-Shot Knowledge Transfer via Adversarial Belief Matching (Micaelli, Storkey, NeurIPS 2019): D = KL(t || s)
     dfad  Data-Free Adversarial Distillation (Fang et al., 2019): D = mean |s - t| of the logits
@@ -115,7 +115,7 @@ class Config(FreshConfig):
         ),
     }  # fmt: skip
     origin: ClassVar[dict[str, str]] = {
-        "zskt": "release, WRN on CIFAR-10; the student uses the toolbox's SGD (release: Adam), no attention transfer",
+        "zskt": "release, WRN on CIFAR-10, without attention transfer; student SGD of the toolbox (release: Adam)",
         "dfad": "release, CIFAR, ResNet-34 -> ResNet-18",
         "dfad-mnist": "release, MNIST, LeNet-5",
         "dfq": "the DFKD toolbox's script, WRN-40-2 -> WRN-16-1 on CIFAR-10; the paper has no release",
@@ -148,7 +148,7 @@ class Adversarial(Fresh):
             )
         if config.bn and not context.teacher.has_batchnorm:
             raise DodistillError(
-                f"source.bn is {config.bn}, and this teacher has no BatchNorm layer with statistics to match; "
+                f"source.bn is {config.bn}, but this teacher has no BatchNorm layer with statistics to match; "
                 "give --source.bn 0 (as in the presets zskt and dfad)."
             )
         if config.ema >= 1 or (config.ema and not config.fresh):

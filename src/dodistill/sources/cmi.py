@@ -7,7 +7,7 @@ optimises it together with its latents z ~ N(0, I), for random labels y, on
     L_cr = mean_i l_i over the current images + mean_i l_i over the cached ones
     l_i  = -log( exp(p_i . q_i / tau) / sum_j exp(p_i . q_j / tau) )
 
-T reads x in two views: a global one (crop, flip), which all other terms use, and a local one (a part of the image,
+T receives x in two views: a global view (crop, flip), which all other terms use, and a local view (a part of the image,
 resized). A small head h maps the features of a view to unit vectors: p_i = h(local) and q_i = h(global), where q_i is
 constant. The features are the inputs of T's BatchNorm layers, averaged over space. A bank keeps the features of earlier
 images, and each step compares with `negatives` of them. The head is kept between acquisitions. L_adv is Fast's.
@@ -97,7 +97,7 @@ class Config(SourceConfig):
     adv: float = 0.5  #: weight of the decision-adversarial term
     cr: float = 0.8  #: weight of the contrastive term (0: no local view, no bank)
     tau: float = 0.1  #: temperature of the contrastive term
-    bank: int = 40_960  #: images whose features are remembered
+    bank: int = 40_960  #: images whose features are stored
     negatives: int = 4096  #: of these, how many each step compares with
     bank_dtype: BankType = "float32"  #: bfloat16 halves the bank's memory and its checkpoint
     head: int = 256  #: size of the vectors that are contrasted
@@ -123,10 +123,10 @@ class Config(SourceConfig):
     }
     origin: ClassVar[dict[str, str]] = {
         "cmi": "release script scratch_cmi, WRN-40-2 -> WRN-16-1 on CIFAR-10; other pairs have none",
-        "cmi500": "the same with the 500 iterations that the tables of Fast and KDCI name",
+        "cmi500": "the same with the 500 iterations that the tables of Fast and KDCI report",
         "toolbox": "the script for CMI in Fast's repository, same pair: tau 0.2, student's batch 256, floor 2e-4",
         "toolbox500": "toolbox with 500 iterations",
-        "resnet34": "cmi500 with the release's features for a ResNet-34 teacher, whose loss weights are not published",
+        "resnet34": "cmi500 with the features that the release uses for a ResNet-34 teacher; weights not published",
         "desk": "ours: the same losses on a schedule for two CPU cores",
     }
 
@@ -149,7 +149,7 @@ class Cmi(Source):
         at_least(2, "source", batch=c.batch)
         positive("source", ", as in 0.1", tau=c.tau)
         if c.bank < c.batch:
-            raise DodistillError(f"source.bank is {c.bank}; it must hold one batch, {c.batch} images, at least.")
+            raise DodistillError(f"source.bank is {c.bank}; it must be at least source.batch, {c.batch} images.")
         self.layers = [_find(context.teacher.model, name) for name in c.layers]
         features = self._width()
         args = (c.latent, context.image_shape, c.width)
@@ -221,7 +221,7 @@ class Cmi(Source):
             return taps.features
 
     def _contrast(self, part: Tensor, whole: Tensor) -> Tensor:
-        """L_cr of local and global features [B, D], among them and rows of the bank."""
+        """L_cr of local and global features [B, D], contrasted with each other and with rows of the bank."""
         ctx = self.context
         cached = self.bank.sample(self.config.negatives, self.generator).chunk(2, 1)
         with ctx.autocast():  # two calls: no gradient with respect to the cached rows is computed

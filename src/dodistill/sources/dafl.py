@@ -1,7 +1,7 @@
 """DAFL: Data-Free Learning of Student Networks (Chen et al., ICCV 2019).
 
-A generator learns to make images that the teacher treats like its training data. Three properties of the teacher's
-logits t = T(x) and features f (the input of its classifier), on a batch x = G(z), z ~ N(0, I), measure this:
+A generator is trained to make images on which the teacher behaves as on its training data. Three properties of the
+teacher's logits t = T(x) and features f (the input of its classifier), on a batch x = G(z), z ~ N(0, I), measure it:
 
     L_oh = CE(t, argmax t)      one-hot: each image is clearly of some class
     L_a  = -mean |f|            activation: the images activate the teacher's features
@@ -103,7 +103,7 @@ class Config(FreshConfig):
     ie: float = 20.0  #: weight of the information entropy (the toolbox: `balance`)
     act: float = 1e-3  #: weight of the activation loss
     log: Literal["natural", "log10"] = "natural"  #: logarithm of the information entropy
-    coverage: float = 0.0  #: weight of L_c (ours): brings absent classes back
+    coverage: float = 0.0  #: weight of L_c (ours), a loss for absent classes
 
     name: ClassVar[str] = "dafl"
     kind: ClassVar[Kind] = "generator"

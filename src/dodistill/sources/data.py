@@ -8,7 +8,7 @@ Criteria with a cross-entropy (`hinton`, `cid`, the baselines) read the labels. 
 predictions replace them. Source `real` never reads labels, and can skew the classes.
 
 The presets hold the student's schedule of CID and RepDistiller: 240 passes over CIFAR's 50 000 images in batches of 64.
-Deviations: batches are drawn with replacement, and 3 % of the images (1024 at most) are held back to judge by.
+Deviations: batches are drawn with replacement, and 3 % of the images (1024 at most) are held back for evaluation.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ class Data(Source):
         self.n = max(1, round(config.share * n))
         if self.n > context.capacity:
             raise DodistillError(
-                f"the data are {self.n} images, pool.capacity is {context.capacity}; give --pool.capacity {self.n}, "
-                "or take a part of them by --source.share."
+                f"the data are {self.n} images, but pool.capacity is {context.capacity}; give --pool.capacity "
+                f"{self.n}, or use a part of the images by --source.share."
             )
 
     @torch.no_grad()

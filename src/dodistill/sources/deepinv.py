@@ -131,11 +131,11 @@ class Config(SourceConfig):
     }  # fmt: skip
     origin: ClassVar[dict[str, str]] = {
         "toolbox": "the DFKD toolbox's script (CMI's copy), WRN-40-2 -> WRN-16-1 on CIFAR-10; other pairs have none",
-        "nvidia": "NVIDIA's CIFAR-10 flags and its authors' answers (50 steps per batch, T 3); l2 and adv from memory",
-        "imagenet": "NVIDIA's ImageNet command, ResNet-50: 2000 at 112x112, then 1000 at 224x224; student: ours",
-        "imagenet-adaptive": "the same with the command of its log for adi_scale 0.2; student: ours",
-        "imagenet-single": "NVIDIA's setting 1 with the command of its log: 2000 at 224x224; student: ours",
-        "imagenet-long": "NVIDIA's setting 2, 20 000 at 224x224, with the paper's batch; student: ours",
+        "nvidia": "NVIDIA's CIFAR-10 flags and its authors' replies (50 steps per batch, T 3); l2 and adv unverified",
+        "imagenet": "NVIDIA's ImageNet command, ResNet-50: 2000 at 112x112, 1000 at 224x224; student's schedule ours",
+        "imagenet-adaptive": "the same with the command of its log for adi_scale 0.2; student's schedule ours",
+        "imagenet-single": "NVIDIA's setting 1 with the command of its log: 2000 at 224x224; student's schedule ours",
+        "imagenet-long": "NVIDIA's setting 2, 20 000 at 224x224, with the paper's batch; student's schedule ours",
         "desk": "ours: the same losses on a schedule for two CPU cores",
     }
 
@@ -211,8 +211,8 @@ class DeepInv(Source):
                 self.context.teacher(half)
         except (RuntimeError, ValueError, IndexError, AssertionError) as error:
             raise DodistillError(
-                f"source.low is {self.config.low}, and the teacher cannot read images of {height // 2}x{width // 2}, "
-                f"half of its {height}x{width}: give --source.low 0. It said: {str(error).partition('.')[0]}."
+                f"source.low is {self.config.low}, but the teacher cannot read images of {height // 2}x{width // 2}, "
+                f"half of its {height}x{width}: give --source.low 0. The error was: {str(error).partition('.')[0]}."
             ) from error
 
     def _terms(self, u: Tensor, y: Tensor, student: nn.Module, jitter: int, taps: Any) -> dict[str, Tensor]:

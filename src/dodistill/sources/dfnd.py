@@ -62,7 +62,7 @@ class Config(SourceConfig):
         },
     }
     origin: ClassVar[dict[str, str]] = {
-        "paper": "released code, ResNet-34 -> ResNet-18, imagenet32 as the unlabelled set; give the teacher's accuracy",
+        "paper": "released code, ResNet-34 -> ResNet-18, imagenet32 as the unlabelled set; set the teacher's accuracy",
         "desk": "ours: the same losses on a schedule for two CPU cores",
     }
 
@@ -81,7 +81,7 @@ class Dfnd(Source):
         have = 0 if context.unlabeled is None else len(context.unlabeled)
         if have < 2:
             raise DodistillError(
-                f"source dfnd has {have} unlabelled image(s), and needs 2 at least; give --data.unlabeled FOLDER "
+                f"source dfnd has {have} unlabelled image(s), but needs at least 2; give --data.unlabeled FOLDER "
                 "(or .npz, .npy)."
             )
 

@@ -135,7 +135,7 @@ class FastImagenet(Guided):
                 f"source.per_class is {m}; it must divide source.batch ({config.batch}) into two images or more for "
                 f"each, and the teacher has {context.num_classes} classes."
             )
-        #: the copies that descend
+        #: the copies that are optimised
         self.nets = [place(self._fresh(), context.device) for _ in range(m or 1)]
         if m:
             self.bank = GeneratorBank(config.bank_dtype)

@@ -7,17 +7,17 @@ classes, and whose patches a discriminator D cannot tell from those of the out-o
     G:  min  local * sum softplus(-D(x)) + align * H(T(x)) - adv * KL(T(x) || S(x)) + balance * sum_k p_k log2 p_k
 
 Sums run over the patches of an image, and every term is a mean over images. H is the entropy of the teacher's
-prediction, p the mean prediction over the batch. The terms of G ask for images of one class each, for all classes in a
-batch, and for a disagreement between T and the student S. An acquisition is one step of D and one of G. S then makes
+prediction, p the mean prediction over the batch. The terms of G favour images of one class each, all classes in a
+batch, and a disagreement between T and the student S. An acquisition is one step of D and one of G. S then makes
 `every` steps, each on fresh x and u in equal numbers.
 
 Deviations, and why (tests/test_parity_wild.py has the released numbers)
  1. In G's step, S normalises with the statistics of the batch. So does the release, where S is in train mode and its
-    running statistics take in the generated batch. Here the running statistics stay unchanged, as a source changes
-    nothing that it is given. `student_bn = "running"` is eval mode; `adversarial` says why to avoid it.
+    running statistics take in the generated batch. Here the running statistics stay unchanged, as a source does
+    not modify its inputs. `student_bn = "running"` is eval mode; `adversarial` says why to avoid it.
  2. The `every` batches of an acquisition are mixed, so each batch of S is half x and half u only on average. In the
     release it is exactly half.
- 3. u is drawn with replacement; in the release, by epochs. S sees images in 256 levels.
+ 3. u is drawn with replacement; in the release, by epochs. S receives images in 256 levels.
  4. A source does not know the length of the run, so its rates fall by a cosine over `anneal` acquisitions (steps /
     every). The rate of S falls with every step; in the release it is constant during the `every` steps.
  5. The teacher's normalisation applies to u everywhere. In the release it applies to the input of D. The inputs of T
@@ -71,11 +71,11 @@ class Config(SourceConfig):
     batch: int = 256  #: images of each kind, generated and real: for D and G, and per step of the student
     latent: int = 100  #: size of z
     width: int = 64  #: channels of the generator's last hidden layer
-    base: int = 256  #: channels of its first
+    base: int = 256  #: channels of the generator's first layer
     patches: int = 128  #: channels of the discriminator's first layer
     lr_g: float = 1e-3  #: Adam's rate of generator and discriminator
     anneal: int = 0  #: acquisitions over which that rate falls to 0 by a cosine (0: constant)
-    local: float = 1.0  #: weight of the patch game
+    local: float = 1.0  #: weight of the discriminator's loss on patches
     align: float = 1.0  #: weight of the entropy of the teacher's predictions
     adv: float = 1.0  #: weight of the divergence between teacher and student
     balance: float = 10.0  #: weight of the balance of classes
@@ -91,7 +91,7 @@ class Config(SourceConfig):
     needs: ClassVar[frozenset[str]] = frozenset({"unlabeled"})
     generates: ClassVar[bool] = True
     trains: ClassVar[str] = "a generator, a patch discriminator"
-    keeps: ClassVar[str] = "both, Adam, the images given"
+    keeps: ClassVar[str] = "both, Adam, the unlabelled images"
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": _PAPER,
         "subset": {**_PAPER, "source": {**_PAPER["source"], "n": 50_000}},
@@ -108,7 +108,7 @@ class Config(SourceConfig):
     }  # fmt: skip
     origin: ClassVar[dict[str, str]] = {
         "paper": "release README, CIFAR-100 from CIFAR-10, one setting for all pairs",
-        "subset": "the same from the 50 000 images of ImageNet or Places at 32x32 of least certain teacher prediction",
+        "subset": "the same from the 50 000 most uncertain images of ImageNet or Places at 32x32",
         "desk": "ours: a higher rate of the generator, `local` 0.1, on a schedule for two CPU cores",
     }
 
@@ -132,16 +132,19 @@ class Mosaic(Source):
         have = 0 if context.unlabeled is None else len(context.unlabeled)
         if have < 2 or c.n == 1:
             raise DodistillError(
-                f"source mosaic has {min(have, c.n or have)} out-of-domain image(s), and needs 2 at least; give "
+                f"source mosaic has {min(have, c.n or have)} out-of-domain image(s), but needs at least 2; give "
                 "--data.unlabeled FOLDER (or .npz, .npy), and a larger source.n."
             )
         channels, height, width = context.image_shape
         if c.pad >= min(height, width):
-            raise DodistillError(f"source.pad is {c.pad}; images of {height}x{width} need a smaller one.")
+            raise DodistillError(
+                f"source.pad is {c.pad}; for images of {height}x{width} it must be below {min(height, width)}."
+            )
         model = context.teacher.model
         if c.ood_normalise == "half" and not isinstance(model, Normalized):
             raise DodistillError(
-                "source.ood_normalise is half, but this teacher has no normalisation to undo; give teacher instead."
+                "source.ood_normalise is half, but this teacher has no known normalisation; give "
+                "--source.ood_normalise teacher."
             )
         self.mean, self.std = (v.to(context.device) for v in normalised_space(model))
         args = (c.latent, context.image_shape, c.width, c.base)

@@ -165,8 +165,8 @@ class Nayer(Guided):
         else:
             E = read_embedding(config.embedding, classes)
             self.notes.append(
-                f"Prior-assisted: the labels' embeddings come from {config.embedding}, so this run knows more than the "
-                "teacher. Compare it with prior-assisted methods, not with strictly data-free ones."
+                f"Prior-assisted: the labels' embeddings come from {config.embedding}, so this run uses knowledge "
+                "beyond the teacher's. Compare it with prior-assisted methods, not with strictly data-free ones."
             )
         group = min(config.group or classes, config.batch)
         groups = math.ceil(config.batch / group)

@@ -91,12 +91,12 @@ class Noise(Source):
         mean, std = normalised_space(context.teacher.model)
         self.notes.append(
             "This student's BatchNorm statistics are those of noise. For real images, calibrate it with a few "
-            "unlabelled ones, or let it normalise by the batch (docs/methods/noise.md)."
+            "unlabelled images, or normalise with batch statistics (docs/methods/noise.md)."
         )
         if config.statistics == "current" and (context.augment.pad or context.augment.flip):
             self.notes.append(
-                "Augmentation makes the teacher label the images again with its running statistics; for current ones "
-                "give --augment.pad 0 --augment.flip false (preset desk)."
+                "With augmentation, the teacher's logits are computed again, with its running statistics; for current "
+                "statistics give --augment.pad 0 --augment.flip false (preset desk)."
             )
         self.mean, self.std = mean.to(context.device), std.to(context.device)
 

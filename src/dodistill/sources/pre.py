@@ -77,8 +77,8 @@ class Config(dafl.Config):
     """Hyper-parameters of the generator; defaults are the release's."""
 
     every: int = 10
-    fresh: int = 10  #: new batches handed over per acquisition; 0: the batch of the generator's own last step
-    batch: int = 1024  #: images per step of the generator, and per batch handed over
+    fresh: int = 10  #: new batches per acquisition; 0: the batch of the generator's last step
+    batch: int = 1024  #: images per step of the generator, and per new batch
     lr_g: float = 0.02  #: Adam's rate of the generator, constant
     betas: tuple[float, float] = (0.9, 0.999)
     latent: int = 1000  #: size of z

@@ -1,4 +1,4 @@
-"""Procedural: pictures drawn by formulas, chosen by the teacher, as in What Makes a Good Dataset for KD (CVPR 2025).
+"""Procedural: pictures drawn by formulas, selected by the teacher, as in What Makes a Good Dataset for KD (CVPR 2025).
 
 There is no data, no generator and no training. Batched tensor code draws shapes, dead leaves, filtered noise, fractals
 and stripes on the device, and the teacher labels them. The kept images are as balanced over its predictions as the
@@ -105,7 +105,7 @@ class Procedural(Source):
         stretch = ctx.image_shape[0] == 1 if c.stretch == "auto" else c.stretch == "on"
         x = draw(shares(c.mix, c.candidates), ctx.image_shape, g, stretch)
         x = x[torch.randperm(len(x), generator=g, device=x.device)]
-        t = ctx.label(x, c.chunk, "asking the teacher")
+        t = ctx.label(x, c.chunk, "labelling images")
         mixed = int(c.mixup * c.n)
         keep = choose(t, c.n - mixed, c.select, g)
         self.terms = {"drawn_entropy": evenness(t), "kept_entropy": evenness(t[keep])}
@@ -114,7 +114,7 @@ class Procedural(Source):
             a, b = parents(t, mixed, g)
             lam = uniform(g, mixed, 1, 1, 1)
             both = to_uint8(to_float(x[a]) * lam + to_float(x[b]) * (1 - lam))
-            x, t = torch.cat([x, both]), torch.cat([t, ctx.label(both, c.chunk, "asking the teacher")])
+            x, t = torch.cat([x, both]), torch.cat([t, ctx.label(both, c.chunk, "labelling images")])
         return Acquired(x, t)
 
 
@@ -125,7 +125,7 @@ def check_candidates(candidates: int, n: int) -> None:
 
 
 def choose(t: Tensor, n: int, rule: str, g: torch.Generator) -> Tensor:
-    """[n] indices of the pictures kept, given teacher logits t [N, K], by the rules in the head of this file."""
+    """[n] indices of the kept pictures, given teacher logits t [N, K], by the rules in the head of this file."""
     if rule == "balanced":  # the rule of `surest`, with random confidences
         t = nnf.one_hot(t.argmax(1), t.shape[1]) * uniform(g, len(t), 1, low=1, high=9)
     return select(t, n, {"surest": "balanced"}.get(rule, rule), g)

@@ -29,8 +29,8 @@ class Config(SourceConfig):
 
     warmup: int = 0
     every: int = 0
-    n: int = 6000  #: images kept (fewer, where the most frequent class does not have enough)
-    skew: float = 0.0  #: most frequent class : rarest class; 1 balanced, 0 as the data are
+    n: int = 6000  #: images kept (fewer if the most frequent class has too few)
+    skew: float = 0.0  #: ratio of the most frequent class to the rarest; 1: balanced, 0: as in the data
 
     name: ClassVar[str] = "real"
     kind: ClassVar[Kind] = "data"
@@ -56,7 +56,7 @@ class Real(Source):
         super().__init__(context)
         self.config = config
         if config.skew != 0 and config.skew < 1:
-            raise DodistillError(f"source real: skew is {config.skew}; it must be 0 (as the data are) or at least 1.")
+            raise DodistillError(f"source real: skew is {config.skew}; it must be 0 (as in the data) or at least 1.")
 
     @torch.no_grad()
     def acquire(self, student: nn.Module, round: int) -> Acquired:
@@ -68,7 +68,7 @@ class Real(Source):
 def thin(y: Tensor, classes: int, n: int, skew: float, generator: torch.Generator) -> Tensor:
     """Indices of about n of the labels y [N] whose class shares fall off as skew^(-k/(K-1)), in random class order.
 
-    Where a class has fewer members than its share of n, all classes shrink in proportion: fewer than n are kept.
+    If a class has fewer members than its share of n, all classes shrink in proportion, and fewer than n are kept.
     """
     shuffled = torch.randperm(len(y), generator=generator, device=y.device)
     if skew == 0:

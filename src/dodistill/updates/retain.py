@@ -1,6 +1,6 @@
 """LRA: Learning to Retain while Acquiring (Patel, Mopuri, Qiu, CVPR 2023).
 
-The student learns from the new inputs such that one step of this does not increase the loss on replayed inputs:
+The student is trained on new inputs such that one step on them does not increase the loss on replayed inputs:
 
     min_w  L_Acq(w) + weight * L_Ret(w'),      w' = w - alpha * grad L_Acq(w)
 
@@ -73,7 +73,7 @@ class Retain(Update):
 
     @property
     def fp32(self) -> bool:
-        """In bf16 the Hessian product is too inexact; see the file."""
+        """In bf16 the Hessian product is too inexact; see the head of this file."""
         return self._exact
 
     @property

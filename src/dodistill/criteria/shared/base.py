@@ -96,7 +96,7 @@ def both(student: Features, teacher: Features) -> tuple[Tensor, Tensor]:
     if f.dim() != 2 or h.dim() != 2:
         raise DodistillError(
             f"this criterion reads one feature vector per image; the student's are {tuple(f.shape)}, the teacher's "
-            f"{tuple(h.shape)}."
+            f"{tuple(h.shape)}. Use a criterion on logits, such as kl."
         )
     return f.float(), h.float()
 
@@ -104,13 +104,14 @@ def both(student: Features, teacher: Features) -> tuple[Tensor, Tensor]:
 def paired(student: Features, teacher: Features) -> list[tuple[Tensor, Tensor]]:
     """The feature maps [B, C, H, W] of student and teacher at each resolution that both have, the finest first.
 
-    Raises DodistillError when they share none.
+    Raises DodistillError without a common resolution.
     """
     theirs = {m.shape[2:]: m for m in teacher.stages}
     pairs = [(m.float(), theirs[m.shape[2:]].float()) for m in student.stages if m.shape[2:] in theirs]
     if not pairs:
         sizes = [", ".join(f"{m.shape[2]}x{m.shape[3]}" for m in f.stages) or "none" for f in (student, teacher)]
         raise DodistillError(
-            f"this criterion compares feature maps of equal size; the student has {sizes[0]}, the teacher {sizes[1]}."
+            f"this criterion compares feature maps of equal size; the student has {sizes[0]}, the teacher "
+            f"{sizes[1]}. Use a criterion on logits, such as kl."
         )
     return pairs

@@ -35,7 +35,7 @@ class Intervention(nn.Module):
     """The defaults do nothing. The distillation loss trains its parameters, if it has any."""
 
     name: str = ""  #: in the log
-    own_lr: float | None = None  #: rate of an own Adam; None: the student's optimiser
+    own_lr: float | None = None  #: rate of a separate Adam; None: the student's optimiser
     decays: bool = False  #: whether the student's weight decay applies to its parameters, in the student's optimiser
     at_test: bool = False  #: whether `compensate` is part of the delivered student
     needs: frozenset[str] = frozenset()  #: features of both networks in `batch`: `features` (the penultimate ones)

@@ -15,7 +15,7 @@ from ...core.context import Context
 from ...errors import at_least
 from ...functional import kmeans
 
-#: Number of clusters N, and which inputs they come from, by kind of source (KDCI section 4.3).
+#: Number of clusters N, and the inputs that they come from, by kind of source (KDCI section 4.3).
 CLUSTERS = {"generator": 8, "inversion": 32, "sampler": 128, "data": 128}
 OF: dict[str, Literal["latest", "pool"]] = {
     "generator": "latest",
@@ -33,8 +33,8 @@ class DictionaryConfig:
     of: Literal["auto", "latest", "pool", "batch"] = (
         "auto"  #: latest (newest acquisition) | pool (all of it) | batch (each distilled one) | auto (by source)
     )
-    pca_dim: int | None = None  #: dimensions of the clustering; None: 32 if there are more classes; 0: no PCA
-    iterations: int = 10  #: Lloyd iterations
+    pca_dim: int | None = None  #: PCA dimensions for the clustering; None: 32 if there are more classes; 0: no PCA
+    iterations: int = 10  #: iterations of Lloyd's algorithm
     random: bool = False  #: ablation, Table 4 (3): z_i ~ N(0, 1) times the spread of M, instead of the cluster's mean
 
     def resolve(self, kind: str) -> DictionaryConfig:

@@ -1,4 +1,4 @@
-"""What sources keep in memory between acquisitions: rings of features, and generators by class."""
+"""Memory of sources between acquisitions: rings of features, and generators by class."""
 
 from __future__ import annotations
 

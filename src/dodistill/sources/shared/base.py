@@ -19,14 +19,14 @@ class SourceConfig(Named, ABC):
     """Base of every source's `Config`.
 
     Class attributes:
-        name: its file's name; also without being said.
-        kind: decides the paper's dictionary size (KDCI Sec. 4.3: 8 generator, 32 inversion, 128 sampler).
-        needs: of the teacher or the user: `batchnorm`, `unlabeled`.
+        name: its file's name, which is the default.
+        kind: determines the paper's dictionary size (KDCI Sec. 4.3: 8 generator, 32 inversion, 128 sampler).
+        needs: requirements on the teacher or the user: `batchnorm`, `unlabeled`.
         reads_labels: whether it returns true labels, where the user's images have them.
         generates: whether one generator is trained through the whole run, so that `Source.makes_with` returns it.
         presets: named partial configs over all axes, e.g. {"desk": {"source": {"K": 5}, "optim": {"lr": 0.1}}}.
-        origin: preset name -> where its numbers come from (`ours` where the papers leave a gap).
-        trains, keeps: for `dodistill methods`: what it trains, and what it keeps in memory beside the pool.
+        origin: preset name -> the origin of its numbers (`ours` where the papers have none).
+        trains, keeps: for `dodistill methods`: the networks that it trains, and its memory besides the pool.
     """
 
     warmup: int = 0  #: acquisitions before the first matching step
@@ -66,7 +66,7 @@ def drawn_labels(n: int, classes: int, generator: torch.Generator, balanced: boo
 
 @dataclass
 class Acquired:
-    """A batch of substitution inputs, float in [0, 1] or uint8, [n, C, H, W], and what the source knows about them."""
+    """A batch of substitution inputs, float in [0, 1] or uint8, [n, C, H, W], with logits and labels if known."""
 
     images: Tensor
     logits: Tensor | None = None  #: the teacher's, [n, K]
@@ -90,7 +90,7 @@ class Source(ABC):
         self.generator = context.generator("source")
         #: the loss terms of the last acquisition (tensors, unsynced), for the log
         self.terms: dict[str, Tensor] = {}
-        #: sentences for the summary and the model card: what the user must know about these inputs
+        #: notes on these inputs for the user, in the summary and the model card
         self.notes: list[str] = []
 
     @abstractmethod
@@ -127,4 +127,4 @@ def ask(context: Context, chunk: int = 512) -> tuple[Tensor, Tensor]:
     """The unlabelled images (uint8 [n, C, H, W]) and the teacher's logits [n, K] of them, on the run's device."""
     x = context.unlabeled
     assert x is not None  # the job checks `needs` before the run begins
-    return x, context.label(x, chunk, "asking the teacher")
+    return x, context.label(x, chunk, "labelling images")

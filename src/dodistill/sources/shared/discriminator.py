@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 
 class PatchDiscriminator(nn.Module):
-    """One logit for each 10x10 patch: is it real? [B, C, H, W], normalised -> [B, 1, H/4, W/4].
+    """One logit per 10x10 patch, real against generated: [B, C, H, W], normalised -> [B, 1, H/4, W/4].
 
-    531 328 parameters for RGB and the default width, as MosaicKD's release has it.
+    531 328 parameters for RGB and the default width, as in MosaicKD's release.
     """
 
     def __init__(self, channels: int, width: int = 128) -> None:

@@ -21,7 +21,7 @@ def classifier_rows(model: nn.Module, classes: int) -> Tensor:
         rows = tap.layer.weight.detach().float().flatten(1)
     if len(rows) != classes:
         raise DodistillError(
-            f"the teacher's last layer has {len(rows)} rows for {classes} classes, so they are no label embeddings; "
+            f"the teacher's last layer has {len(rows)} rows for {classes} classes, so they cannot be label embeddings; "
             "use --source.embedding orthogonal."
         )
     return rows.clone()
@@ -51,11 +51,13 @@ def read_embedding(path: str, classes: int) -> Tensor:
             rows = torch.from_numpy(np.array(found if file.suffix == ".npy" else found[found.files[0]], np.float32))
     except (SafetensorError, OSError, ValueError, TypeError, EOFError, IndexError, StopIteration, KeyError,
             zipfile.BadZipFile) as error:  # fmt: skip
-        raise DodistillError(f"source.embedding: cannot read numbers from {path} ({error}).") from error
+        raise DodistillError(
+            f"source.embedding: {path} holds no readable numbers ({error}); give an array [{classes}, d]."
+        ) from error
     if rows.dim() != 2 or len(rows) != classes or not rows.shape[1]:
         raise DodistillError(
-            f"source.embedding: {path} holds shape {tuple(rows.shape)}; it must be ({classes}, d), a row per class."
+            f"source.embedding: {path} holds shape {tuple(rows.shape)}; it must be ({classes}, d), one row per class."
         )
     if not bool(torch.isfinite(rows.float()).all()):
-        raise DodistillError(f"source.embedding: {path} holds NaN or infinity.")
+        raise DodistillError(f"source.embedding: {path} holds NaN or infinity; all numbers must be finite.")
     return rows.float()

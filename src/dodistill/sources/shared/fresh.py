@@ -28,7 +28,7 @@ from .generators import ConvGenerator
 
 
 def pooled(images: int) -> int:
-    """How many of the `images` of an acquisition join the pool, under the default held-back share.
+    """The number of an acquisition's `images` that join the pool, under the default held-back share.
 
     A pool of this capacity holds the newest acquisition and nothing else.
     """

@@ -58,7 +58,7 @@ class ConvGenerator(nn.Module):
         channels, height, w = image_shape
         if height % 4 or w % 4:
             raise DodistillError(
-                "this generator makes images whose height and width are multiples of 4, the teacher reads "
+                "this generator makes images whose height and width are multiples of 4, but the teacher takes "
                 f"{height}x{w}; use another source (dodistill methods lists them)."
             )
         self.latent, self.base = latent, (base, height // 4, w // 4)
@@ -113,7 +113,7 @@ class DeepGenerator(nn.Module):
         if height % scale or w % scale:
             raise DodistillError(
                 f"this generator doubles a map of latents {doublings} times, so it makes images whose height and width "
-                f"are multiples of {scale}; the teacher reads {height}x{w}: lower source.doublings, or use another "
+                f"are multiples of {scale}, but the teacher takes {height}x{w}: lower source.doublings, or use another "
                 "source (dodistill methods lists them)."
             )
         self.latent_shape = (latent, height // scale, w // scale)

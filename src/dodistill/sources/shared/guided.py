@@ -4,7 +4,7 @@
 
 The batch statistics mu_l, var_l of the BatchNorm inputs are smoothed over batches (momentum `bn_momentum`).
 L_adv = -mean(1[argmax s = argmax t] * KL(t || s)) is the decision-adversarial term. The file of each method defines x,
-and what it keeps of the descent.
+and the images that it keeps.
 """
 
 from __future__ import annotations

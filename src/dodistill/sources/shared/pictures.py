@@ -39,7 +39,7 @@ def waves(v: Tensor, channels: int, g: torch.Generator) -> Tensor:
 
 
 def shapes(n: int, shape: Shape, g: torch.Generator, most: int = 5) -> Tensor:
-    """`most` polygons and ellipses, filled or outlined, each with a gradient of colour, one over the other."""
+    """`most` overlapping polygons and ellipses, filled or outlined, each with a gradient of colour."""
     c = shape[0]
     x, y = grid(shape, g)
 
@@ -98,14 +98,14 @@ def textures(n: int, shape: Shape, g: torch.Generator) -> Tensor:
     white = torch.randn(n, c, h, f2.shape[2], 2, generator=g, device=g.device)
     field = torch.fft.irfft2(torch.view_as_complex(white) * amplitude, s=(h, w))
     field = field / field.flatten(2).std(2).clamp_min(1e-6).view(n, c, 1, 1)
-    blend = torch.randn(n, c, c, generator=g, device=g.device) * 0.3 + 0.5  # channels that have to do with each other
+    blend = torch.randn(n, c, c, generator=g, device=g.device) * 0.3 + 0.5  # correlated channels
     field = torch.bmm(blend, field.flatten(2)).view(n, c, h, w)
     plain = field * uniform(g, n, 1, 1, 1, low=0.1, high=0.35) + uniform(g, n, c, 1, 1, low=0.2, high=0.8)
     return torch.where(uniform(g, n, 1, 1, 1) < 0.5, plain.clamp_(0, 1), waves(field[:, 0] * 0.5, c, g))
 
 
 def fractals(n: int, shape: Shape, g: torch.Generator, iterations: int = 16) -> Tensor:
-    """Julia sets by escape time: z <- z^2 + c with c near the edge of the Mandelbrot set's cardioid, any view of it."""
+    """Julia sets by escape time: z <- z^2 + c with c near the edge of the Mandelbrot set's cardioid; random view."""
     x, y = grid(shape, g)
     turn, zoom = uniform(g, n, 1, 1, high=2 * math.pi), 0.3 * 5 ** uniform(g, n, 1, 1)
     cos, sin = turn.cos() * zoom, turn.sin() * zoom
@@ -153,7 +153,7 @@ def stretched(x: Tensor, g: torch.Generator) -> Tensor:
 
 
 def shares(weights: tuple[float, ...], n: int) -> dict[str, int]:
-    """Kind -> how many of n pictures, in proportion to the weights (at least one positive); they add up to n."""
+    """Kind -> its number of pictures, in proportion to the weights (at least one positive), with sum n."""
     total, before, out = sum(weights), 0.0, {}
     for kind, weight in zip(KINDS, weights):
         out[kind] = round(n * (before + weight) / total) - round(n * before / total)
@@ -162,7 +162,7 @@ def shares(weights: tuple[float, ...], n: int) -> dict[str, int]:
 
 
 def draw(counts: dict[str, int], shape: Shape, g: torch.Generator, stretch: bool) -> Tensor:
-    """uint8 [sum of counts, C, H, W]: that many of each kind, in that order, in chunks that fit the cache."""
+    """uint8 [sum of counts, C, H, W]: `counts` pictures of each kind, in order, drawn in chunks that fit the cache."""
     chunk = max(8, 131_072 // (shape[1] * shape[2]))
     parts = []
     for kind, count in counts.items():

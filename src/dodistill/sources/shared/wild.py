@@ -1,4 +1,4 @@
-"""The unlabelled images that a method reads again and again: on the run's device, all of them or a chosen part."""
+"""Unlabelled images that a method reads repeatedly: on the run's device, all of them or a chosen part."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ Objective = Callable[[Callable[[Tensor], Tensor]], dict[str, Tensor]]
 class UpdateConfig(Named, ABC):
     """Base of every update's `Config`."""
 
-    replays: ClassVar[bool] = False  #: whether it has a use for replayed inputs
+    replays: ClassVar[bool] = False  #: whether it uses replayed inputs
 
     @abstractmethod
     def build(self) -> Update: ...
@@ -39,7 +39,7 @@ class Update(ABC):
 
     @abstractmethod
     def backward(self, student: nn.Module, acquire: Objective, retain: Objective | None = None) -> dict[str, Tensor]:
-        """Named terms, detached. Gradients are added to `.grad` of everything that the objectives touch.
+        """Named terms, detached. Gradients are added to `.grad` of all parameters that the objectives use.
 
         `acquire` is the loss on the new inputs, `retain` that on replayed ones (None: there are none, or none yet).
         """
