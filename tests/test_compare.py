@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dodistill.commands.compare import cells, compare, find, read_recipe, seconds_of, stored, teach_missing
+from dodistill.commands.compare import compare, seconds_of, teach_missing
+from dodistill.config.grid import Records, cells, read_recipe, stored
 from dodistill.engine.run_folder import RunFolder
 from dodistill.errors import DodistillError
 
@@ -145,21 +146,21 @@ def test_a_setting_that_came_later_does_not_throw_results_away(recipe: Path, tmp
     old = json.loads(json.dumps(config).replace(str(out / "teachers"), "{teachers}"))
     del old["kdci"]["detach_query"], old["pool"]["holdout"]
 
-    def remember(tree: dict[str, object]) -> list[tuple[dict[str, object], dict[str, object]]]:
+    def remember(tree: dict[str, object]) -> Records:
         (out / "cells").mkdir(exist_ok=True)
         (out / "cells" / "x.json").write_text(json.dumps({"key": "x", "config": tree, "seconds": 1.0}))
         return stored(out)
 
-    assert find(cell, remember(old)) is not None
+    assert remember(old).find(cell) is not None
     changed = dataclasses.replace(cell.config, pool=dataclasses.replace(cell.config.pool, holdout=0.1))
     assert (
-        find(dataclasses.replace(cell, config=changed), remember(old)) is None
+        remember(old).find(dataclasses.replace(cell, config=changed)) is None
     )  # the newer setting is not at its default
     old["loop"]["batch"] = 17
-    assert find(cell, remember(old)) is None
+    assert remember(old).find(cell) is None
     gone = json.loads(json.dumps(config).replace(str(out / "teachers"), "{teachers}"))
     gone["kdci"]["a_setting_since_removed"] = 1
-    assert find(cell, remember(gone)) is None
+    assert remember(gone).find(cell) is None
 
 
 @pytest.mark.parametrize(
@@ -170,7 +171,7 @@ def test_the_committed_results_are_those_of_the_committed_recipes(name: str) -> 
     root = Path(__file__).parents[1]
     known = stored(root / "results" / name)
     found = [
-        find(c, known)
+        known.find(c)
         for c in cells(read_recipe(root / "recipes" / f"{name}.yaml"), root / "results" / name / "teachers")
     ]
     assert sum(record is not None for record in found) == len(known) > 10

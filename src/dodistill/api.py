@@ -93,19 +93,49 @@ def _test(test: Any, what: str = "the test set") -> Test | None:
     """(images uint8 or float in [0, 1], labels) or a data set -> Test. `what` names it in errors."""
     if test is None or isinstance(test, Test):
         return test
+    if not hasattr(test, "x") and not (isinstance(test, tuple | list) and len(test) == 2):
+        raise DodistillError(f"{what} is a {type(test).__name__}; give (images, labels), or what load_images returns.")
     x, y = (test.x, test.y) if hasattr(test, "x") else test
     if y is None:
         raise DodistillError("the test set has no labels; accuracy needs them: give (images, labels).")
-    found = Test(_pixels(torch.as_tensor(x), "test"), torch.as_tensor(y).long())
+    found = Test(_pixels(x, "test"), _labels(y, len(x)))
     refuse_one_class(test if isinstance(test, Images) else Images(found.x, found.y), what)
     return found
 
 
-def _pixels(x: Tensor, what: str) -> Tensor:
-    if x.dim() != 4:
-        raise DodistillError(f"{what} images have shape {tuple(x.shape)}; they must be [n, C, H, W].")
+def _tensor(value: Any, what: str) -> Tensor:
+    """A tensor, a numpy array or nested lists of numbers as a tensor."""
+    try:
+        out: Tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DodistillError(f"{what} are a {type(value).__name__}; give a tensor or an array ({error}).") from error
+    return out
+
+
+def _labels(y: Any, n: int) -> Tensor:
+    """Class numbers, long [n]."""
+    y = _tensor(y, "labels")
+    if y.shape != (n,):
+        raise DodistillError(f"labels have shape {tuple(y.shape)}; give {n}, one for each image.")
+    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        raise DodistillError(
+            f"labels are {str(y.dtype).removeprefix('torch.')}; give class numbers, as integers from 0."
+        )
+    return y.long()
+
+
+def _pixels(x: Any, what: str) -> Tensor:
+    x = _tensor(x, f"{what} images")
+    if x.dim() != 4 or 0 in x.shape:
+        raise DodistillError(f"{what} images have shape {tuple(x.shape)}; they must be [n, C, H, W], and not empty.")
     if x.dtype == torch.uint8:
         return x
+    if not x.is_floating_point():
+        raise DodistillError(
+            f"{what} images are {str(x.dtype).removeprefix('torch.')}; give uint8, or floats in [0, 1]."
+        )
+    if not bool(torch.isfinite(x).all()):
+        raise DodistillError(f"{what} images contain NaN or infinity; give uint8, or floats in [0, 1].")
     low, high = float(x.min()), float(x.max())
     if low < 0 or high > 1:
         raise DodistillError(f"{what} images range from {low:.3g} to {high:.3g}; give uint8, or floats in [0, 1].")
@@ -157,6 +187,9 @@ def distill(
     Raises:
         DodistillError: for errors that can be detected before the first step, and for diverging losses.
     """
+    for name, model in (("teacher", teacher), ("student", student), ("foreign", foreign)):
+        if not isinstance(model, nn.Module) and not (name == "foreign" and model is None):
+            raise DodistillError(f"{name} is {model!r}; it must be a torch.nn.Module, as load_model(NAME) returns.")
     chosen = {} if intervention is None else {"intervention": intervention}
     tree, choice = {**settings, "source": source, **chosen}, None
     if methods.asks(tree):
@@ -168,7 +201,9 @@ def distill(
     pixels = None if unlabeled is None else _pixels(unlabeled, "unlabelled")
     if labels is not None and not config.source.reads_labels:
         raise DodistillError(f"source {config.source.name} reads no labels; remove `labels`, or use source data.")
-    y = None if labels is None else torch.as_tensor(labels).long()
+    if labels is not None and pixels is None:
+        raise DodistillError("labels are given without images; give unlabeled=images, too.")
+    y = None if labels is None or pixels is None else _labels(labels, len(pixels))
     job = Job(config, teacher, student, shape, pixels, y, _test(test), foreign=foreign, choice=choice)
     return run(job, out, verbose, watchers=watchers)
 
@@ -249,18 +284,30 @@ def run(
     it = Distiller(job)
     # After all checks, so that an error leaves no folder behind.
     folder = NoFolder() if out is None else RunFolder(out, config)
-    if (done := folder.summary()) is not None:
-        return _again(it, folder, done, report)
+    try:
+        if (done := folder.summary()) is not None:
+            return _again(it, folder, done, report)
+        return _run(it, folder, title if verbose else "", deadline, report, watchers)
+    except BaseException:
+        if not it.acquirer.round:  # nothing was computed
+            folder.abandon()
+        raise
+    finally:
+        folder.close()
+
+
+def _run(
+    it: Distiller, folder: RunFolder | NoFolder, title: str, deadline: float, report: bool, watchers: Sequence[Watcher]
+) -> Result:
+    """Run to the end or to the deadline, and deliver. An empty title: no progress is shown."""
+    job, config = it.job, it.config
     said = [*job.notes, *config.clashes, *it.acquirer.source.notes]
     if emulated(it.context.device, config.loop.precision):
         said.append("bf16 is emulated on this CPU, about ten times slower than fp32; use --loop.precision fp32.")
-    try:
-        with Progress(config.loop.steps, title) if verbose else nullcontext(Watcher()) as progress:
-            for note in [*([str(job.choice)] if job.choice is not None else []), *said]:
-                progress.on_note(note)
-            finished = it.run(folder, [progress, *watchers], deadline)
-    finally:
-        folder.close()
+    with Progress(config.loop.steps, title) if title else nullcontext(Watcher()) as progress:
+        for note in [*([str(job.choice)] if job.choice is not None else []), *said]:
+            progress.on_note(note)
+        finished = it.run(folder, [progress, *watchers], deadline)
     said += folder.notes
     if not finished:
         return Result(it.matcher.student, {"finished": False, "step": it.step}, folder.path)
@@ -290,9 +337,11 @@ def _again(it: Distiller, folder: RunFolder | NoFolder, done: dict[str, Any], re
     """The result in a finished run folder, without recomputation."""
     assert isinstance(folder, RunFolder)
     require_same(done.get("made_of"), it.made_of)
-    saved, kept = folder.load(), folder.path / "student.safetensors"
+    saved, kept = folder.newest(), folder.path / "student.safetensors"
     if saved is not None and saved[0].get("format") == FORMAT:
         it.load_state_dict(*saved)
+        if not kept.exists():
+            _save_student(it.scorer.complete(done["delivered"]).eval(), kept, done)
         if report and not (folder.path / "report.html").exists():  # stopped while it was written
             write_report(folder.path, pdf=False)
         return Result(it.scorer.complete(done["delivered"]).eval(), done, folder.path)
@@ -368,15 +417,15 @@ def _machine(device: torch.device) -> str:
     return f"CPU ({platform.machine()}), {torch.get_num_threads()} thread(s)"
 
 
+def _save_student(best: nn.Module, path: Path, summary: Mapping[str, Any]) -> None:
+    bare = best.student if isinstance(best, Compensated) else best
+    save_model(bare, path, agreement=summary["agreement"], key=summary["key"])
+
+
 def _deliver(it: Distiller, best: nn.Module, folder: RunFolder, summary: dict[str, Any], report: bool) -> None:
     path, config = folder.path, it.config.to_tree()
     pool, dictionary = it.acquirer.pool, it.acquirer.dictionary
-    save_model(
-        best.student if isinstance(best, Compensated) else best,
-        path / "student.safetensors",
-        agreement=summary["agreement"],
-        key=summary["key"],
-    )
+    _save_student(best, path / "student.safetensors", summary)
     n = min(64, len(pool))
     index = torch.randperm(len(pool), generator=torch.Generator().manual_seed(0))[:n]
     save_grid(pool.x[index.to(pool.device)].cpu(), path / "samples.png")

@@ -11,16 +11,20 @@ import importlib
 import io
 import os
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Union
 
 import tyro
 
 from .. import __version__
 from ..config import choices, outline
-from ..config.flags import Part, form, parse, part
+from ..config.flags import Part, form, parse, part, typed
 from ..config.tree import build
 from ..errors import STOPPED, Busy, DodistillError, nearest
+from ..files import shown
 
 COMMANDS = ("demo", "distill", "teach", "evaluate", "compare", "report", "look", "export", "methods", "doctor")
 PROGRAM = "dodistill"
@@ -30,6 +34,7 @@ first steps:
   dodistill demo                                  distillation on bundled data, in minutes
   dodistill COMMAND --help                        the flags of a command
   dodistill --version
+  dodistill COMMAND ... --debug                   show the traceback of an unexpected error
   dodistill --tyro-write-completion bash FILE     write a completion script, to be sourced (also zsh, fish)"""
 
 
@@ -51,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # not every terminal can encode the help's boxes and bullets
     words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
     try:
         if words and words[0] in COMMANDS:
             return call(words[0], words[1:])
@@ -63,9 +70,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of the output closed the pipe
         sys.stderr.close()
         return 0
+    except Exception as error:
+        if debug:
+            raise
+        print(f"dodistill: {unexpected(error, words)}", file=sys.stderr)
+        return 2 if isinstance(error, OSError | MemoryError) else 1
     except KeyboardInterrupt:
         print("\nstopped; rerun the command to resume from the last checkpoint.", file=sys.stderr)
         return 130
+
+
+def unexpected(error: Exception, words: Sequence[str]) -> str:
+    """A short message for an error that nothing else has explained; the traceback goes to a file.
+
+    The file is `error.log` in the run folder of the command, or in the folder of temporary files.
+    """
+    said = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
+    out = typed(words, ["out"]).get("out", "")
+    folder = Path(out) if out and (Path(out) / "config.json").is_file() else Path(tempfile.gettempdir())
+    kept = "checkpoint.pt" if (folder / "checkpoint.pt").is_file() else ""
+    try:
+        handle, name = tempfile.mkstemp(".log", "error-", folder)
+        with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:
+            file.write("".join(traceback.format_exception(error)))
+    except OSError:
+        name = ""
+    if ("alloc" in str(error) and isinstance(error, RuntimeError | MemoryError)) or isinstance(error, MemoryError):
+        text = f"out of memory ({said}); give a smaller batch, image shape or pool."
+    elif isinstance(error, OSError):
+        text = f"{error.strerror or said}: {shown(error.filename) if error.filename else said}; check the path."
+    else:
+        text = f"unexpected error, please report it: {said}."
+    if kept:
+        text += f" The checkpoint {folder / kept} is intact; rerun the command to resume."
+    return text + (f" Traceback: {name}" if name else "") + " (or add --debug)."
 
 
 def call(command: str, words: Sequence[str]) -> int:

@@ -18,7 +18,9 @@ from torch import nn
 
 from ..api import distill, parameters
 from ..data.images import load_images
+from ..engine.run_folder import check_writable
 from ..engine.teach import Teach, teach
+from ..errors import at_least
 from ..evaluation.evaluate import predict, top1
 from ..models import load_model, save_model
 from ..report.compare_page import write_compare
@@ -35,6 +37,8 @@ class Arguments:
 
 
 def run(arguments: Arguments) -> int:
+    at_least(0, "demo", seed=arguments.seed)
+    check_writable(Path(arguments.out) / "compare.html")
     demo(Path(arguments.out), arguments.seed)
     return 0
 

@@ -15,7 +15,8 @@ from ..config.choices import read_recipe
 from ..config.methods import asks
 from ..config.plugins import paths
 from ..config.tree import expand, merge, resolve
-from ..errors import STOPPED, DodistillError
+from ..core.deadline import Deadline, stopping
+from ..errors import STOPPED, DodistillError, positive
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ def run(arguments: Arguments, settings: Mapping[str, Any], words: Sequence[str])
         raise DodistillError(
             f"unexpected argument {arguments.recipe!r}; give a recipe first, and settings as --part.field VALUE."
         )
+    if arguments.max_seconds != math.inf:
+        positive("distill", ", as in 600", max_seconds=arguments.max_seconds)
     typed = expand(settings)
     allowed = arguments.allow_code or paths(typed)
     tree, choice = merge(expand(read_recipe(arguments.recipe)), typed), None
@@ -55,10 +58,12 @@ def run(arguments: Arguments, settings: Mapping[str, Any], words: Sequence[str])
         tree, choice = choose_source(tree, arguments.max_seconds, out or None, allowed)
     config = resolve(tree, allow_code=allowed)
     out = out or f"runs/{config.source.name}-{config.intervention}-{config.key()}"
-    result = distill_config(
-        config, out, verbose=not arguments.quiet, deadline=start + arguments.max_seconds,
-        command=shell_command(["distill", *words]), report=not arguments.no_report, choice=choice,
-    )  # fmt: skip
+    deadline = Deadline(start + arguments.max_seconds)
+    with stopping(deadline):
+        result = distill_config(
+            config, out, verbose=not arguments.quiet, deadline=deadline,
+            command=shell_command(["distill", *words]), report=not arguments.no_report, choice=choice,
+        )  # fmt: skip
     if not result.summary.get("finished"):
         print(
             f"stopped at step {result.summary['step']} of {config.loop.steps}; rerun the command to resume.",

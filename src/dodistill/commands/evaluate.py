@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -12,7 +13,8 @@ from ..api import Shape, parameters, shape_of
 from ..config.flags import square
 from ..core.runtime import pick_device
 from ..data.folder import crop_share
-from ..data.images import Images, contexts_of, load_images, refuse_one_class
+from ..data.images import Images, contexts_of, load_images, refuse_one_class, require_fit
+from ..engine.run_folder import check_writable
 from ..errors import DodistillError
 from ..evaluation import evaluate
 from ..evaluation.probe import context_gap, linear_probe
@@ -50,7 +52,7 @@ class Data:
 def run(arguments: Arguments) -> int:
     _check(arguments)
     model = _model(arguments)
-    data = _read(arguments, shape_of(model))
+    data = _read(arguments, shape_of(model), int(model.spec["num_classes"]))
     device = pick_device()
     model.to(device)
     teacher = load_model(arguments.teacher).to(device) if arguments.teacher and data.test is not None else None
@@ -74,6 +76,10 @@ def _check(arguments: Arguments) -> None:
         raise DodistillError(
             f"--out {arguments.out} without --calibrate has no effect; add --calibrate DATA, or remove --out."
         )
+    if arguments.out:
+        if Path(arguments.out).suffix != ".safetensors":
+            raise DodistillError(f"--out is {arguments.out}; weights are written as FILE.safetensors.")
+        check_writable(Path(arguments.out))
     if arguments.n < 2:
         raise DodistillError(f"--n is {arguments.n}; statistics need at least 2 images.")
 
@@ -86,7 +92,7 @@ def _model(arguments: Arguments) -> Normalized:
     )  # fmt: skip
 
 
-def _read(arguments: Arguments, shape: Shape) -> Data:
+def _read(arguments: Arguments, shape: Shape, classes: int) -> Data:
     """Read all images, cropped as test images."""
     share = crop_share(arguments.crop_share, shape[1])
 
@@ -98,8 +104,11 @@ def _read(arguments: Arguments, shape: Shape) -> Data:
         return images
 
     test, probe, plain = arguments.test, arguments.probe, arguments.calibrate
+    tested = labelled(test, "test") if test else None
+    if tested is not None:
+        require_fit(tested, shape, classes, test)
     return Data(
-        labelled(test, "test") if test else None,
+        tested,
         (labelled(probe, "train"), labelled(probe, "test")) if probe else None,
         load_images(plain, "train", False, shape, crop=share) if plain else None,
         [load_images(spec, "test", True, shape, crop=share) for spec in contexts_of(test)],

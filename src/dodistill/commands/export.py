@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..api import shape_of
-from ..engine.run_folder import newest_pool
+from ..engine.run_folder import check_writable, newest_pool
+from ..errors import DodistillError
 from ..models import load_model
 from ..models.onnx import export_onnx
 from ..report.images import export_images
@@ -23,9 +24,12 @@ class Arguments:
 def run(arguments: Arguments) -> int:
     source, target = Path(arguments.run), Path(arguments.target)
     if target.suffix == ".onnx":
+        check_writable(target)
         model = load_model(str(source / "student.safetensors" if source.is_dir() else source))
         print(export_onnx(model, target, shape_of(model)))
         return 0
+    if target.exists() and not target.is_dir():
+        raise DodistillError(f"{target} is a file; give a folder for the images, or FILE.onnx for the student.")
     pool = newest_pool(source)
     n = export_images(pool["x"], target, pool["logits"].argmax(1))
     print(f"{n} images in {target}, one folder for each class that the teacher predicts")

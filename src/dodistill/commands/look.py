@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +31,11 @@ from ..config import plugins
 from ..config.tree import Distill, resolve
 from ..core.runtime import pick_device
 from ..data.images import Images, load_images, refuse_one_class
-from ..engine.run_folder import fingerprint, newest_pool
+from ..engine.run_folder import check_writable, fingerprint, newest_pool
 from ..errors import DodistillError
 from ..evaluation.evaluate import agreement, class_shares, frechet_distance, predict, top1
 from ..evaluation.probe import features
+from ..files import read_object
 from ..models import load_model
 from ..report import plots
 from ..report.canvas import Plot
@@ -105,6 +105,7 @@ def look(runs: Sequence[str | Path], test: str, out: str | Path, teacher: str = 
     its teacher in memory. The teacher is first in the returned list. Raises DodistillError for missing files, for
     images without labels, and for runs of several teachers.
     """
+    check_writable(Path(out))
     tsne, silhouette = _sklearn()
     folders = [Path(r) for r in runs]
     if n < 50:
@@ -171,7 +172,7 @@ def _config(folder: Path, typed: bool) -> Distill:
     runs only if the user typed the teacher."""
     if not (folder / "student.safetensors").is_file():
         raise DodistillError(f"{folder} holds no student.safetensors; give the folder of a finished run.")
-    tree = json.loads((folder / "config.json").read_text())
+    tree = read_object(folder / "config.json", "give the folder of a finished run")
     if not typed and plugins.model_file(tree["teacher"]["spec"]):
         raise DodistillError(
             f"the config of {folder} names code, {tree['teacher']['spec']}; code runs only if you name it yourself: "
@@ -191,7 +192,8 @@ def _one_teacher(folders: Sequence[Path], configs: Sequence[Distill]) -> None:
 
 def _strangers(folder: Path, model: nn.Module) -> list[str]:
     """A warning if the run's teacher had other weights than `model`."""
-    summary = json.loads((folder / "summary.json").read_text()) if (folder / "summary.json").exists() else {}
+    path = folder / "summary.json"
+    summary = read_object(path, "give the folder of a finished run") if path.exists() else {}
     began = summary.get("made_of", {}).get("teacher")
     if began in (None, fingerprint([*model.parameters(), *model.buffers()])):
         return []

@@ -13,12 +13,14 @@ from typing import Annotated, Any
 
 from ..config.flags import square
 from ..config.tree import build
+from ..core.deadline import Deadline, stopping
 from ..core.precision import emulated
 from ..core.runtime import pick_device
 from ..engine.lesson import fresh_model, read_lesson, teach_to_file
 from ..engine.run_folder import check_writable
 from ..engine.teach import Log, Teach
-from ..errors import STOPPED, DodistillError
+from ..errors import STOPPED, DodistillError, positive
+from ..files import claimed, shown
 from ..report.progress import Progress
 
 
@@ -41,15 +43,25 @@ class Arguments:
 
 def run(arguments: Arguments, settings: Mapping[str, Any], _words: Sequence[str]) -> int:
     """`settings` are fields of `Teach`."""
-    deadline, target = time.monotonic() + arguments.max_seconds, Path(arguments.out)
+    if arguments.max_seconds != math.inf:
+        positive("teach", ", as in 600", max_seconds=arguments.max_seconds)
+    deadline, target = Deadline(time.monotonic() + arguments.max_seconds), Path(arguments.out)
     shape = square(arguments.image_shape)
     if not arguments.data:
         raise DodistillError("teach needs labelled images; give --data cifar10, a .npz, or a folder of class folders.")
     config = build(Teach, {**settings, "model": arguments.model}, "teach")
+    if target.suffix != ".safetensors":
+        raise DodistillError(f"--out is {shown(target)}; weights are written as FILE.safetensors.")
+    if target.exists():
+        raise DodistillError(f"{shown(target)} is there already; choose another --out, or delete it to train again.")
     check_writable(target)
     lesson = read_lesson(arguments.data, arguments.test, shape, arguments.crop_share)
     model, device = fresh_model(config, lesson.train, arguments.normalise or None), pick_device()
-    with Progress(lesson.steps(config), f"teach {config.model} on {arguments.data}") as progress:
+    lock = target.with_name(f".{target.name}.lock")
+    with (
+        claimed(lock, str(target)),
+        Progress(lesson.steps(config), f"teach {config.model} on {arguments.data}") as progress,
+    ):
 
         def on_log(log: Log) -> None:
             progress.update(int(log["step"]), loss=float(log["loss"]), accuracy=float(log["minival"] or 0.0))
@@ -58,12 +70,14 @@ def run(arguments: Arguments, settings: Mapping[str, Any], _words: Sequence[str]
             progress.note("bf16 is emulated on this CPU, about ten times slower than fp32; use --precision fp32.")
         if lesson.note:
             progress.note(lesson.note)
-        result = teach_to_file(target, model, lesson, config, device, on_log, progress.update, deadline)
+        with stopping(deadline):
+            result = teach_to_file(target, model, lesson, config, device, on_log, progress.update, deadline)
     if not result.get("finished", True):
         print(
             f"stopped after epoch {result['epoch']} of {config.epochs}; rerun the command to resume.", file=sys.stderr
         )
         return STOPPED
+    lock.unlink(missing_ok=True)
     print(json.dumps(result))
     print(f"weights    {target}")
     return 0

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
-
-import yaml
 
 from ..errors import DodistillError, nearest
 from . import outline, registry
 from .flags import LONG, Flag, Part, part, spelled, typed
 from .methods import AUTO, asks, choosing
 from .plugins import Allow, label, paths
+from .strict_yaml import read_yaml
 from .tree import DEFAULTS, PLAIN, Tree, expand, merge
 
 ABOUT = {
@@ -28,10 +26,7 @@ def read_recipe(path: str) -> Tree:
     """The settings in a file; empty without a path."""
     if not path:
         return {}
-    try:
-        tree = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise DodistillError(f"cannot read recipe {path}: {error}") from error
+    tree = read_yaml(path)
     if not isinstance(tree, dict):
         raise DodistillError(f"recipe {path} is no mapping of settings; write lines such as `source: fast`.")
     return tree

@@ -11,6 +11,7 @@ This module imports torch only through the methods that a tree names.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -23,6 +24,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from ..errors import DodistillError, nearest
 from . import plugins, registry
+from .checks import check
 from .contracts import (
     CriterionSettings,
     DictionarySettings,
@@ -263,12 +265,14 @@ def _fits(value: Any, hint: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return build(hint, {"spec": value} if hint is Model and isinstance(value, str) else value, where)
     if hint is float and isinstance(value, str):  # YAML reads 1e-3 as a string
-        try:
-            return float(value)
-        except ValueError:
-            pass
+        with contextlib.suppress(ValueError):
+            value = float(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value)
+    if hint is float and isinstance(value, float) and not math.isfinite(value):
+        raise DodistillError(f"{where} is {value}; it must be a finite number.")
+    if hint is int and isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise DodistillError(f"{where} is {value}; it must fit in 64 bits.")
     if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
@@ -289,11 +293,14 @@ def build(cls: type[C], values: Any, where: str) -> C:
     if not isinstance(values, Mapping):
         raise DodistillError(f"{where} is {values!r}; it must be a mapping of its settings.")
     hints = get_type_hints(cls)
-    known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    defaults = {f.name: f.default for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    known = list(defaults)
     for key in values:
         if key not in known:
             raise DodistillError(f"{where}: {nearest(str(key), known, 'key')}")
-    return cls(**{key: _fits(value, hints[key], f"{where}.{key}") for key, value in values.items()})
+    # a default of infinity allows infinity
+    free = {k for k, v in values.items() if v == math.inf == defaults[k]}
+    return cls(**{k: v if k in free else _fits(v, hints[k], f"{where}.{k}") for k, v in values.items()})
 
 
 def expand(tree: Mapping[str, Any]) -> Tree:
@@ -479,7 +486,7 @@ def _resolve(tree: Tree, allow_code: Allow) -> Distill:
             every = [*plain, *registry.AXES, "preset", *registry.known("intervention")]
             raise DodistillError(f"config: {nearest(key, every, 'key')}")
     config = Distill(**values)
-    _check(config)
+    check(config)
     return config
 
 
@@ -492,47 +499,6 @@ def _built(method: Method, settings: Any, where: str) -> Settings:
         except (TypeError, ValueError) as error:
             raise DodistillError(f"{method.name}: settings are numbers, text, and lists of them ({error}).") from error
     return out
-
-
-def _check(config: Distill) -> None:
-    loop, pool = config.loop, config.pool
-    positive = {"loop.steps": loop.steps, "loop.batch": loop.batch, "pool.capacity": pool.capacity,
-                "loop.log_every": loop.log_every, "loop.eval_every": loop.eval_every}  # fmt: skip
-    for name, value in positive.items():
-        if value < 1:
-            raise DodistillError(f"{name} is {value}; it must be at least 1.")
-    if not 0 < pool.holdout < 1:
-        raise DodistillError(f"pool.holdout is {pool.holdout}; it must lie between 0 and 1, as in 0.03.")
-    if not 0 <= loop.ema < 1:
-        raise DodistillError(f"loop.ema is {loop.ema}; it must lie in [0, 1), as in 0.998.")
-    if config.update.replays != (config.replay.name != "none"):
-        use, fix = "uses no", "give --update replay or retain"
-        if config.update.replays:
-            use, fix = "needs", "give --replay NAME"
-        raise DodistillError(
-            f"update {config.update.name} {use} replayed inputs, but replay is {config.replay.name}: {fix}."
-        )
-    augment = config.augment
-    if augment.views < 0:
-        raise DodistillError(f"augment.views is {augment.views}; it must be at least 0 (0: new views at each draw).")
-    if not augment.views_gb > 0:
-        raise DodistillError(f"augment.views_gb is {augment.views_gb}; it must be above 0, as in 2.")
-    view = config.view
-    if view.pad < 0:
-        raise DodistillError(f"view.pad is {view.pad}; it must be at least 0 (0: an eighth of the height).")
-    if not 0 < view.scale[0] <= view.scale[1] <= 1:
-        raise DodistillError(f"view.scale is {list(view.scale)}; give shares 0 < low <= high <= 1, as in [0.08, 1].")
-    if not 0 <= config.data.crop_share <= 1:
-        raise DodistillError(
-            f"data.crop_share is {config.data.crop_share}; it must lie in (0, 1], as in 0.875, or be 0, the default."
-        )
-    optim = config.optim
-    if not 0 < optim.lr < math.inf:
-        raise DodistillError(f"optim.lr is {optim.lr}; it must be positive, as in 0.1.")
-    if not 0 <= optim.momentum < 1 or (optim.nesterov and not optim.momentum):
-        raise DodistillError(f"optim.momentum is {optim.momentum}; it must lie in [0, 1), and above 0 for nesterov.")
-    if not 0 <= optim.weight_decay < math.inf:
-        raise DodistillError(f"optim.weight_decay is {optim.weight_decay}; it must be at least 0, as in 5e-4.")
 
 
 def difference(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -21,8 +21,15 @@ def pick_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise DodistillError(f"unknown device {name!r}; use auto, cpu, cuda or cuda:0.") from error
+    if device.type == "meta":
+        raise DodistillError(f"device {name!r} computes nothing; use auto, cpu, cuda or cuda:0.")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise DodistillError(f"device is {name!r}, but torch finds no CUDA device; use --device cpu (or auto).")
+    try:
+        torch.empty(1, device=device)
+    except Exception as error:  # RuntimeError, AssertionError, NotImplementedError: each backend has its own
+        said = str(error).partition("\n")[0] or type(error).__name__
+        raise DodistillError(f"device is {name!r}, which torch cannot use here ({said}); use --device cpu.") from error
     return device
 
 

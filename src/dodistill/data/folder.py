@@ -23,8 +23,11 @@ import torch
 from PIL import Image, ImageOps
 
 from ..errors import DodistillError
+from ..files import shown
 from .layouts import listing
 
+#: Raster formats, told apart by content. Pillow reads others by running programs of the system, such as Ghostscript.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 LARGE = 160  #: image height from which evaluation uses ImageNet's protocol
 
 #: x uint8 [n, C, H, W], y long [n], files skipped, note, class names
@@ -71,11 +74,12 @@ def load_folder(
     bad = [p for p, ok in zip(files, good) if not ok]
     if not good.any():
         raise DodistillError(
-            f"none of the {len(files)} files in {folder} is a readable image (the first: {bad[0].name}); give images."
+            f"none of the {len(files)} files in {shown(folder)} is a readable image (the first: "
+            f"{shown(bad[0].name)}); give images."
         )
     note = ""
     if bad:
-        named = ", ".join(str(p.relative_to(folder)) for p in bad[:3]) + (", ..." if len(bad) > 3 else "")
+        named = ", ".join(shown(p.relative_to(folder)) for p in bad[:3]) + (", ..." if len(bad) > 3 else "")
         note = f"skipped {len(bad)} of {len(files)} files in {folder}, broken or not images: {named}"
     kept = [name for name, ok in zip(found.names, good) if ok]
     y: torch.Tensor | None = None
@@ -89,18 +93,25 @@ def load_folder(
 
 
 def _decode(path: Path, c: int, h: int, w: int, share: float) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]] | None:
-    """One image [h, w, c]. None for a file that Pillow cannot read completely."""
+    """One image [h, w, c]. None for a file that Pillow cannot read completely as one of `FORMATS`."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             image.load()
-            whole = image.convert("RGB" if c == 3 else "L")
+            whole = _eight_bits(image).convert("RGB" if c == 3 else "L")
             if share == 1:
                 fitted = ImageOps.fit(whole, (w, h), Image.Resampling.BILINEAR)
             else:
                 fitted = _centre(whole, h, w, share)
             return np.asarray(fitted, np.uint8).reshape(h, w, c)
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
+    except Exception:  # its readers raise errors of many types for damaged files
         return None
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """An image of 16 bits a value with its shades in 8; Pillow's own conversion cuts all above 255 to white."""
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image).clip(0, 65_535) / 257).round().astype(np.uint8))
 
 
 def _centre(image: Image.Image, h: int, w: int, share: float) -> Image.Image:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import zipfile
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -141,6 +141,22 @@ def refuse_one_class(images: Images, what: str) -> None:
     )
 
 
+def require_fit(images: Images, shape: Shape, classes: int, what: str) -> None:
+    """Refuse labelled images that a model of `classes` classes for images of `shape` cannot be scored on; `what` names
+    them in the message."""
+    if images.image_shape != tuple(shape):
+        raise DodistillError(f"{what}: images have shape {images.image_shape}, but the model reads {tuple(shape)}.")
+    if images.y is None:
+        raise DodistillError(f"{what} has no labels; accuracy needs them.")
+    n = len(images)
+    if images.y.shape != (n,):
+        raise DodistillError(f"{what}: labels have shape {tuple(images.y.shape)}; give {n}, one for each image.")
+    low, high = int(images.y.min()), int(images.y.max())
+    if low < 0 or high >= classes:
+        bad = low if low < 0 else high
+        raise DodistillError(f"{what}: a label is {bad}, but the model has {classes} classes (0 to {classes - 1}).")
+
+
 def has_test(spec: str) -> bool:
     """Whether `spec` can have its own test split. A folder without `test` or `val` has none."""
     folder = _named_folder(spec) or Path(spec).expanduser()
@@ -201,6 +217,7 @@ def minival(n: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
 def _read(path: Path, *keys: str) -> dict[str, np.ndarray[Any, Any]]:
     """Those of the arrays `keys` that a .npz file has; the array of a .npy file under ""."""
     try:
+        _require_size(path)
         with open(path, "rb") as file:  # not np.load(path), which does not close a broken file
             found = np.load(file, allow_pickle=False)
             if isinstance(found, np.ndarray):
@@ -209,9 +226,45 @@ def _read(path: Path, *keys: str) -> dict[str, np.ndarray[Any, Any]]:
                 if keys[0] in found.files:
                     return {k: found[k] for k in keys if k in found.files}
                 has = ", ".join(found.files) or "nothing"
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except DodistillError:
+        raise
+    except Exception as error:  # numpy and zipfile raise errors of many types for damaged files
         raise DodistillError(f"{path} is not a readable numpy file of numbers, or is truncated ({error}).") from error
     raise DodistillError(f"{path} has no {keys[0]!r} (it has {has}); {_RECIPE}")
+
+
+#: Most GB that an array may unpack to; the environment variable DODISTILL_MAX_GB sets another limit.
+MOST_GB = 64.0
+
+
+def _require_size(path: Path) -> None:
+    """Refuse a file whose header claims more than it holds, or an archive that unpacks to more than `MOST_GB`."""
+    most = float(os.environ.get("DODISTILL_MAX_GB", MOST_GB))
+    if not zipfile.is_zipfile(path):
+        with open(path, "rb") as file:
+            if (size := _claimed(file)) > path.stat().st_size:
+                raise ValueError(f"its header claims {size:,} bytes, and the file has {path.stat().st_size:,}")
+        return
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            with archive.open(member) as inside:
+                size = _claimed(inside)
+            if size > member.file_size:
+                raise ValueError(f"{member.filename} claims {size:,} bytes, and has {member.file_size:,}")
+            if member.file_size > most * 1e9:
+                raise DodistillError(
+                    f"{path}: {member.filename} unpacks to {member.file_size / 1e9:.3g} GB, more than the {most:g} GB "
+                    "allowed; set DODISTILL_MAX_GB to allow it."
+                )
+
+
+def _claimed(file: IO[bytes]) -> int:
+    """Bytes of the array that a .npy header describes; 0 without such a header."""
+    if file.read(6) != b"\x93NUMPY":
+        return 0
+    first = tuple(file.read(2)) == (1, 0)
+    shape, _, dtype = (np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0)(file)
+    return math.prod(shape) * dtype.itemsize
 
 
 def _npz(path: Path, split: str) -> Images:

@@ -18,7 +18,7 @@ from ..config.tree import Distill
 from ..core.context import Context
 from ..core.precision import Precision
 from ..core.runtime import pick_device
-from ..data.images import Images
+from ..data.images import Images, require_fit
 from ..errors import DodistillError
 from ..functional.memory_format import place
 from ..interventions.shared.dictionary import FOREIGN
@@ -84,6 +84,13 @@ class Job:
                     f"{part}.pad is {pad} pixels; for images of {teacher.image_shape} it must lie between 0 and "
                     f"{min(teacher.image_shape[1:]) - 1}."
                 )
+        if self.unlabeled is not None and tuple(self.unlabeled.shape[1:]) != teacher.image_shape:
+            raise DodistillError(
+                f"the unlabelled images have shape {tuple(self.unlabeled.shape[1:])}, but the teacher reads "
+                f"{teacher.image_shape}; resize them."
+            )
+        if self.test is not None:
+            require_fit(Images(self.test.x, self.test.y), teacher.image_shape, teacher.num_classes, "the test set")
         student = place(self.student, device)
         _check_student(student, teacher, device)
         extra = {FOREIGN: place(Teacher(self.foreign, self.image_shape), device)} if self.foreign is not None else {}
@@ -137,15 +144,32 @@ def require_kind(made: object, kind: type, settings: Settings) -> None:
 
 
 def _check_student(student: nn.Module, teacher: Teacher, device: torch.device) -> None:
+    _check_parameters(student, teacher)
+    _check_answer(student, teacher, device)
+
+
+def _check_parameters(student: nn.Module, teacher: Teacher) -> None:
+    """The student must have parameters of its own that can be trained, and finite ones."""
+    mine = dict(student.named_parameters())
+    theirs = {p.data_ptr() for p in teacher.parameters() if p.numel()}
+    if shared := [n for n, p in mine.items() if p.numel() and p.data_ptr() in theirs]:
+        raise DodistillError(f"student and teacher share parameters ({shared[0]}); give the student a copy of its own.")
+    if not any(p.requires_grad for p in mine.values()):
+        raise DodistillError("no parameter of the student requires a gradient; call student.requires_grad_(True).")
+    if bad := [n for n, p in mine.items() if not bool(torch.isfinite(p).all())]:
+        raise DodistillError(f"the student's parameter {bad[0]} contains NaN or infinity; give fresh weights.")
+
+
+def _check_answer(student: nn.Module, teacher: Teacher, device: torch.device) -> None:
     """Refuse a student whose outputs do not have the teacher's shape."""
-    with torch.no_grad():
-        student.eval()
-        try:
-            out = student(torch.full((2, *teacher.image_shape), 0.5, device=device))
-        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
-            raise DodistillError(
-                f"the student cannot read images of shape {teacher.image_shape} (C, H, W): {error}"
-            ) from error
+    student.eval()
+    try:
+        out = student(torch.full((2, *teacher.image_shape), 0.5, device=device))
+    except Exception as error:  # a model of the user's may raise anything
+        said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise DodistillError(
+            f"the student cannot read images of shape {teacher.image_shape} (C, H, W): {said}; give a network for them."
+        ) from error
     if not isinstance(out, Tensor):
         raise DodistillError(
             f"the student returns {type(out).__name__}, not a tensor of logits; wrap it in a module that returns one."
@@ -154,6 +178,10 @@ def _check_student(student: nn.Module, teacher: Teacher, device: torch.device) -
         raise DodistillError(
             f"the student returns shape {tuple(out.shape)} for 2 images, but the teacher has {teacher.num_classes} "
             f"classes; build the student with num_classes={teacher.num_classes}."
+        )
+    if not out.requires_grad:
+        raise DodistillError(
+            "the student's logits have no gradient; remove torch.no_grad() or detach() from its forward."
         )
 
 

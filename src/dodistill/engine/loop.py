@@ -161,6 +161,15 @@ class Distiller:
                 f"this checkpoint has format {state.get('format', 1)}, but this version of dodistill reads format "
                 f"{FORMAT}; finish the run with the version that began it, or choose another --out."
             )
+        try:
+            self._load(state, pool)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+            raise DodistillError(
+                f"the checkpoint does not hold the state of this run ({type(error).__name__}: {error}); choose another "
+                "--out."
+            ) from error
+
+    def _load(self, state: Mapping[str, Any], pool: Mapping[str, Any]) -> None:
         require_same(state["made_of"], self.made_of)
         if "precision" in state:  # not in runs begun before there was a choice
             self.context.autocast.load_state_dict(state["precision"])

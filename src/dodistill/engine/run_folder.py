@@ -9,6 +9,8 @@ Every file is written under a temporary name and then moved, so a kill or a full
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -25,7 +27,7 @@ from ..config.plugins import label
 from ..config.tree import RUNTIME, Distill, Tree, code_in, difference, grown, portable, resolve
 from ..core.watch import Watcher
 from ..errors import DodistillError
-from ..files import claim, replacing
+from ..files import claim, read_object, replacing, shown
 
 
 def _settings(tree: Tree) -> Tree:
@@ -52,8 +54,9 @@ def load_tensors(path: Path) -> Any:
     file."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # for damaged data, torch's reader can raise any error
-        raise DodistillError(f"{path} is damaged or truncated ({str(error).partition(chr(10))[0]}).") from error
+    except Exception as error:  # for damaged data, torch's reader can raise any error, and advises to allow code
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise DodistillError(f"{path} is damaged or truncated ({reason}).") from error
 
 
 def fingerprint(tensors: Iterable[Tensor], most: int = 1 << 26) -> str:
@@ -68,15 +71,34 @@ def fingerprint(tensors: Iterable[Tensor], most: int = 1 << 26) -> str:
 
 
 def check_writable(path: Path) -> None:
-    """Raise DodistillError if `path` is not writable."""
+    """Raise DodistillError if `path` is not writable. Nothing is left behind."""
+    absent = [p for p in path.absolute().parents if not _exists(p)]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab"):
             pass
         if path.stat().st_size == 0:
             path.unlink()
-    except OSError as error:
-        raise DodistillError(f"cannot write {path}: {error.strerror}; choose another --out.") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DodistillError(f"cannot write {shown(path)}: {reason}; choose another --out.") from error
+    finally:
+        _remove_empty(absent)
+
+
+def _exists(path: Path) -> bool:
+    """Whether something is there; a name that no file can have is not."""
+    try:
+        return os.path.lexists(path)
+    except ValueError:
+        return False
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Remove those that are empty, the innermost first."""
+    for folder in folders:
+        with contextlib.suppress(OSError, ValueError):
+            folder.rmdir()
 
 
 def newest_pool(path: Path) -> dict[str, Any]:
@@ -133,6 +155,9 @@ class NoFolder(Watcher):
     def summary(self) -> None:
         """No summary of an earlier start."""
 
+    def abandon(self) -> None:
+        """Nothing to remove."""
+
     def close(self) -> None:
         """Nothing is open."""
 
@@ -153,18 +178,27 @@ class RunFolder(Watcher):
         self._unlock: Callable[[], object] | None = None
         self._pools: set[int] = set()  #: pool versions that the two checkpoints refer to
         self._saved = time.monotonic()
+        self._made: list[Path] = []  #: folders that this start created
+        self._fresh = False  #: whether this start wrote the first config.json
         tree = config.to_tree()
         known = self.path / "config.json"
+        try:
+            os.lstat(self.path)
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError) as error:  # a name that is too long, or a null byte
+            reason = getattr(error, "strerror", None) or error
+            if getattr(error, "errno", None) not in (errno.ENOTDIR, errno.EACCES):
+                raise DodistillError(
+                    f"cannot make run folder {shown(self.path)!r}: {reason}; choose another --out."
+                ) from error
         there = next(p for p in (self.path, *self.path.absolute().parents) if os.path.exists(p))
         if not os.path.isdir(there):
             raise DodistillError(f"cannot make run folder {self.path}: {there} is a file; choose another --out.")
         if not os.access(there, os.W_OK | os.X_OK):
             raise DodistillError(f"cannot write to {there}: no permission; choose another --out.")
         if known.exists():
-            try:
-                old = json.loads(known.read_text())
-            except (OSError, json.JSONDecodeError) as error:
-                raise DodistillError(f"{known} cannot be read ({error}); choose another --out.") from error
+            old = read_object(known, "choose another --out")
             _require_same_code(self.path, old, tree)
             began, mine, default = (_settings(t) for t in (old, tree, resolve(config.choices()).to_tree()))
             if not grown(began, mine, default):
@@ -177,6 +211,8 @@ class RunFolder(Watcher):
             raise DodistillError(f"{self.path} is not empty and holds no config.json; choose another --out.")
         if not create:
             return
+        self._made = [p for p in (self.path, *self.path.absolute().parents) if not _exists(p)]
+        self._fresh = not known.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -185,8 +221,7 @@ class RunFolder(Watcher):
             ) from error
         # One process at a time: two would overwrite each other's checkpoints.
         lock = claim(self.path / ".lock", f"run folder {self.path}")
-        if lock is not None:
-            self._unlock = weakref.finalize(self, os.close, lock)
+        self._unlock = weakref.finalize(self, lock.release)
         write_atomically(known, json.dumps(tree, indent=1).encode())
 
     # ------------------------------------------------------------------------------------------- metrics
@@ -195,7 +230,9 @@ class RunFolder(Watcher):
         """Append one line to metrics.jsonl."""
         try:
             if self._metrics is None:
-                self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+                flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+                handle = os.open(self.path / "metrics.jsonl", flags, 0o666)
+                self._metrics = os.fdopen(handle, "a", encoding="utf-8")
             self._metrics.write(json.dumps(values) + "\n")
             self._metrics.flush()
         except OSError as error:
@@ -212,6 +249,16 @@ class RunFolder(Watcher):
 
     def on_warning(self, step: int, symptom: str, text: str) -> None:
         self.log(kind="warning", step=step, symptom=symptom, text=text)
+
+    def abandon(self) -> None:
+        """Remove what this start created, if it has computed nothing: a refused run leaves no folder behind."""
+        kept = any(self.path.glob("*.pt")) or (self.path / "summary.json").exists()
+        self.close()
+        if not self._fresh or kept:
+            return
+        for name in ("config.json", "metrics.jsonl", ".lock"):
+            (self.path / name).unlink(missing_ok=True)
+        _remove_empty(self._made)
 
     def close(self) -> None:
         if self._metrics is not None:
@@ -258,9 +305,8 @@ class RunFolder(Watcher):
         found = [p for p in (self.path / "checkpoint.pt", self.path / "previous.pt") if p.exists()]
         for path in found:
             try:
-                state = load_tensors(path)
-                pool = load_tensors(self.path / f"pool-{state['pool_version']}.pt")
-            except (DodistillError, KeyError) as error:
+                state, pool = self._read(path)
+            except DodistillError as error:
                 self.notes.append(f"{error} The previous checkpoint is used.")
                 continue
             self._pools = {state["pool_version"]}
@@ -275,6 +321,24 @@ class RunFolder(Watcher):
         if self.summary() is None:  # a start that was killed before its first checkpoint
             self._forget_after(0, 0)
         return None
+
+    def _read(self, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A checkpoint and its pool. Raises DodistillError if one is damaged or is another object."""
+        state = load_tensors(path)
+        numbers = ("pool_version", "metrics_bytes")
+        if not isinstance(state, dict) or not all(isinstance(state.get(k), int) for k in numbers):
+            raise DodistillError(f"{path} is no checkpoint of a run.")
+        pool = load_tensors(self.path / f"pool-{state['pool_version']}.pt")
+        if not isinstance(pool, dict):
+            raise DodistillError(f"{self.path / 'pool-'}{state['pool_version']}.pt is no pool.")
+        return state, pool
+
+    def newest(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """The last checkpoint of a finished run and its pool; None if one is missing or damaged. Nothing changes."""
+        try:
+            return self._read(self.path / "checkpoint.pt")
+        except DodistillError:
+            return None
 
     def _forget_after(self, metrics_bytes: int, pool_version: int) -> None:
         """Drop the output after a checkpoint, of a start of this run that ended before the next checkpoint."""
@@ -296,5 +360,4 @@ class RunFolder(Watcher):
         path = self.path / "summary.json"
         if not path.exists():
             return None
-        out: dict[str, Any] = json.loads(path.read_text())
-        return out
+        return read_object(path, "delete it to finish the run again, or choose another --out")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..core.precision import Precision, trial
 from ..core.runtime import generator
 from ..data.images import Images, minival, refuse_one_class
-from ..errors import DodistillError
+from ..errors import DodistillError, at_least, positive
 from ..evaluation.evaluate import accuracy
 from ..functional.augment import View, to_float
 from ..functional.memory_format import laid_out, place
@@ -52,8 +52,17 @@ class Teach:
             raise DodistillError(f"unknown crop {self.crop!r}; use shift or resized.")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise DodistillError(f"scale is {list(self.scale)}; give shares 0 < low <= high <= 1, as in [0.08, 1].")
-        if self.epochs < 1 or self.batch < 2:
-            raise DodistillError(f"epochs is {self.epochs} and batch {self.batch}; they must be at least 1 and 2.")
+        at_least(1, "teach", epochs=self.epochs, num_classes=self.num_classes)
+        at_least(2, "teach", batch=self.batch)
+        at_least(0, "teach", weight_decay=self.weight_decay, pad=self.pad, seed=self.seed)
+        positive("teach", ", as in 0.1", lr=self.lr)
+        if self.precision not in ("auto", "fp32", "bf16"):
+            raise DodistillError(f"unknown precision {self.precision!r}; use auto, fp32 or bf16.")
+        for name in ("minival", "momentum", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise DodistillError(f"teach.{name} is {getattr(self, name)}; it must lie in [0, 1).")
+        if not 0 <= self.warmup <= 1:
+            raise DodistillError(f"teach.warmup is {self.warmup}; it is a share of the steps, between 0 and 1.")
 
 
 Log = dict[str, Any]

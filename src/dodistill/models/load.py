@@ -48,6 +48,8 @@ def load_model(
     Raises DodistillError, with the fix, for arguments that do not fit.
     """
     saved: dict[str, Any] = {}
+    if not isinstance(spec, str) or not spec:
+        raise DodistillError(f"a model is named by a text, not by {spec!r}: {_GRAMMAR}.")
     if spec.endswith(".safetensors"):
         if weights is not None:
             raise DodistillError(
@@ -85,7 +87,12 @@ def load_model(
         load_state(net, state, str(weights))
     fresh = net.state_dict()
     in_channels = in_channels or guess_channels(fresh)
-    wanted = constants(mean, std, in_channels) or constants(saved.get("mean"), saved.get("std"), in_channels)
+    wanted = constants(mean, std, in_channels)
+    if wanted is None:
+        try:
+            wanted = constants(saved.get("mean"), saved.get("std"), in_channels)
+        except DodistillError as error:
+            raise DodistillError(f"{weights}: mean and std in its metadata do not fit: {error}") from error
     known = {
         "spec": spec,
         "num_classes": num_classes or guess_classes(fresh),
@@ -109,6 +116,8 @@ def _check_grammar(spec: str) -> None:
         raise DodistillError(f"{spec} contains weights, not a network; use load_model(NAME, weights='{spec}').")
     if colon:
         raise DodistillError(f"{nearest(origin, ['timm', 'torchvision'], 'origin of models')} A model is {_GRAMMAR}.")
+    if (Path(spec) / "student.safetensors").is_file():
+        raise DodistillError(f"{spec} is a run folder; its student is {Path(spec) / 'student.safetensors'}.")
     if "/" in spec or "\\" in spec or "." in spec:
         raise DodistillError(f"{spec!r} is not a model; use {_GRAMMAR}.")
 
@@ -179,7 +188,7 @@ def _from_file(spec: str, classes: int | None, channels: int | None) -> nn.Modul
     sys.modules[module_spec.name] = module  # dataclasses and pickling look there
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a file must not end the program, least of all with exit status 0
         raise DodistillError(f"{path} does not import: {type(error).__name__}: {error}") from error
     factory = getattr(module, name, None)
     if not callable(factory):
@@ -188,7 +197,7 @@ def _from_file(spec: str, classes: int | None, channels: int | None) -> nn.Modul
     given = {"num_classes": classes, "in_channels": channels}
     try:
         net = factory(**{k: v for k, v in given.items() if k in _parameters(factory) and v is not None})
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise DodistillError(f"{spec} failed: {type(error).__name__}: {error}") from error
     if not isinstance(net, nn.Module):
         raise DodistillError(f"{spec} returned a {type(net).__name__}; it must return a torch.nn.Module.")

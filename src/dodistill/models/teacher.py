@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 from ..errors import DodistillError
 from .batchnorm import batchnorms
 from .folded import folded
+
+#: Most values that an image may have.
+LARGEST = 1 << 27
 
 
 class Teacher(nn.Module):
@@ -40,8 +44,7 @@ class Teacher(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] in [0, 1] -> logits [B, K] in fp32, whatever autocast is active."""
-        logits: Tensor = self.model(x)
-        return logits.float()
+        return self._checked(self.model(x), x)
 
     @torch.no_grad()
     def answers(self, x: Tensor) -> Tensor:
@@ -53,7 +56,15 @@ class Teacher(nn.Module):
         if not self.answering:
             network = folded(self.model, x[:2]) or self.model
             self.answering = (torch.compile(network, dynamic=True) if self._compiles else network,)
-        logits: Tensor = self.answering[0](x)
+        return self._checked(self.answering[0](x), x)
+
+    def _checked(self, logits: Tensor, x: Tensor) -> Tensor:
+        """The logits in fp32. Raises DodistillError if their shape is not [B, K]: a batch that is answered in part."""
+        if logits.shape != (len(x), self.num_classes):
+            raise DodistillError(
+                f"the teacher returns shape {tuple(logits.shape)} for {len(x)} images, and ({self.num_classes},) for "
+                "each of 2; it must treat batches of all sizes alike."
+            )
         return logits.float()
 
     def compile_answers(self, on: bool = True) -> None:
@@ -78,14 +89,14 @@ class Teacher(nn.Module):
         shape = self.image_shape
         parameter = next(self.model.parameters(), None)
         device = torch.device("cpu") if parameter is None else parameter.device
-        x = torch.rand((2, *shape), generator=torch.Generator().manual_seed(0)).to(device)
         try:
+            x = torch.rand((2, *shape), generator=torch.Generator().manual_seed(0)).to(device)
             with torch.no_grad():
                 out = self.model(x)
-        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        except Exception as error:  # a model of the user's may raise anything
             conv = next((m for m in self.model.modules() if isinstance(m, nn.Conv2d)), None)
             takes = f" Its first convolution takes {conv.in_channels} channel(s)." if conv is not None else ""
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             raise DodistillError(
                 f"the teacher does not take images of shape {shape} (channels, height, width).{takes} "
                 f"Give the image_shape that it was trained on. The error was: {reason}"
@@ -125,7 +136,10 @@ def _bare(model: nn.Module) -> nn.Module:
 
 
 def _checked_shape(shape: tuple[int, int, int]) -> tuple[int, int, int]:
-    if len(shape) != 3 or not all(isinstance(s, int) and s > 0 for s in shape):
+    given: Any = shape
+    if not isinstance(given, Sequence) or len(given) != 3 or not all(isinstance(s, int) and s > 0 for s in given):
         raise DodistillError(f"image_shape is {shape!r}; it must be (channels, height, width), as in (3, 32, 32).")
     c, h, w = shape
+    if c * h * w > LARGEST:
+        raise DodistillError(f"image_shape is {shape!r}: {c * h * w:,} values an image, more than {LARGEST:,}.")
     return c, h, w

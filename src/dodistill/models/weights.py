@@ -6,8 +6,9 @@ import contextlib
 import json
 import pickle
 import re
+import shlex
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ _PREFIXES = ("module.", "_orig_mod.", "model.")  # DataParallel, torch.compile, 
 
 _REFUSED = """{path} is a pickle that would run code when read ({reason}); refused. Ask its author for a state dict, \
 or, if you trust it, convert it once yourself:
-  python -c "import torch; o = torch.load('{path}', map_location='cpu', weights_only=False); \
-torch.save(o.state_dict() if hasattr(o, 'state_dict') else o, 'converted.pt')\""""
+  python -c "import sys, torch; o = torch.load(sys.argv[1], map_location='cpu', weights_only=False); \
+torch.save(o.state_dict() if hasattr(o, 'state_dict') else o, 'converted.pt')" {quoted}"""
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -42,9 +43,38 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         raise DodistillError(f"{path} is damaged or truncated ({error}); copy or download it again.") from error
     metadata = {}
     for key, value in raw.items():
-        with contextlib.suppress(ValueError):  # other programs' metadata need not be JSON
+        with contextlib.suppress(ValueError, RecursionError):  # other programs' metadata need not be JSON
             metadata[key] = json.loads(value)
+    for key, (right, kind) in _METADATA.items():
+        if metadata.get(key) is not None and not right(metadata[key]):
+            raise DodistillError(
+                f"{path}: its metadata say {key} = {metadata[key]!r}; it must be {kind}. Save the model again."
+            )
     return metadata
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _values(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(v, int | float) for v in value)
+
+
+def _head(value: object) -> bool:
+    return isinstance(value, dict) and set(value) <= {"temperature", "weights"}
+
+
+#: What `save_model` writes and `load_model` reads: key -> (whether a value is sound, what it must be).
+_METADATA: dict[str, tuple[Callable[[object], bool], str]] = {
+    "spec": (lambda v: isinstance(v, str), "the name of a network"),
+    "num_classes": (_positive, "a number of classes"),
+    "in_channels": (_positive, "a number of channels"),
+    "image_size": (_positive, "a height in pixels"),
+    "mean": (_values, "a list of numbers"),
+    "std": (lambda v: _values(v) and all(s > 0 for s in v), "a list of positive numbers"),  # type: ignore[attr-defined]
+    "head": (_head, "the settings of a context head"),
+}
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -67,14 +97,17 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         if wanted or path.read_bytes()[:1] == b"\x80":
             reason = f"it calls {wanted[1]}" if wanted else "it holds more than tensors"
-            raise DodistillError(_REFUSED.format(path=path, reason=reason)) from error
+            raise DodistillError(_REFUSED.format(path=path, reason=reason, quoted=shlex.quote(str(path)))) from error
         raise DodistillError(damaged.format("it is not a torch file")) from error
     except Exception as error:  # damage raises many types: RuntimeError, EOFError, KeyError, ...
         raise DodistillError(damaged.format(str(error).splitlines()[0] if str(error) else repr(error))) from error
     for key in _INSIDE:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
-    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+    if (
+        not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values())
+        or not all(isinstance(k, str) for k in content)
+    ):  # fmt: skip
         found = sorted(map(str, content))[:8] if isinstance(content, Mapping) else type(content).__name__
         raise DodistillError(
             f"{path} holds no state dict (found {found}); save one with torch.save(net.state_dict(), ..)."
@@ -110,6 +143,8 @@ def load_state(net: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
     """
     own = net.state_dict()
     state = _stripped(state, own)
+    for key, value in state.items():
+        _require_numbers(key, value, key in own and own[key].is_floating_point(), name)
     shapes = [k for k in own if k in state and own[k].shape != state[k].shape]
     matrices = [k for k in own if own[k].dim() == 2 and k.endswith("weight")]
     head = matrices[-1] if matrices else ""
@@ -127,6 +162,18 @@ def load_state(net: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
         told = "; ".join(f"{what}: {_few(keys)}" for what, keys in lines if keys)
         raise DodistillError(f"weights {name} belong to another network; give the weights of this one. {told}.")
     net.load_state_dict(dict(state), strict=False)
+
+
+def _require_numbers(key: str, value: Tensor, floating: bool, name: str) -> None:
+    """Refuse a tensor that is not dense numbers in memory, not floating point where the network is, or not finite."""
+    fix = "save the network's own state dict, in floating point"
+    if value.layout != torch.strided or value.is_meta:
+        raise DodistillError(f"weights {name}: {key} is {'meta' if value.is_meta else 'sparse'}; {fix}.")
+    if value.is_complex() or (floating and not value.is_floating_point()):
+        raise DodistillError(f"weights {name}: {key} is {str(value.dtype).removeprefix('torch.')}; {fix}.")
+    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        bad = "NaN" if bool(torch.isnan(value).any()) else "infinity"
+        raise DodistillError(f"weights {name}: {key} contains {bad}; give the weights of a training that did not fail.")
 
 
 def load_saved(model: nn.Module, path: str | Path) -> None:

@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from ..errors import DodistillError
 from ..evaluation.monitor import CURVES, UNITS, courses, read_metrics
+from ..files import read_object
 from . import plots
 from .card import BEST, LAST, compression, delivered, name_of, part, usage
 from .figures import INERT, Record, curves
@@ -20,12 +21,11 @@ from .shares import advice, shares
 
 
 def _json(path: Path) -> Record:
-    """The object in the file; {} if the file is missing or incomplete."""
+    """The object in the file; {} if there is no file, or a damaged one: the page shows what is left of a run."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(path, "") if path.exists() else {}
+    except DodistillError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _png(path: Path) -> Markup | None:

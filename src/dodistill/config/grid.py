@@ -1,0 +1,265 @@
+"""The cells of a recipe, and which of them were run already. No torch here, except through methods that a recipe names.
+
+A cell is identified by its resolved config, with weights and code by their content and data sets by their name. A
+record of a cell holds the content of the weights that it was run with, so that a replaced file is noticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ..errors import DodistillError, nearest
+from ..files import read_object
+from .plugins import Allow
+from .strict_yaml import read_yaml
+from .tree import RUNTIME, Distill, Tree, expand, grown, merge, portable, resolve
+
+KEYS = ("name", "about", "teachers", "base", "grid", "when", "skip", "published")
+SHORT = {"seed": "loop.seed", "steps": "loop.steps", "lr": "optim.lr", "student": "student.spec"}
+#: What a name in a recipe may be, as it becomes the name of a folder or a file.
+_NAME = re.compile(r"\w[\w .+-]*")
+
+
+@dataclass
+class Cell:
+    """One run of the grid."""
+
+    label: dict[str, str]  #: axis -> label
+    config: Distill
+    key: str
+    published: float | None
+
+    @property
+    def slug(self) -> str:
+        words = "-".join(self.label.values())
+        return re.sub(r"[^A-Za-z0-9_.+-]+", "_", f"{words}-{self.key}")
+
+
+def read_recipe(path: Path) -> Tree:
+    """The recipe. Raises DodistillError, which names the place and the value, for whatever is not as it must be."""
+    tree = read_yaml(path)
+    where = f"recipe {path}"
+    if not isinstance(tree, dict) or not isinstance(tree.get("grid"), dict) or not tree["grid"]:
+        raise DodistillError(f"{where} has no mapping `grid` of axes; add one (recipes/ has examples).")
+    for key in tree:
+        if key not in KEYS:
+            raise DodistillError(f"{where}: {nearest(str(key), KEYS, 'key')}")
+    name = tree.get("name", path.stem)
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise DodistillError(f"{where}: name is {name!r}; use letters, digits, and . _ + - within it.")
+    _mapping(tree.get("base") or {}, f"{where}: base", "settings")
+    for axis, values in tree["grid"].items():
+        _options(str(axis), values, where)
+    _check_teachers(tree.get("teachers") or {}, where)
+    axes = [str(axis) for axis in tree["grid"]]
+    for part, others in (("skip", ()), ("when", ("then",)), ("published", ("value",))):
+        _check_rules(tree.get(part) or [], part, others, axes, where)
+    return tree
+
+
+def _mapping(value: Any, where: str, of: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise DodistillError(f"{where} is {value!r}; it must be a mapping of {of}.")
+    return value
+
+
+def _check_teachers(teachers: Any, where: str) -> None:
+    for name, settings in _mapping(teachers, f"{where}: teachers", "names and settings").items():
+        here = f"{where}: teachers.{name}"
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise DodistillError(f"{here}: the name becomes a file's; use letters, digits, and . _ + - within it.")
+        if "model" not in _mapping(settings, here, "settings, such as model and data"):
+            raise DodistillError(f"{here} has no `model`; name the network, as in model: wrn40_2.")
+        for key in settings:
+            if key in ("out", "max_seconds", "max-seconds"):
+                raise DodistillError(f"{here}: {key} is not for a recipe to say; remove it.")
+
+
+def _check_rules(rules: Any, part: str, others: Sequence[str], axes: Sequence[str], where: str) -> None:
+    """`skip` is a list of mappings axis -> label; `when` and `published` have such a mapping at `where`."""
+    if not isinstance(rules, list):
+        raise DodistillError(f"{where}: {part} is {rules!r}; it must be a list.")
+    for i, rule in enumerate(rules):
+        here = f"{where}: {part}[{i}]"
+        if others:
+            for key in ("where", *others):
+                if key not in _mapping(rule, here, f"where and {', '.join(others)}"):
+                    raise DodistillError(f"{here} has no `{key}`; write where: {{AXIS: LABEL}} and {others[0]}.")
+            if part == "when":
+                _mapping(rule["then"], f"{here}.then", "settings")
+            elif isinstance(rule["value"], bool) or not isinstance(rule["value"], int | float):
+                raise DodistillError(f"{here}.value is {rule['value']!r}; it must be a number.")
+        for axis in _mapping(rule["where"] if others else rule, here, "AXIS: LABEL"):
+            if str(axis) not in axes:
+                raise DodistillError(f"{here}: {nearest(str(axis), axes, 'axis')}")
+
+
+def _options(axis: str, values: Any, where: str = "recipe") -> list[tuple[str, Tree]]:
+    """(label, overrides) of each value on an axis: a list of plain values, or a mapping label -> overrides."""
+    here = f"{where}: grid.{axis}"
+    if not values or not isinstance(values, list | Mapping):
+        raise DodistillError(f"{here} is {values!r}; it must be a list of values, or a mapping label -> settings.")
+    if isinstance(values, Mapping):
+        return [(str(k), dict(_mapping(v or {}, f"{here}.{k}", "settings"))) for k, v in values.items()]
+    return [(str(v), {SHORT.get(axis, axis): v}) for v in values]
+
+
+def cells(recipe: Tree, teachers: Path, allow_code: Allow = False) -> Iterator[Cell]:
+    """The grid's cells, in the order in which they run. `allow_code`: see `resolve`."""
+    axes = {axis: _options(axis, values) for axis, values in recipe["grid"].items()}
+    base = expand(_fill(recipe.get("base") or {}, teachers))
+    for combination in itertools.product(*axes.values()):
+        label = {axis: name for axis, (name, _) in zip(axes, combination)}
+        if any(_matches(where, label) for where in recipe.get("skip") or []):
+            continue
+        tree = base
+        for _, over in combination:
+            tree = merge(tree, expand(_fill(over, teachers)))
+        for rule in recipe.get("when") or []:
+            if _matches(rule["where"], label):
+                tree = merge(tree, expand(_fill(rule["then"], teachers)))
+        try:
+            config = resolve(tree, allow_code=allow_code)
+        except DodistillError as error:
+            raise DodistillError(f"cell {label}: {error}") from error
+        published = next(
+            (float(p["value"]) for p in recipe.get("published") or [] if _matches(p["where"], label)), None
+        )
+        yield Cell(label, config, cell_key(config), published)
+
+
+def _matches(where: Mapping[str, Any], label: Mapping[str, str]) -> bool:
+    return all(label.get(axis) == str(value) for axis, value in where.items())
+
+
+def _fill(tree: Any, teachers: Path) -> Any:
+    if isinstance(tree, Mapping):
+        return {k: _fill(v, teachers) for k, v in tree.items()}
+    return tree.replace("{teachers}", str(teachers)) if isinstance(tree, str) else tree
+
+
+# --------------------------------------------------------------------------------------------------- identity
+
+
+def content(path: str) -> str:
+    """16 hex digits of the weights in a file, or `path` itself where there is no such file: a zoo name, or a teacher
+    that is not trained yet. Metadata of a .safetensors do not count: they hold the time that the training took."""
+    try:
+        status = Path(path).stat()
+    except (OSError, ValueError):
+        return path
+    return _content(path, status.st_mtime_ns, status.st_size)
+
+
+@cache
+def _content(path: str, _changed: int, _size: int) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        if path.endswith(".safetensors"):
+            head = file.read(8)
+            size = int.from_bytes(head, "little")
+            if size < 1 << 27:
+                text = file.read(size)
+                try:
+                    tensors = {k: v for k, v in json.loads(text).items() if k != "__metadata__"}
+                    digest.update(json.dumps(tensors, sort_keys=True).encode())
+                except (ValueError, AttributeError, RecursionError):
+                    digest.update(head + text)
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def _is_weights(spec: object) -> bool:
+    return isinstance(spec, str) and spec.endswith((".safetensors", ".pt", ".pth"))
+
+
+def weights_of(config: Distill) -> dict[str, str]:
+    """The content of each file of weights that a config names: {"teacher.weights": hash}."""
+    parts = {"teacher": config.teacher, "student": config.student, "foreign": config.data.foreign}
+    named = {f"{part}.{f}": getattr(model, f) for part, model in parts.items() for f in ("spec", "weights")}
+    return {where: content(path) for where, path in named.items() if _is_weights(path)}
+
+
+def identity(tree: Mapping[str, Any], weights: Mapping[str, str] | None = None) -> Tree:
+    """The part of a config that determines a result: without `RUNTIME`, with weights and code by content and data sets
+    by name. `weights`: what was known of the files when it ran; else they are read now."""
+    out = portable(json.loads(json.dumps(tree)))
+    out["loop"] = {k: v for k, v in out["loop"].items() if k not in RUNTIME}
+    for name, part in (("teacher", out["teacher"]), ("student", out["student"]), ("foreign", out["data"]["foreign"])):
+        for field in ("spec", "weights"):
+            if _is_weights(part[field]):
+                part[field] = (weights or {}).get(f"{name}.{field}") or content(part[field])
+    for field in ("unlabeled", "test"):  # without the folder
+        out["data"][field] = Path(out["data"][field]).name
+    return out
+
+
+def cell_key(config: Distill) -> str:
+    """12 hex digits of the identity."""
+    return _digest(identity(config.to_tree()))[:12]
+
+
+def _digest(tree: Tree) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+class Records:
+    """The records of finished cells, to be found by a cell's identity."""
+
+    def __init__(self, records: Sequence[Tree], teachers: Path) -> None:
+        known = [(identity(_fill(r["config"], teachers), r.get("weights")), r) for r in records]
+        self._exact = {_digest(its): record for its, record in reversed(known)}
+        self._alike: dict[str, list[tuple[Tree, Tree]]] = {}
+        for its, record in known:
+            self._alike.setdefault(_choices(its), []).append((its, record))
+        self._defaults: dict[str, Tree] = {}
+        self._count = len(known)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def find(self, cell: Cell) -> Tree | None:
+        """The record of a cell, if there is one.
+
+        A record from before a setting existed also counts, if all its settings agree and the cell has the default of
+        each newer setting: new settings do not invalidate old results.
+        """
+        mine = identity(cell.config.to_tree())
+        if (record := self._exact.get(_digest(mine))) is not None:
+            return record
+        choices = _choices(mine)
+        alike = self._alike.get(choices, [])
+        if alike and choices not in self._defaults:
+            self._defaults[choices] = resolve(cell.config.choices()).to_tree()
+        return next((record for its, record in alike if grown(its, mine, self._defaults[choices])), None)
+
+
+def _choices(its: Tree) -> str:
+    """What a config chooses on the axes; an axis that a record does not know has its default."""
+    source = its["source"]["name"]
+    return f"{source} {its.get('intervention', 'none')}"
+
+
+def stored(out: Path) -> Records:
+    """The records in `out`. Raises DodistillError, with the file's name, for one that is damaged."""
+    fix = "delete it to run the cell again"
+    records = []
+    for path in sorted((out / "cells").glob("*.json")):
+        record = read_object(path, fix)
+        if not isinstance(record.get("config"), Mapping):
+            raise DodistillError(f"{path} is no record of a cell (it has no config); {fix}.")
+        records.append(record)
+    try:
+        return Records(records, out / "teachers")
+    except (KeyError, TypeError, AttributeError) as error:
+        said = f"{type(error).__name__}: {error}"
+        raise DodistillError(f"a record in {out / 'cells'} is damaged ({said}); {fix}.") from error
