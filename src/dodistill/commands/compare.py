@@ -329,7 +329,7 @@ def _finish(cell: Cell, process: subprocess.Popen[bytes], out: Path, n: int, tot
         return
     if process.returncode:
         tail = run.with_suffix(".log").read_text().strip().splitlines()[-1:]
-        print(f"[{n}/{total}] {where}: FAILED ({process.returncode}) {' '.join(tail)}", file=sys.stderr)
+        print(f"[{n}/{total}] {where}: FAILED (exit status {process.returncode}) {' '.join(tail)}", file=sys.stderr)
         return
     record = record_of(cell, json.loads((run / "summary.json").read_text()))
     (out / "cells").mkdir(parents=True, exist_ok=True)

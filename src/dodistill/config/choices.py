@@ -33,7 +33,7 @@ def read_recipe(path: str) -> Tree:
     except (OSError, yaml.YAMLError) as error:
         raise DodistillError(f"cannot read recipe {path}: {error}") from error
     if not isinstance(tree, dict):
-        raise DodistillError(f"recipe {path} is no mapping of settings; write lines such as `source: fast`.")
+        raise DodistillError(f"recipe {path} must be a mapping of settings, as in `source: fast`.")
     return tree
 
 

@@ -490,7 +490,9 @@ def _built(method: Method, settings: Any, where: str) -> Settings:
         try:
             json.dumps(dataclasses.asdict(out))
         except (TypeError, ValueError) as error:
-            raise DodistillError(f"{method.name}: settings are numbers, text, and lists of them ({error}).") from error
+            raise DodistillError(
+                f"{method.name}: settings must be numbers, text, or lists of them ({error})."
+            ) from error
     return out
 
 

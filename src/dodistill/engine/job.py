@@ -144,7 +144,8 @@ def _check_student(student: nn.Module, teacher: Teacher, device: torch.device) -
             out = student(torch.full((2, *teacher.image_shape), 0.5, device=device))
         except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
             raise DodistillError(
-                f"the student cannot read images of shape {teacher.image_shape} (C, H, W): {error}"
+                f"the student cannot read images of shape {teacher.image_shape} (C, H, W); use another one. The error "
+                f"was: {error}"
             ) from error
     if not isinstance(out, Tensor):
         raise DodistillError(

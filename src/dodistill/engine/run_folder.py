@@ -199,7 +199,9 @@ class RunFolder(Watcher):
             self._metrics.write(json.dumps(values) + "\n")
             self._metrics.flush()
         except OSError as error:
-            raise DodistillError(f"cannot write {self.path / 'metrics.jsonl'}: {error.strerror}.") from error
+            raise DodistillError(
+                f"cannot write {self.path / 'metrics.jsonl'}: {error.strerror}; make the folder writable, then rerun."
+            ) from error
 
     def on_log(self, step: int, values: Mapping[str, float]) -> None:
         self.log(kind="log", step=step, **values)
