@@ -82,7 +82,7 @@ def test_student_with_other_classes(refused: Refused, teacher_file: Path, tmp_pa
     text = refused("--student.weights", str(other))
     assert "7 classes" in text
     assert "10" in text
-    with pytest.raises(DodistillError, match=r"student returns shape \(2, 7\).*teacher 10.*num_classes=10"):
+    with pytest.raises(DodistillError, match=r"student returns shape \(2, 7\).*teacher has 10.*num_classes=10"):
         distill(load_model(str(teacher_file)), student(classes=7), image_shape=SHAPE, verbose=False)
 
 

@@ -383,5 +383,5 @@ def _report(recipe: Tree, chosen: list[Cell], out: Path, against: str = "", show
             raise DodistillError(f"--against {against}: {error}.") from error
     page = write_compare(records, out / "compare.html", str(recipe.get("name", "comparison")))
     left = sum("seconds" not in r for r in records)
-    print(f"\n{len(records) - left} of {len(records)} cells finished; {page}")
+    print(f"\n{len(records) - left} of {len(records)} cells; {page}")
     return STOPPED if left else 0

@@ -36,13 +36,13 @@ def _settings(tree: Tree) -> Tree:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write bytes in one move; see `files.replacing`."""
+    """Write bytes atomically; see `files.replacing`."""
     with replacing(path) as file:
         file.write(data)
 
 
 def save_tensors(path: Path, state: Any) -> None:
-    """torch.save in one move; see `files.replacing`."""
+    """Atomic torch.save; see `files.replacing`."""
     with replacing(path) as file:
         torch.save(state, file)
 

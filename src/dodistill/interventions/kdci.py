@@ -46,7 +46,7 @@ def _matrix(rows: int, columns: int, generator: torch.Generator) -> nn.Parameter
 
 
 class PriorAttention(nn.Module):
-    """lam [B, N] of Eq. 5, over the `valid` slots. The same matrices serve every dictionary: the sum over i does not
+    """lam [B, N] of Eq. 5, over the `valid` slots. The same matrices apply to every dictionary: the sum over i does not
     depend on the order of the slots, so a new clustering does not invalidate them."""
 
     def __init__(self, classes: int, dim: int, width: int, generator: torch.Generator):
