@@ -296,7 +296,7 @@ def test_a_student_without_a_place_for_the_head_is_refused() -> None:
         Config().build(context(net=conv))
     twice = student(classes=K)
     heads.attach(twice)
-    with pytest.raises(DodistillError, match="context head already"):
+    with pytest.raises(DodistillError, match="already has a context head"):
         Config().build(context(net=twice))
 
 

@@ -96,7 +96,7 @@ def test_distil_evaluate_report_export(teacher_file: Path, tmp_path: Path, capsy
     )
     said = capsys.readouterr().out
     assert "of 500 images" in said
-    assert "calibrated with 64 images of digits, labels unread" in said
+    assert "calibrated with 64 images of digits, without labels" in said
     before, after = load_model(student).state_dict(), load_model(calibrated).state_dict()
     assert before.keys() == after.keys()
     for key in before:  # its statistics, and they alone
@@ -170,7 +170,7 @@ def test_teach_writes_weights_that_know_themselves(tmp_path: Path, capsys: pytes
         (["compare", "x.yaml", "--jobs", "two"], "compare.jobs is 'two'; it must be of type int"),
         (["report", "a", "b"], "unexpected argument 'b'"),
         (["distill", "--seed", "1", "late.yaml"], "unexpected argument 'late.yaml'; give a recipe first"),
-        (["distill", "--kdci.renormalize", "true", "late.yaml"], "unexpected argument 'late.yaml'"),
+        (["distill", "--kdci.renormalize", "true", "late.yaml"], "unexpected 'late.yaml' after --kdci"),
         (["distil"], "unknown command 'distil'; did you mean 'distill'?"),
         (["look", "somewhere"], "--test DATA"),
         (["report", "nowhere"], "nowhere"),

@@ -42,7 +42,7 @@ def test_each_symptom_names_its_value_and_a_knob() -> None:
     assert symptoms(well, 10, 60.0, 0.9) == {}
     assert symptoms(well, 10, 12.0, 0.1) == {}  # too early to judge
     few = symptoms({"effective_classes": 1.4, "diversity": 0.2}, 10)
-    assert "sees 1.4 of 10 classes" in few["few classes"]
+    assert "1.4 effective classes of 10" in few["few classes"]
     assert "--intervention stratified" in few["few classes"]
     same = symptoms({"effective_classes": 9.0, "diversity": 0.004}, 10)
     assert "standard deviation of a pixel 0.004" in same["same picture"]

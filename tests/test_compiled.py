@@ -90,7 +90,7 @@ def test_auto_goes_by_the_work_ahead(
     ("choice", "why"),
     [
         ({"criterion": {"name": "rkd"}}, "features"),
-        ({"update": "retain", "replay": {"name": "bank", "size": 15}}, "differentiates twice"),
+        ({"update": "retain", "replay": {"name": "bank", "size": 15}}, "needs second derivatives"),
     ],
 )
 def test_what_it_cannot_do_stays_eager(

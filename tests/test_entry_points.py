@@ -74,7 +74,7 @@ def test_what_is_wrong_with_an_entry_point(site: Path, teacher: nn.Module) -> No
     said = {
         "broken": "bad_one.broken does not import: ZeroDivisionError: division by zero",
         "empty": "it must name a module that has a class Config; see docs/tutorial.md",
-        "other": "the entry point is called 'other', and its Config.name is 'cubed'",
+        "other": "the entry point is called 'other', but its Config.name is 'cubed'",
         "direct": "its entry point is bad_one.cubed:Config; it must name a module",
         "twice": "criterion twice of bad-one 1.0 and bad-two 1.0: several packages offer this name",
     }

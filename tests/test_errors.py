@@ -76,13 +76,13 @@ def refused(teacher_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_student_with_other_classes(refused: Refused, teacher_file: Path, tmp_path: Path) -> None:
     text = refused("--student.num_classes", "7")
-    assert "student.num_classes is 7, the teacher has 10 classes" in text
+    assert "student.num_classes is 7, but the teacher has 10 classes" in text
     other = tmp_path / "seven.safetensors"
     save_model(student(classes=7), other)
     text = refused("--student.weights", str(other))
     assert "7 classes" in text
     assert "10" in text
-    with pytest.raises(DodistillError, match=r"student returns shape \(2, 7\).*teacher 10.*num_classes=10"):
+    with pytest.raises(DodistillError, match=r"student returns shape \(2, 7\).*teacher has 10.*num_classes=10"):
         distill(load_model(str(teacher_file)), student(classes=7), image_shape=SHAPE, verbose=False)
 
 
@@ -176,7 +176,7 @@ def test_a_teacher_of_other_images(refused: Refused, teacher_file: Path) -> None
     assert "does not take images of shape (3, 8, 8)" in text
     assert "takes 1 channel" in text
     text = refused("--teacher.weights", str(teacher_file), "--image_shape", "1,10,10", teacher="tiny8")
-    assert "multiples of 4, the teacher reads 10x10" in text
+    assert "multiples of 4, but the teacher takes 10x10" in text
 
 
 # -------------------------------------------------------------------------------------------------- images

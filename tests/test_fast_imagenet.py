@@ -49,7 +49,7 @@ def test_the_generator_has_the_published_size_and_shapes() -> None:
     assert x.shape == (5, 3, 32, 48)
     assert x.min() >= 0
     assert x.max() <= 1
-    with pytest.raises(DodistillError, match=r"a map of latents 4 times.*multiples of 16; the teacher reads 8x24"):
+    with pytest.raises(DodistillError, match=r"a map of latents 4 times.*multiples of 16, but the teacher takes 8x24"):
         DeepGenerator(6, (3, 8, 24))
 
 
@@ -246,7 +246,7 @@ def test_the_bank_keeps_and_gives_back(dtype: BankType) -> None:
         ({"per_class": 12, "batch": 24}, "the teacher has 10 classes"),
         ({"per_class": -1}, "source.per_class is -1; it must be at least 0"),
         ({"K": 0}, "source.K is 0"),
-        ({"doublings": 4}, "multiples of 16; the teacher reads 8x8: lower source.doublings"),
+        ({"doublings": 4}, "multiples of 16, but the teacher takes 8x8: lower source.doublings"),
     ],
 )
 def test_refused_before_anything_is_computed(settings: dict[str, Any], said: str, teacher: nn.Module) -> None:

@@ -126,7 +126,7 @@ def test_lists_that_do_not_fit(damage: Callable[[Path], None], said: str, tiny: 
 
 def test_a_class_folder_that_the_list_does_not_have(tiny: Path) -> None:
     picture(tiny / "train" / "n99" / "images" / "n99_0.JPEG", 0)
-    with pytest.raises(DodistillError, match=r"n99_0\.JPEG lies in no folder of a class of .*wnids\.txt"):
+    with pytest.raises(DodistillError, match=r"n99_0\.JPEG is in no folder of a class of .*wnids\.txt"):
         load_images(tiny, image_shape=SHAPE)
 
 

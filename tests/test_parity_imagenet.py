@@ -191,7 +191,7 @@ class Rigid(nn.Module):
 def test_a_teacher_that_cannot_read_half_the_size_is_refused() -> None:
     ctx = context(Rigid())
     DeepInv(Config(batch=8), ctx)
-    with pytest.raises(DodistillError, match=r"low is 5, and the teacher cannot read images of 4x4, half of its 8x8"):
+    with pytest.raises(DodistillError, match=r"low is 5, but the teacher cannot read images of 4x4, half of its 8x8"):
         DeepInv(Config(batch=8, low=5), ctx)
 
 

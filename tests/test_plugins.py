@@ -241,7 +241,7 @@ def test_rows_in_a_comparison(here: Path, teacher_file: Path, capsys: pytest.Cap
     Path("deep/grey.py").write_text(SOURCE.replace("0.05", "0.2"))
     Path("g.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
     assert main(["compare", "g.yaml", "--out", "out"]) == 2
-    assert "run the code in grey.py" in capsys.readouterr().err
+    assert "names the code in grey.py" in capsys.readouterr().err
     only = ["--only", "source=deep/grey.py", "--only", "arm=shift", "--out", "out"]
     assert main(["compare", "g.yaml", "--allow-code", *only]) == 0
     said = capsys.readouterr()
@@ -276,6 +276,6 @@ def test_rows_in_a_comparison(here: Path, teacher_file: Path, capsys: pytest.Cap
 def test_a_teacher_of_a_recipe_is_code_too(here: Path) -> None:
     trace = spy("net.py", "def make(): ...")
     recipe = {"teachers": {"t": {"model": "net.py:make", "data": "digits"}}}
-    with pytest.raises(DodistillError, match=r"run the code in net\.py"):
+    with pytest.raises(DodistillError, match=r"names the code in net\.py"):
         grid.teach_missing(recipe, here / "teachers", float("inf"))
     assert not trace.exists()

@@ -66,7 +66,7 @@ def test_what_was_typed_runs_and_nothing_else(
     Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
     quiet = ["--quiet", "--no-report", "--out"]
     assert main(["distill", "recipe.yaml", *quiet, "a"]) == 2
-    assert "run the code in spy.py" in capsys.readouterr().err
+    assert "names the code in spy.py" in capsys.readouterr().err
     assert main(["distill", "recipe.yaml", "--criterion", "cubed.py", *quiet, "a"]) == 2  # another path was typed
     assert not trace.exists()
     assert not Path("a").exists()
@@ -86,7 +86,7 @@ def test_a_recipe_may_not_bring_another_file_in(here: Path) -> None:
     """Neither by a preset of a method that was typed."""
     trace = spy("other.py", CRITERION)
     Path("grey.py").write_text(SOURCE.replace('"loop.ema": 0.5', '"criterion": "other.py"'))
-    with pytest.raises(DodistillError, match=r"run the code in other\.py"):
+    with pytest.raises(DodistillError, match=r"names the code in other\.py"):
         resolve({"source": "grey.py", "preset": "few"}, allow_code={"grey.py"})
     assert not trace.exists()
     assert resolve({"source": "grey.py", "preset": "few"}, allow_code=True).criterion.name == "other"
@@ -134,7 +134,7 @@ def test_a_config_with_a_fingerprint_runs_no_other_text(here: Path) -> None:
         ("mine.py", change("n: int = 20", "n: Int = 20"),
          "mine.py, line 10: NameError: name 'Int' is not defined"),
         ("mine.py", change("n: int = 20", "code: int = 20"), "mine.py: Config.code is a reserved key of the config"),
-        ("mine.py", change("n: int = 20", "n: object = torch.float32"), "mine.py: settings are numbers, text"),
+        ("mine.py", change("n: int = 20", "n: object = torch.float32"), "mine.py: settings must be numbers, text"),
         ("mine.py", change('"optim": {"lr": 0.02}', '"optim": {"rl": 0.02}'),
          "mine.py: preset 'few' does not resolve: optim: unknown key 'rl'"),
         ("mine.py", change('"source": {"n": 12}', '"source": {"m": 12}'),

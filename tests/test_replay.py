@@ -512,7 +512,7 @@ def test_generative_needs_a_size_that_4_divides() -> None:
             return x.flatten(1)[:, :5]
 
     ctx = context(Teacher(Any_(), (1, 10, 8)))
-    with pytest.raises(DodistillError, match=r"reads 10x8; give --replay bank"):
+    with pytest.raises(DodistillError, match=r"takes 10x8; give --replay bank"):
         registry.config("replay", "generative")().build(ctx)  # type: ignore[attr-defined]
 
 

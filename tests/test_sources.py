@@ -320,7 +320,7 @@ def test_fast_learns_to_please_the_teacher(teacher: nn.Module, pupil: nn.Module)
 
 
 def test_a_size_the_generator_cannot_make(teacher: nn.Module) -> None:
-    with pytest.raises(DodistillError, match="multiples of 4, the teacher reads 10x10"):
+    with pytest.raises(DodistillError, match="multiples of 4, but the teacher takes 10x10"):
         ConvGenerator(8, (1, 10, 10), 4)
 
 

@@ -93,9 +93,9 @@ def test_schedules(schedule: str) -> None:
 def test_what_cannot_work_is_refused() -> None:
     train, _ = digits()
     net = load_model("tiny8", num_classes=10, seed=0)
-    with pytest.raises(DodistillError, match="needs labels"):
+    with pytest.raises(DodistillError, match="have no labels; teaching needs them"):
         teach(net, Images(train.x))
-    with pytest.raises(DodistillError, match="labels go up to 9, the model has 4 classes"):
+    with pytest.raises(DodistillError, match="labels go up to 9, but the model has 4 classes"):
         teach(load_model("tiny8", num_classes=4), train, config=QUICK)
     with pytest.raises(DodistillError, match=r"shape \(1, 8, 8\)"):
         teach(load_model("wrn16_1", num_classes=10), train, config=QUICK)

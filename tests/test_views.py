@@ -293,7 +293,7 @@ def test_stopped_at_each_step_it_ends_in_the_same_bits(
 
 def test_the_summary_says_which_was_chosen(teacher: nn.Module, digits: Images) -> None:
     settings = {k: v for k, v in tree("dfnd", **ON).items() if k not in ("source", "intervention")}
-    for batch, says in ((16, "less than 2 views"), (128, "answers 2 views")):
+    for batch, says in ((16, "less than 2 views"), (128, "once for 2 views")):
         settings["loop"] = {**settings["loop"], "batch": batch}
         out = distill(teacher, student(), SOURCES["dfnd"], image_shape=SHAPE, unlabeled=digits.x[:300], verbose=False,
                       **settings)  # fmt: skip

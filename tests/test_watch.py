@@ -108,7 +108,7 @@ def test_an_unfinished_run_of_another_version_is_refused(teacher: nn.Module, dig
     with (
         contextlib.closing(RunFolder(tmp_path / "run", cfg)) as folder,
         pytest.raises(
-            DodistillError, match=r"checkpoint has format 1, and this version .* reads format 3; finish the run"
+            DodistillError, match=r"checkpoint has format 1, but this version .* reads format 3; finish the run"
         ),
     ):
         job(teacher, cfg, digits.x[:300]).run(folder)

@@ -234,7 +234,7 @@ def _finish(cell: Cell, process: subprocess.Popen[bytes], out: Path, n: int, tot
         return
     if process.returncode:
         tail = run.with_suffix(".log").read_text().strip().splitlines()[-1:]
-        print(f"[{n}/{total}] {where}: FAILED ({process.returncode}) {' '.join(tail)}", file=sys.stderr)
+        print(f"[{n}/{total}] {where}: FAILED (exit status {process.returncode}) {' '.join(tail)}", file=sys.stderr)
         return
     record = record_of(cell, read_object(run / "summary.json", "delete the run's folder, and rerun the command"))
     (out / "cells").mkdir(parents=True, exist_ok=True)
@@ -293,5 +293,5 @@ def _report(recipe: Tree, chosen: list[Cell], out: Path, against: str = "", show
             raise DodistillError(f"--against {against}: {error}.") from error
     page = write_compare(records, out / "compare.html", str(recipe.get("name", "comparison")))
     left = sum("seconds" not in r for r in records)
-    print(f"\n{len(records) - left} of {len(records)} cells finished; {page}")
+    print(f"\n{len(records) - left} of {len(records)} cells; {page}")
     return STOPPED if left else 0

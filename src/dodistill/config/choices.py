@@ -28,7 +28,7 @@ def read_recipe(path: str) -> Tree:
         return {}
     tree = read_yaml(path)
     if not isinstance(tree, dict):
-        raise DodistillError(f"recipe {path} is no mapping of settings; write lines such as `source: fast`.")
+        raise DodistillError(f"recipe {path} must be a mapping of settings, as in `source: fast`.")
     return tree
 
 

@@ -72,7 +72,7 @@ def _outline(module: str) -> Outline:
 
 
 class Outline:
-    """The top-level names of one file, each defined when it is asked for."""
+    """The top-level names of one file, each defined on demand."""
 
     def __init__(self, module: str) -> None:
         self.module, self.path = module, _path(module)

@@ -115,7 +115,7 @@ class Loop:
     seed: int = 0
     ema: float = 0.998  #: decay of the student's moving average
     precision: Literal["auto", "fp32", "bf16"] = "auto"  #: of forward passes; retain's exact step is always in fp32
-    #: torch.compile for the student's step and the teacher's answers; auto: where the steps ahead repay it
+    #: torch.compile for the student's step and the teacher's logits; auto: if the remaining steps repay it
     compile: Literal["off", "on", "auto"] = "off"
     device: str = "auto"
     threads: int = 0  #: CPU threads (0: PyTorch's choice); bit-identical results need the same number
@@ -497,7 +497,9 @@ def _built(method: Method, settings: Any, where: str) -> Settings:
         try:
             json.dumps(dataclasses.asdict(out))
         except (TypeError, ValueError) as error:
-            raise DodistillError(f"{method.name}: settings are numbers, text, and lists of them ({error}).") from error
+            raise DodistillError(
+                f"{method.name}: settings must be numbers, text, or lists of them ({error})."
+            ) from error
     return out
 
 

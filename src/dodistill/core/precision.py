@@ -1,7 +1,7 @@
 """The precision of a run's forward passes: fp32, bf16, or the faster of the two on this model.
 
-Which one is faster on a CPU depends on the CPU: bf16 is 2 to 4 times as fast with AMX, slower with AVX512-BF16 alone,
-and ten times slower where it is emulated. So `auto` measures both there. On CUDA `auto` is bf16.
+The faster precision depends on the CPU: bf16 is 2 to 4 times as fast with AMX, slower with AVX512-BF16 alone, and ten
+times slower if it is emulated. So `auto` measures both on a CPU. On CUDA `auto` is bf16.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from torch import Tensor, nn
 from ..errors import DodistillError
 from ..functional.memory_format import laid_out
 
-#: bf16 must be this many times as fast as fp32 to be chosen. Below it, the choice would depend on noise.
+#: bf16 is chosen if it is this many times as fast as fp32. With a smaller factor, noise would decide the choice.
 GAIN = 1.2
 
-#: Seconds that the measurement of one precision may take, about.
+#: Approximate limit, in seconds, for the measurement of one precision.
 SECONDS = 0.3
 
 
 def emulated(device: torch.device, precision: str) -> bool:
-    """Whether this device has no arithmetic of its own for `precision`: bf16 on a CPU without AMX or AVX512-BF16 is
-    emulated, and some ten times slower than fp32."""
+    """Whether this device emulates `precision`: bf16 on a CPU without AMX or AVX512-BF16, about ten times slower than
+    fp32."""
     if device.type != "cpu" or precision != "bf16":
         return False
     has: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    if has.get("architecture", "x86_64") not in ("x86_64", "amd64"):  # nothing is known of others
+    if has.get("architecture", "x86_64") not in ("x86_64", "amd64"):  # unknown for other architectures
         return False
     return bool(has) and not any(has.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
@@ -40,7 +40,7 @@ def emulated(device: torch.device, precision: str) -> bool:
 class Precision:
     """A factory of contexts for forward passes. Calling it gives the context.
 
-    `name` is `fp32`, `bf16` or `auto`. With `auto` on a CPU the contexts are fp32 until `settle` has measured. Raises
+    `name` is `fp32`, `bf16` or `auto`. With `auto` on a CPU the contexts are fp32 until `settle` measures. Raises
     DodistillError for another name.
     """
 
@@ -48,7 +48,7 @@ class Precision:
         if name not in ("auto", "fp32", "bf16"):
             raise DodistillError(f"unknown precision {name!r}; use auto, fp32 or bf16.")
         self.device, self.name = device, name
-        #: what the forward passes use now, and why: a sentence for the summary
+        #: the current precision of forward passes; `reason` is its reason, a sentence for the summary
         self.chosen = "bf16" if name == "bf16" or (name == "auto" and device.type == "cuda") else "fp32"
         self.reason = f"{self.chosen}, as set" if name != "auto" else f"{self.chosen}, as `auto` is on {device.type}"
         self._open = name == "auto" and device.type == "cpu"
@@ -62,9 +62,9 @@ class Precision:
         return _context(self.device, self.chosen)
 
     def settle(self, work: Callable[[int], object]) -> None:
-        """Choose for this model, where the choice is still open.
+        """Choose the precision for this model, if `auto` has not chosen yet.
 
-        `work(n)` is a step's work on n images, in the context that is active. It is called some ten times, and must not
+        `work(n)` does the work of a step on n images, in the active context. It is called about ten times, and must not
         change the run.
         """
         if not self._open:
@@ -97,9 +97,10 @@ def _context(device: torch.device, precision: str) -> AbstractContextManager[Any
 
 
 def measured(work: Callable[[int], object], device: torch.device, most: int = 64) -> dict[str, float]:
-    """Seconds that `work(n)` takes in each precision, the least of several in turns; n <= `most` such that it is short.
+    """The duration of `work(n)` in each precision, in seconds: the minimum of several alternating runs. n <= `most`
+    keeps the measurement short.
 
-    A first pass of two images warms up both. If bf16 is far slower there, it is not measured further.
+    A first pass of two images warms up both. If bf16 is far slower in this pass, it is not measured further.
     """
 
     def timed(precision: str, n: int) -> float:
@@ -131,8 +132,8 @@ def trial(
     device: torch.device,
     answers: Callable[[Tensor], Tensor] | None = None,
 ) -> Callable[[int], None]:
-    """`work` of one training step for `Precision.settle`: n images through `answers` (the teacher) and forwards and
-    backwards through a copy of `student`."""
+    """`work` for `Precision.settle`: the passes of a training step on n images, by `answers` (the teacher) and a copy
+    of `student`, forward and backward."""
     network = copy.deepcopy(student).train()
 
     def work(n: int) -> None:

@@ -1,4 +1,4 @@
-"""Device and random numbers, as all parts of a run use them."""
+"""Device and random numbers, for all parts of a run."""
 
 from __future__ import annotations
 

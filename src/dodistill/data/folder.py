@@ -56,7 +56,7 @@ def load_folder(
         )
     c, h, w = image_shape
     if c not in (1, 3):
-        raise DodistillError(f"image files have 1 or 3 channels; image_shape is {tuple(image_shape)}.")
+        raise DodistillError(f"image_shape is {tuple(image_shape)}; image files have 1 or 3 channels.")
     part = crop_share(share, h)
     found = listing(folder, split, labels)
     folder, files = found.folder, found.files

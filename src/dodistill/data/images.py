@@ -201,7 +201,9 @@ def _planted(spec: str, split: str, labels: bool, image_shape: Shape | None, see
     shown = contexts(images.y, images.num_classes, rho, generator)
     x = plant(images.x, shown, palette(images.num_classes))
     if image_shape is not None and tuple(x.shape[1:]) != tuple(image_shape):
-        raise DodistillError(f"planted:{spec} holds images of shape {tuple(x.shape[1:])}, not {tuple(image_shape)}.")
+        raise DodistillError(
+            f"image_shape is {tuple(image_shape)}, but planted:{spec} holds {tuple(x.shape[1:])}; give that."
+        )
     return replace(images, x=x, y=images.y if labels else None)
 
 
@@ -397,5 +399,5 @@ def _photos(split: str, image_shape: Shape, n: int, seed: int) -> Images:
         patches = scale[:, rows[:, :, None], columns[:, None, :]].transpose(0, 1)
         out[mine] = patches.round().clamp(0, 255).to(torch.uint8)
     if out.shape[1] != c:
-        raise DodistillError(f"photos have 1 or 3 channels; image_shape is {image_shape}.")
+        raise DodistillError(f"image_shape is {image_shape}; photos have 1 or 3 channels.")
     return Images(out)

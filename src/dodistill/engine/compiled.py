@@ -1,7 +1,7 @@
 """torch.compile for a run's networks: the student's training step and the teacher's label passes.
 
-A compiled network rounds otherwise than the eager one. So the choice is made once, before the first step, and a resumed
-run keeps it. torch.compile does not see hooks, and its networks cannot be differentiated twice: runs that read features
+A compiled network rounds differently from the eager one. So the choice is made once, before the first step, and a
+resumed run keeps it. torch.compile ignores hooks, and its networks have no second derivatives: runs that read features
 and updates that need second derivatives stay eager.
 """
 
@@ -18,35 +18,35 @@ from ..errors import DodistillError
 from ..functional.memory_format import laid_out
 from .match import Matcher
 
-#: Compiling takes up to minutes and saves a fifth of a step at best. `auto` wants this many seconds of steps ahead.
+#: Compilation takes up to minutes and saves at most a fifth of a step. `auto` compiles for this many seconds of steps.
 REPAYS = 1800.0
 
 
 class Compiled:
-    """Whether a run's networks are compiled, and why.
+    """Whether a run's networks are compiled, and the reason.
 
     Args:
-        mode: `off`, `on` or `auto`: where the steps ahead repay it.
+        mode: `off`, `on`, or `auto`: if the remaining steps repay the compilation.
     """
 
     def __init__(self, mode: str, matcher: Matcher, context: Context) -> None:
         self.mode, self.matcher, self.context = mode, matcher, context
-        #: whether they are, and one sentence for the summary
+        #: whether they are compiled, and the reason in one sentence for the summary
         self.on, self.reason = mode == "on", "compiled" if mode == "on" else "eager (loop.compile is off)"
         self._begun = False
         if mode != "off" and (against := self._against()):
             self.on, self.mode, self.reason = False, "off", f"eager: {against}"
 
     def _against(self) -> str:
-        """What of this run torch.compile cannot do."""
+        """The reason why torch.compile cannot be used for this run; else empty."""
         if self.matcher.needs:
-            return "features of the networks are read, by hooks that torch.compile does not see"
+            return "the run reads features of the networks, by hooks that torch.compile ignores"
         if self.matcher.update.fp32:
-            return f"update {self.matcher.config.update.name} differentiates twice, which torch.compile cannot"
+            return f"update {self.matcher.config.update.name} needs second derivatives, which torch.compile lacks"
         return ""
 
     def settle(self, work: Callable[[int], object]) -> None:
-        """Decide, with `auto`. `work(n)` is a step's work on n images."""
+        """With `auto`, decide whether to compile. `work(n)` does the work of a step on n images."""
         if self.mode != "auto":
             return
         loop = self.matcher.config.loop
@@ -60,7 +60,7 @@ class Compiled:
         self.reason = f"{'compiled' if self.on else 'eager'}: {seconds:.3g} s of steps {verb} compiling"
 
     def begin(self) -> None:
-        """Compile, where it is decided. Raises DodistillError where torch.compile fails, unless `auto` can go back."""
+        """Compile, if so decided. Raises DodistillError if torch.compile fails, unless `auto` can choose eager."""
         if not self.on:
             return
         try:
@@ -74,7 +74,7 @@ class Compiled:
             self.on, self.reason = False, f"eager: torch.compile fails here ({said})"
 
     def _compile(self) -> None:
-        """One pass through each network at the sizes of the run, so that it takes its time, or fails, here."""
+        """Run each network once at the sizes of the run, so that it compiles, or fails, before the first step."""
         m, context = self.matcher, self.context
         grey = laid_out(torch.full((m.config.loop.batch, *context.image_shape), 0.5, device=context.device))
         kept = {k: v.clone() for k, v in m.student.state_dict().items()}

@@ -68,9 +68,9 @@ class Job:
     command: str = ""
 
     def context(self) -> Context:
-        """The run as its parts see it: models on their device, streams, settings. Raises DodistillError for a teacher
-        that the source cannot use, a student whose outputs do not fit the teacher's, and pads that do not fit the
-        images."""
+        """The context for the run's parts: models on their device, streams, settings. Raises DodistillError for a
+        teacher that the source cannot use, a student whose outputs do not fit the teacher's, and pads that do not fit
+        the images."""
         config, loop = self.config, self.config.loop
         if loop.threads:
             torch.set_num_threads(loop.threads)

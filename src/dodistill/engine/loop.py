@@ -63,7 +63,7 @@ class Distiller:
         return finished
 
     def settle(self) -> None:
-        """Measure before the first step: which precision is faster here, and whether compiling is repaid."""
+        """Choose precision and compilation by measurements, before the first step."""
         context = self.context
         work = trial(self.matcher.student, context.image_shape, context.device, context.teacher.answers)
         context.autocast.settle(work)
@@ -171,7 +171,7 @@ class Distiller:
 
     def _load(self, state: Mapping[str, Any], pool: Mapping[str, Any]) -> None:
         require_same(state["made_of"], self.made_of)
-        if "precision" in state:  # not in runs begun before there was a choice
+        if "precision" in state:  # absent in older checkpoints
             self.context.autocast.load_state_dict(state["precision"])
             self.compiled.load_state_dict(state["compiled"])
         self.matcher.load_state_dict(state["matcher"])

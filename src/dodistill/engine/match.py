@@ -56,7 +56,7 @@ class Matcher:
         return [its[k] for k in names], [mine[k] for k in names]
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
-        """SGD for the student and for parts without their own rate (these have no weight decay unless they ask for it);
+        """SGD for the student and for parts without their own rate (these have no weight decay unless they request it);
         Adam for parts with their own rate."""
         c = self.config.optim
         groups: list[dict[str, Any]] = [{"params": list(self.student.parameters())}]

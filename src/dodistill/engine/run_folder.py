@@ -38,13 +38,13 @@ def _settings(tree: Tree) -> Tree:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write bytes in one move; see `files.replacing`."""
+    """Write bytes atomically; see `files.replacing`."""
     with replacing(path) as file:
         file.write(data)
 
 
 def save_tensors(path: Path, state: Any) -> None:
-    """torch.save in one move; see `files.replacing`."""
+    """Atomic torch.save; see `files.replacing`."""
     with replacing(path) as file:
         torch.save(state, file)
 
@@ -236,7 +236,9 @@ class RunFolder(Watcher):
             self._metrics.write(json.dumps(values) + "\n")
             self._metrics.flush()
         except OSError as error:
-            raise DodistillError(f"cannot write {self.path / 'metrics.jsonl'}: {error.strerror}.") from error
+            raise DodistillError(
+                f"cannot write {self.path / 'metrics.jsonl'}: {error.strerror}; make the folder writable, then rerun."
+            ) from error
 
     def on_log(self, step: int, values: Mapping[str, float]) -> None:
         self.log(kind="log", step=step, **values)

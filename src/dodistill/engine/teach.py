@@ -146,7 +146,7 @@ def teach(
         model.load_state_dict(resume["model"])
         optimizer.load_state_dict(resume["optimizer"])
         rng.set_state(resume["rng"].cpu())
-        cast.load_state_dict(resume.get("precision") or cast.state_dict())  # none: it was begun before `auto` measured
+        cast.load_state_dict(resume.get("precision") or cast.state_dict())  # absent in older checkpoints
         begun, before = resume["epoch"], resume["seconds"]
     else:
         cast.settle(trial(model, train.image_shape, device))

@@ -173,5 +173,5 @@ def _width(student: nn.Module, context: Context) -> int:
             f"the intervened head replaces it; it is {type(linear).__name__} on {tuple(f.shape)}."
         )
     if heads.find(student) is not None:
-        raise DodistillError("cid: the student has a context head already; start from the network without it.")
+        raise DodistillError("cid: the student already has a context head; start from the network without it.")
     return f.shape[1]

@@ -46,7 +46,7 @@ def _matrix(rows: int, columns: int, generator: torch.Generator) -> nn.Parameter
 
 
 class PriorAttention(nn.Module):
-    """lam [B, N] of Eq. 5, over the `valid` slots. The same matrices serve every dictionary: the sum over i does not
+    """lam [B, N] of Eq. 5, over the `valid` slots. The same matrices apply to every dictionary: the sum over i does not
     depend on the order of the slots, so a new clustering does not invalidate them."""
 
     def __init__(self, classes: int, dim: int, width: int, generator: torch.Generator):
@@ -159,7 +159,7 @@ class Config(InterventionConfig):
     scale: float = 1.0  #: factor on F
     detach_query: bool = False  #: True: no gradient reaches the student through lam
     mapping: bool = False  #: a learnable W_m [K, d] on z_i; always present with a foreign dictionary
-    at_test: bool = False  #: True: the delivered student keeps F (the ancestor CCIM does so)
+    at_test: bool = False  #: True: the delivered student keeps F (as in its predecessor CCIM)
     own_lr: float | None = None  #: rate of a separate Adam for W_* (such as 1e-3); None: the student's optimiser
 
     @property

@@ -189,7 +189,7 @@ def _from_file(spec: str, classes: int | None, channels: int | None) -> nn.Modul
     try:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # a file must not end the program, least of all with exit status 0
-        raise DodistillError(f"{path} does not import: {type(error).__name__}: {error}") from error
+        raise DodistillError(f"{path} does not import: {type(error).__name__}: {error}. Correct the file.") from error
     factory = getattr(module, name, None)
     if not callable(factory):
         callables = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]

@@ -38,7 +38,7 @@ class Teacher(nn.Module):
         self.train(False)
         self.num_classes = self._probe(num_classes)
         self.has_batchnorm = bool(batchnorms(self.model))
-        #: the network of `answers`, once it is made; in a tuple, so that it is no part of this module
+        #: the network of `answers`, made by its first call; in a tuple, so that it is no submodule
         self.answering: tuple[Callable[[Tensor], Tensor], ...] = ()
         self._compiles = False
 
@@ -68,7 +68,7 @@ class Teacher(nn.Module):
         return logits.float()
 
     def compile_answers(self, on: bool = True) -> None:
-        """Let torch.compile make the network of `answers`, for batches of any size; or no longer."""
+        """Turn torch.compile on or off for the network of `answers`, for batches of any size."""
         self.answering, self._compiles = (), on
 
     def train(self, mode: bool = True) -> Teacher:

@@ -197,7 +197,7 @@ def save_model(model: nn.Module, path: str | Path, **extra_metadata: Any) -> Pat
         net, metadata = model.model, dict(model.spec)
         metadata |= {"mean": model.mean.flatten().tolist(), "std": model.std.flatten().tolist()}
     metadata |= describe(net) | extra_metadata
-    # cloned: safetensors wants every tensor dense and none shared
+    # cloned: safetensors needs dense tensors without shared memory
     tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in net.state_dict().items()}
     data = to_bytes(tensors, {"format": "pt"} | {k: json.dumps(v) for k, v in metadata.items()})
     with replacing(path) as file:

@@ -144,7 +144,7 @@ def curves(metrics: dict[str, list[Record]], summary: Record, clusters: int) -> 
             "KDCI: size of the prior, |F| / |S|",
             "kdci-prior",
             log,
-            {"kdci/F_over_S": "|F| / |S|", "kdci/F_over_S_centred": "centred, as softmax sees it"},
+            {"kdci/F_over_S": "|F| / |S|", "kdci/F_over_S_centred": "centred over classes"},
             "Size of the added prior F relative to the student's logits S.",
             y="|F| / |S|",
             log=None,

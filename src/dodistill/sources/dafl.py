@@ -96,7 +96,7 @@ def _huawei(oh: float, ie: float, act: float) -> dict[str, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Config(FreshConfig):
-    """Hyper-parameters of DAFL; defaults are the toolbox's, behind most of the literature's tables."""
+    """Hyper-parameters of DAFL; defaults are the toolbox's, used for most of the literature's tables."""
 
     latent: int = 512  #: size of z
     oh: float = 1.0  #: weight of the one-hot loss

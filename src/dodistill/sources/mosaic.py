@@ -14,7 +14,7 @@ batch, and a disagreement between T and the student S. An acquisition is one ste
 Deviations, and why (tests/test_parity_wild.py has the released numbers)
  1. In G's step, S normalises with the statistics of the batch. So does the release, where S is in train mode and its
     running statistics take in the generated batch. Here the running statistics stay unchanged, as a source does
-    not modify its inputs. `student_bn = "running"` is eval mode; `adversarial` says why to avoid it.
+    not modify its inputs. `student_bn = "running"` is eval mode; see `adversarial` for a reason against it.
  2. The `every` batches of an acquisition are mixed, so each batch of S is half x and half u only on average. In the
     release it is exactly half.
  3. u is drawn with replacement; in the release, by epochs. S receives images in 256 levels.

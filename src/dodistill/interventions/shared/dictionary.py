@@ -40,7 +40,7 @@ class DictionaryConfig:
     def resolve(self, kind: str) -> DictionaryConfig:
         """With `clusters` and `of` filled in for a source of `kind`. Raises DodistillError for invalid values."""
         if kind not in CLUSTERS:
-            raise ValueError(f"kind of source {kind!r}, not one of {sorted(CLUSTERS)}")
+            raise ValueError(f"unknown kind of source {kind!r}; use one of {sorted(CLUSTERS)}")
         clusters = CLUSTERS[kind] if self.clusters is None else self.clusters
         at_least(1, "dictionary", clusters=clusters)
         at_least(0, "dictionary", iterations=self.iterations)

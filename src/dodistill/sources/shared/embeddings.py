@@ -42,7 +42,7 @@ def read_embedding(path: str, classes: int) -> Tensor:
             f"source.embedding is {path!r}; it must be classifier, orthogonal, or a file ending in {', '.join(kinds)}."
         )
     if not file.is_file():
-        raise DodistillError(f"source.embedding: there is no file {path}; check the path.")
+        raise DodistillError(f"source.embedding: there is no file {path}; correct the path.")
     try:
         if file.suffix == ".safetensors":
             rows = next(iter(load_file(file).values()))
