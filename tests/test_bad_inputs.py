@@ -135,7 +135,9 @@ FLAGS: dict[str, tuple[list[str], list[str]]] = {
     "teach-smoothing": (["teach", "tiny4", "--data", "digits", "--label_smoothing", "1.5"], ["label_smoothing is 1.5"]),
     "teach-minival": (["teach", "tiny4", "--data", "digits", "--minival", "1.5"], ["1.5", "[0, 1)"]),
     "teach-precision": (["teach", "tiny4", "--data", "digits", "--precision", "half"], ["half", "bf16"]),
-    "teach-over-a-teacher": (["teach", "tiny4", "--data", "digits", "--out", "t.safetensors"], ["t.safetensors", "--out"]),
+    "teach-over-a-teacher": (
+        ["teach", "tiny4", "--data", "digits", "--out", "t.safetensors"], ["t.safetensors", "--out"]
+    ),
     "evaluate-nothing": (["evaluate", "t.safetensors"], ["--test"]),
     "evaluate-missing": (["evaluate", "none.safetensors", "--test", "digits"], ["none.safetensors"]),
     "evaluate-a-folder": (["evaluate", "run", "--test", "digits"], ["run/student.safetensors"]),
@@ -195,7 +197,7 @@ RECIPES: dict[str, tuple[bytes, list[str]]] = {
     "teacher-with-out": (b"teachers: {t: {model: tiny8, data: digits, out: /tmp/x}}\ngrid: {seed: [0]}\n",
                          ["teachers.t", "out"]),
     "teacher-leads-out": (b"teachers: {../../t: {model: tiny8, data: digits}}\ngrid: {seed: [0]}\n", ["../../t"]),
-    "name-leads-out": (b"name: ../../x\nbase: {teacher: t.safetensors, student: tiny4}\ngrid: {seed: [0]}\n", ["../../x"]),
+    "name-leads-out": (b"name: ../../x\n" + GRID.encode() + b"grid: {seed: [0]}\n", ["../../x"]),
     "name-a-number": (b"name: [1]\ngrid: {seed: [0]}\n", ["name", "[1]"]),
     "unknown-key": (GRID.encode() + b"gird: {seed: [0]}\ngrid: {seed: [0]}\n", ["gird", "grid"]),
     "unknown-setting": (GRID.encode() + b"grid: {loop.sead: [0]}\n", ["sead", "seed"]),
@@ -342,9 +344,9 @@ IMAGES: dict[str, tuple[Callable[[], object], str, list[str]]] = {
     "claims-24-gb": (lambda: _claims("d.npy", (25_000_000_000,)), "d.npy", ["d.npy"]),
     "empty-folder": (lambda: Path("d").mkdir(), "d", ["d", "empty"]),
     "folder-of-text": (lambda: (Path("d").mkdir(), Path("d/a.txt").write_text("x")), "d", ["a.txt"]),
-    "eps": (lambda: (Path("d").mkdir(), Path("d/a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n")),
+    "eps": (lambda: (Path("d").mkdir(), Path("d/a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8")),
             "d", ["a.png"]),
-    "not-utf-8": (lambda: (Path("d").mkdir(), Path(os.fsdecode(b"d/\xff.png")).write_bytes(b"no")), "d", ["readable"]),
+    "not-utf-8": (lambda: (Path("d").mkdir(), Path(os.fsdecode(b"d/\xff.png")).write_bytes(b"x")), "d", ["readable"]),
     "missing": (lambda: None, "d/none", ["d/none"]),
     "a-name": (lambda: None, "digit", ["'digit'", "digits"]),
 }  # fmt: skip

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import yaml
 
 from dodistill.commands.compare import compare, seconds_of, teach_missing
 from dodistill.config.grid import Records, cells, read_recipe, stored
+from dodistill.core.deadline import Deadline
 from dodistill.engine.run_folder import RunFolder
 from dodistill.errors import DodistillError
 
@@ -116,9 +116,9 @@ def test_a_teacher_is_taught_by_one_process(
     with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == b"mine\n"
-        assert not teach_missing(recipe, tmp_path, time.monotonic() + 0.5)
+        assert not teach_missing(recipe, tmp_path, Deadline(time.monotonic() + 0.5))
         assert f"{target} is in use by another process" in capfd.readouterr().err
-        assert teach_missing(recipe, tmp_path, math.inf)
+        assert teach_missing(recipe, tmp_path, Deadline())
     assert target.read_bytes() == teacher_file.read_bytes()
 
 

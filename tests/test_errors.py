@@ -230,7 +230,7 @@ def test_images_of_another_size(refused: Refused, tmp_path: Path) -> None:
     [
         (torch.zeros(5, 8, 8), r"unlabelled images have shape \(5, 8, 8\)"),
         (torch.full((5, 1, 8, 8), 200.0), "range from 200 to 200; give uint8, or floats in"),
-        (torch.zeros(0, 1, 8, 8, dtype=torch.uint8), "has 0 unlabelled image"),
+        (torch.zeros(0, 1, 8, 8, dtype=torch.uint8), "must be .n, C, H, W., and not empty"),
     ],
 )
 def test_bad_tensors(images: Tensor, said: str, teacher: nn.Module) -> None:
@@ -399,4 +399,4 @@ def test_weights_with_nan(refused: Refused, taught: nn.Module, tmp_path: Path) -
     state["fc.bias"][3] = float("nan")
     save_file(state, tmp_path / "nan.safetensors")
     text = refused("--teacher.weights", str(tmp_path / "nan.safetensors"), "--image_shape", "1,8,8", teacher="tiny8")
-    assert "returns NaN" in text
+    assert "fc.bias contains NaN" in text

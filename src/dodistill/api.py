@@ -112,9 +112,9 @@ def _tensor(value: Any, what: str) -> Tensor:
     return out
 
 
-def _labels(y: Any, n: int) -> Tensor:
+def _labels(given: Any, n: int) -> Tensor:
     """Class numbers, long [n]."""
-    y = _tensor(y, "labels")
+    y = _tensor(given, "labels")
     if y.shape != (n,):
         raise DodistillError(f"labels have shape {tuple(y.shape)}; give {n}, one for each image.")
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
@@ -124,8 +124,8 @@ def _labels(y: Any, n: int) -> Tensor:
     return y.long()
 
 
-def _pixels(x: Any, what: str) -> Tensor:
-    x = _tensor(x, f"{what} images")
+def _pixels(given: Any, what: str) -> Tensor:
+    x = _tensor(given, f"{what} images")
     if x.dim() != 4 or 0 in x.shape:
         raise DodistillError(f"{what} images have shape {tuple(x.shape)}; they must be [n, C, H, W], and not empty.")
     if x.dtype == torch.uint8:

@@ -16,7 +16,7 @@ from ..config.methods import asks
 from ..config.plugins import paths
 from ..config.tree import expand, merge, resolve
 from ..core.deadline import Deadline, stopping
-from ..errors import STOPPED, DodistillError, positive
+from ..errors import STOPPED, DodistillError, at_least
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,7 @@ def run(arguments: Arguments, settings: Mapping[str, Any], words: Sequence[str])
         raise DodistillError(
             f"unexpected argument {arguments.recipe!r}; give a recipe first, and settings as --part.field VALUE."
         )
-    if arguments.max_seconds != math.inf:
-        positive("distill", ", as in 600", max_seconds=arguments.max_seconds)
+    at_least(0, "distill", ", as in 600", max_seconds=arguments.max_seconds)
     typed = expand(settings)
     allowed = arguments.allow_code or paths(typed)
     tree, choice = merge(expand(read_recipe(arguments.recipe)), typed), None

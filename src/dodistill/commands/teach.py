@@ -19,7 +19,7 @@ from ..core.runtime import pick_device
 from ..engine.lesson import fresh_model, read_lesson, teach_to_file
 from ..engine.run_folder import check_writable
 from ..engine.teach import Log, Teach
-from ..errors import STOPPED, DodistillError, positive
+from ..errors import STOPPED, DodistillError, at_least
 from ..files import claimed, shown
 from ..report.progress import Progress
 
@@ -43,8 +43,7 @@ class Arguments:
 
 def run(arguments: Arguments, settings: Mapping[str, Any], _words: Sequence[str]) -> int:
     """`settings` are fields of `Teach`."""
-    if arguments.max_seconds != math.inf:
-        positive("teach", ", as in 600", max_seconds=arguments.max_seconds)
+    at_least(0, "teach", ", as in 600", max_seconds=arguments.max_seconds)
     deadline, target = Deadline(time.monotonic() + arguments.max_seconds), Path(arguments.out)
     shape = square(arguments.image_shape)
     if not arguments.data:

@@ -236,15 +236,17 @@ class Records:
         mine = identity(cell.config.to_tree())
         if (record := self._exact.get(_digest(mine))) is not None:
             return record
-        choices = _choices(mine)
-        alike = self._alike.get(choices, [])
-        if alike and choices not in self._defaults:
-            self._defaults[choices] = resolve(cell.config.choices()).to_tree()
-        return next((record for its, record in alike if grown(its, mine, self._defaults[choices])), None)
+        alike = self._alike.get(_choices(mine), [])
+        if not alike:
+            return None
+        chosen = " ".join([_choices(mine), *(mine[axis]["name"] for axis in ("criterion", "update", "replay"))])
+        if chosen not in self._defaults:
+            self._defaults[chosen] = resolve(cell.config.choices()).to_tree()
+        return next((record for its, record in alike if grown(its, mine, self._defaults[chosen])), None)
 
 
 def _choices(its: Tree) -> str:
-    """What a config chooses on the axes; an axis that a record does not know has its default."""
+    """What every record, however old, says that it chose."""
     source = its["source"]["name"]
     return f"{source} {its.get('intervention', 'none')}"
 
