@@ -344,7 +344,7 @@ IMAGES: dict[str, tuple[Callable[[], object], str, list[str]]] = {
     "claims-24-gb": (lambda: _claims("d.npy", (25_000_000_000,)), "d.npy", ["d.npy"]),
     "empty-folder": (lambda: Path("d").mkdir(), "d", ["d", "empty"]),
     "folder-of-text": (lambda: (Path("d").mkdir(), Path("d/a.txt").write_text("x")), "d", ["a.txt"]),
-    "eps": (lambda: (Path("d").mkdir(), Path("d/a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8")),
+    "eps": (lambda: (Path("d").mkdir(), Path("d/a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")),
             "d", ["a.png"]),
     "not-utf-8": (lambda: (Path("d").mkdir(), Path(os.fsdecode(b"d/\xff.png")).write_bytes(b"x")), "d", ["readable"]),
     "missing": (lambda: None, "d/none", ["d/none"]),

@@ -209,6 +209,10 @@ class RunFolder(Watcher):
                 )
         elif self.path.is_dir() and any(p.name not in _EARLY for p in self.path.iterdir()):
             raise DodistillError(f"{self.path} is not empty and holds no config.json; choose another --out.")
+        if (self.path / "metrics.jsonl").is_symlink():  # it alone is not replaced but opened, which would follow it
+            raise DodistillError(
+                f"{self.path / 'metrics.jsonl'} is a symbolic link; remove it, or choose another --out."
+            )
         if not create:
             return
         self._made = [p for p in (self.path, *self.path.absolute().parents) if not _exists(p)]
