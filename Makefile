@@ -1,9 +1,9 @@
-# Targets: demo (the main job in minutes), test (everything CI checks), bench, clean. Each makes its own environment.
+# Targets: demo (the main job in minutes), test (everything CI checks), bench, soak (random kills and bad inputs), clean. Each makes its own environment.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench soak clean
 help:
 	@grep -E '^# Targets' Makefile
 
@@ -33,6 +33,12 @@ bench: $(BIN)/.installed
 	$(BIN)/python benchmarks/upsample.py
 	$(BIN)/python benchmarks/predict.py
 	$(BIN)/python benchmarks/allocator.py
+	$(BIN)/python benchmarks/scale.py
+	$(BIN)/python benchmarks/whole.py
+
+soak: $(BIN)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python soak/kills.py --kills 200
+	OMP_NUM_THREADS=1 $(BIN)/python soak/inputs.py
 
 clean:
 	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache

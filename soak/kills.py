@@ -12,8 +12,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import random
 import shutil
+import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -50,9 +53,45 @@ def same(a: Path, b: Path) -> str:
     return "" if shares[0] == shares[1] else "class shares"
 
 
+def grids(kills: int, dice: random.Random, root: Path) -> list[str]:
+    """Kill `compare --jobs 2` and its children together; in the end all cells must be those of a grid that was not."""
+    base = tree("fast", steps=60, teacher=str(root / "t.safetensors"), student="tiny4")
+    base["loop"] |= {"checkpoint_seconds": 0.0}
+    recipe = root / "grid.yaml"
+    recipe.write_text(yaml.safe_dump(json.loads(json.dumps({"base": base, "grid": {"seed": [0, 1, 2]}}))))
+
+    def command(out: Path) -> subprocess.Popen[bytes]:
+        words = [sys.executable, "-P", "-m", "dodistill", "compare", str(recipe), "--out", str(out), "--jobs", "2"]
+        with open(root / "log", "ab") as log:
+            return subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True)
+
+    def cells(out: Path) -> dict[str, Any]:
+        found = [json.loads(p.read_text()) for p in sorted((out / "cells").glob("*.json"))]
+        return {r["key"]: [r["agreement"], r["summary"]["class_shares"], r["summary"]["log"]] for r in found}
+
+    clock = time.monotonic()
+    command(root / "grid-whole").wait()
+    length, done, out = time.monotonic() - clock, 0, root / "grid-cut"
+    while done < kills:
+        process = command(out)
+        try:
+            process.wait(dice.uniform(0.3, 1.0) * length)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            done += 1
+            continue
+        shutil.rmtree(out)  # it ended: begin another
+    command(out).wait()
+    same = cells(root / "grid-whole") == cells(out) and len(cells(out)) == 3
+    print(f"{done} kills of compare --jobs 2: the cells are {'the same' if same else 'NOT the same'}")
+    return [] if same else ["compare: the cells differ"]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--grids", type=int, default=10, help="kills of `compare --jobs 2` with its children")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     dice, root = random.Random(args.seed), Path(tempfile.mkdtemp(prefix="soak-"))
@@ -111,6 +150,8 @@ def main() -> int:
         for path in (whole, cut):
             shutil.rmtree(path, ignore_errors=True)
     print(f"{kills} kills ({writing} while a file was being written), {runs} runs, {lives} lives: {len(wrong)} wrong")
+    if args.grids:
+        wrong += grids(args.grids, dice, root)
     for line in wrong:
         print(f"  {line}")
     shutil.rmtree(root)

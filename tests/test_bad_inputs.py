@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dodistill.commands.cli import main
-from dodistill.models import save_model
+from dodistill.models import load_model, save_model
 from test_cli import QUICK
 
 #: seconds that a refusal may take
@@ -457,3 +457,16 @@ def test_a_checkpoint_that_is_another_object(
     (Path("run") / "summary.json").unlink()
     words = ["distill", "--teacher", teacher, "--student", "tiny4", "--source", "fast", "--out", "run", *QUICK]
     refused(words, ["checkpoint"], capsys)
+
+
+def test_a_plugin_that_ends_the_process(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.py").write_text("raise SystemExit(0)\n")
+    words = ["distill", "--teacher", "t.safetensors", *STUDENT, "--source", "mine.py"]
+    refused(words, ["mine.py", "SystemExit"], capsys)
+
+
+def test_weights_of_another_network_of_the_zoo(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    net = load_model("resnet8", num_classes=10)
+    torch.save({f"module.{k}": v for k, v in _net(net).items()}, "w.pt")
+    words = ["evaluate", "wrn16_1", "--weights", "w.pt", "--image-shape", "3,32,32", "--test", "digits"]
+    refused(words, ["w.pt", "they fit resnet8", "other shapes"], capsys)

@@ -197,7 +197,7 @@ def _run(file: Path, text: bytes, path: str) -> ModuleType:
     sys.modules |= {package: parent, name: module}  # dataclasses, type hints and pickling look there
     try:
         exec(compile(text, str(file), "exec", dont_inherit=True), vars(module))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name], sys.modules[package]
         raise DodistillError(f"{path}, {_reason(error, file, package)}") from error
     return module
@@ -274,7 +274,7 @@ def load_entry_point(axis: str, name: str, began: str = "") -> Method:
     point = points[0]
     try:
         module = importlib.import_module(point.module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise DodistillError(
             f"{who}: {point.module} does not import: {type(error).__name__}: {error}. Repair or uninstall the package."
         ) from error

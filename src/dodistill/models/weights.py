@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import DodistillError
 from ..files import replacing
+from . import zoo
 from .heads import attach, describe
 from .normalized import Normalized
 
@@ -160,7 +161,9 @@ def load_state(net: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
         differ = [f"{k} is {tuple(state[k].shape)}, the network has {tuple(own[k].shape)}" for k in shapes]
         lines = [("other shapes", differ), ("missing", missing), ("unexpected", unexpected)]
         told = "; ".join(f"{what}: {_few(keys)}" for what, keys in lines if keys)
-        raise DodistillError(f"weights {name} belong to another network; give the weights of this one. {told}.")
+        others = zoo.fitting(state, guess_classes(state) or 1, guess_channels(state) or 3)
+        fix = f"they fit {' and '.join(others)}" if others else "give the weights of this one"
+        raise DodistillError(f"weights {name} belong to another network; {fix}. {told}.")
     net.load_state_dict(dict(state), strict=False)
 
 

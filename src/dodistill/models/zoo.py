@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..errors import DodistillError, nearest
 from . import cifar_resnet, mobilenetv2, vgg, wrn
@@ -21,6 +23,18 @@ def zoo_names() -> list[str]:
 def default_channels(name: str) -> int:
     """1 for the digits' family `tiny{W}`, 3 for the rest."""
     return 1 if re.fullmatch(r"tiny\d+", name) else 3
+
+
+def fitting(state: Mapping[str, Tensor], num_classes: int, in_channels: int) -> list[str]:
+    """The networks of the zoo that have exactly these keys and shapes, BatchNorm's step counters apart."""
+    wanted = {k: v.shape for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    found = []
+    for name in zoo_names():
+        with torch.device("meta"):  # no memory, no random numbers
+            own = build(name, num_classes, in_channels).state_dict()
+        if wanted == {k: v.shape for k, v in own.items() if not k.endswith("num_batches_tracked")}:
+            found.append(name)
+    return found
 
 
 def build(name: str, num_classes: int, in_channels: int) -> nn.Module:
