@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -388,3 +389,17 @@ def test_what_a_lock_refuses(teacher: nn.Module, tmp_path: Path) -> None:
     with claimed(tmp_path / "run/.lock", "it"), pytest.raises(Busy, match="in use by another process"):
         run(teacher, tmp_path / "run")
     assert json.loads((tmp_path / "run/summary.json").read_text())["finished"]
+
+
+def test_class_folders_that_are_numbers_are_in_order_of_value(tmp_path: Path) -> None:
+    from dodistill.data.images import load_images
+    from dodistill.data.layouts import in_order
+
+    for k in range(11):
+        (tmp_path / str(k)).mkdir()
+        Image.fromarray(np.full((8, 8), 20 * k, np.uint8)).save(tmp_path / str(k) / "a.png")
+    found = load_images(tmp_path, image_shape=(1, 8, 8))
+    assert found.y is not None
+    assert found.classes == tuple(map(str, range(11)))
+    assert found.x[:, 0, 0, 0].tolist() == [20 * k for k in found.y.tolist()]
+    assert in_order({"cat", "10", "2"}) == ("10", "2", "cat")

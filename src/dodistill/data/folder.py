@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 
 from ..errors import DodistillError
 from ..files import shown
-from .layouts import listing
+from .layouts import in_order, listing
 
 #: Raster formats, told apart by content. Pillow reads others by running programs of the system, such as Ghostscript.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
@@ -85,7 +85,7 @@ def load_folder(
     y: torch.Tensor | None = None
     classes: tuple[str, ...] = ()
     if labels and all(kept):
-        classes = tuple(sorted({*kept, *found.classes}))
+        classes = in_order({*kept, *found.classes})
         number = {name: k for k, name in enumerate(classes)}
         y = torch.tensor([number[name] for name in kept])
     # x itself where possible: a second copy may not fit into memory

@@ -1,7 +1,8 @@
 """Which files of a folder are read, and the class of each. No file is decoded here.
 
-* Class folders: `CLASS/.../FILE`, perhaps below `train` and `test` (or `val`). Classes are numbered in order of name.
-  If both splits exist, the classes of both are numbered together, so that a label means the same in either.
+* Class folders: `CLASS/.../FILE`, perhaps below `train` and `test` (or `val`). Classes are numbered in order of name, or of
+  value if all names are numbers. If both splits exist, the classes of both are numbered together, so that a label means
+  the same in either.
 * Tiny-ImageNet as published (the folder `tiny-imagenet-200`, known by its `wnids.txt`): `train/WNID/images/FILE`;
   `val/images/FILE` with one line `FILE WNID ...` for each in `val/val_annotations.txt`. Split `test` is `val`: the
   folder `test` has no labels. The classes are those of `wnids.txt`, numbered in order of name, as torchvision's
@@ -10,6 +11,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +30,17 @@ class Listing:
     files: list[Path]
     names: list[str]
     classes: tuple[str, ...] = ()  #: all class names in order, including classes without a file here
+
+
+def in_order(classes: Iterable[str]) -> tuple[str, ...]:
+    """Names of classes in the order in which they are numbered: by value if all are numbers (2 before 10), else by
+    name."""
+    names = set(classes)
+    return tuple(sorted(names, key=(lambda n: (int(n), n)) if all(map(_is_number, names)) else str))
+
+
+def _is_number(name: str) -> bool:
+    return name.isascii() and name.isdigit()
 
 
 def listing(folder: Path, split: str, labels: bool) -> Listing:
