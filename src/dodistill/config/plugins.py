@@ -203,7 +203,7 @@ def _run(file: Path, text: bytes, path: str) -> ModuleType:
     return module
 
 
-def _reason(error: Exception, file: Path, package: str) -> str:
+def _reason(error: BaseException, file: Path, package: str) -> str:
     """Why a file does not import, and where in it."""
     if isinstance(error, SyntaxError) and error.filename == str(file):
         return f"line {error.lineno}: {error.msg}; correct the file."
