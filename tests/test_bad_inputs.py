@@ -470,3 +470,25 @@ def test_weights_of_another_network_of_the_zoo(place: Path, capsys: pytest.Captu
     torch.save({f"module.{k}": v for k, v in _net(net).items()}, "w.pt")
     words = ["evaluate", "wrn16_1", "--weights", "w.pt", "--image-shape", "3,32,32", "--test", "digits"]
     refused(words, ["w.pt", "they fit resnet8", "other shapes"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [
+        (["distill", "--teacher", "tiny8", "--teacher.num_classes", "10", *STUDENT], "--teacher.weights FILE"),
+        (["evaluate", "tiny8", "--test", "digits"], "--weights FILE"),
+        (["evaluate", "t.safetensors", "--test", "digits", "--teacher", "tiny8"], "--teacher-weights FILE"),
+        (["look", "run", "--test", "digits", "--teacher", "tiny8"], "FILE (or"),
+    ],
+)
+def test_a_model_without_weights_is_not_scored_in_silence(
+    words: list[str], flag: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(
+        [*words, "--image-shape", "1,8,8"] if words[0] == "distill" else words, ["tiny8 has no weights", flag], capsys
+    )
+
+
+def test_random_weights_can_be_meant(place: Path) -> None:
+    words = ["distill", "--teacher", "tiny8", "--teacher.num_classes", "10", "--teacher.weights", "random", *QUICK]
+    assert main([*words, "--image-shape", "1,8,8", "--student", "tiny4", "--out", "new", "--no-report"]) == 0

@@ -96,6 +96,8 @@ def test_weights_of_another_network(refused: Refused, teacher_file: Path) -> Non
     text = refused("--teacher.weights", str(teacher_file), "--image_shape", "1,8,8", teacher="tiny4")
     assert "teacher.safetensors" in text
     text = refused("--image_shape", "3,32,32", teacher="wrn16_1")
+    assert "wrn16_1 has no weights" in text
+    text = refused("--image_shape", "3,32,32", "--teacher.weights", "random", teacher="wrn16_1")
     assert "num_classes" in text
 
 

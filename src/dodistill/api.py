@@ -31,6 +31,7 @@ from .evaluation.monitor import courses, flat, read_metrics
 from .evaluation.probe import context_gap
 from .interventions.shared.base import Compensated
 from .models import Normalized, load_model, save_model
+from .models.load import RANDOM, require_weights
 from .models.teacher import Teacher
 from .models.weights import load_saved
 from .report.card import model_card
@@ -50,9 +51,11 @@ def load_teacher(part: Model, shape: Shape) -> tuple[Normalized, Shape]:
     """The model of a config's `teacher`, and its input shape (C, H, W): as given, else from its weights' metadata."""
     if not part.spec:
         raise DodistillError("no teacher given; use --teacher SPEC [--teacher.weights FILE], as in --teacher wrn40_2.")
-    known = part.weights or part.spec.endswith(".safetensors")  # weights determine the number of channels
+    # weights determine the number of channels
+    known = part.weights not in ("", RANDOM) or part.spec.endswith(".safetensors")
+    weights = require_weights(part.spec, part.weights, "--teacher.weights")
     model = load_model(
-        part.spec, num_classes=part.num_classes or None, weights=part.weights or None, mean=part.normalise or None,
+        part.spec, num_classes=part.num_classes or None, weights=weights, mean=part.normalise or None,
         in_channels=None if known else shape[0] or None, image_size=shape[1] or None, seed=0,
     )  # fmt: skip
     return model, shape if all(shape) else shape_of(model)

@@ -20,6 +20,7 @@ from ..evaluation import evaluate
 from ..evaluation.probe import context_gap, linear_probe
 from ..models import Normalized, load_model, save_model
 from ..models.batchnorm import calibrate
+from ..models.load import require_weights
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Arguments:
     crop_share: float = 0.0  #: centre crop / short side, for images in folders; 0: 0.875 from 160 pixels on, else 1
     probe: Annotated[str, "DATA"] = ""  #: transfer: train a linear classifier on its frozen features
     teacher: Annotated[str, "MODEL"] = ""  #: another model; report the agreement with its predictions
+    teacher_weights: Annotated[str, "FILE"] = ""  #: its weights, if it is no .safetensors that dodistill wrote
     calibrate: Annotated[str, "DATA"] = ""  #: first compute BatchNorm's statistics on these unlabelled images
     n: int = 1000  #: number of calibration images
     out: Annotated[str, "FILE"] = ""  #: write the calibrated model, .safetensors
@@ -52,10 +54,11 @@ class Data:
 def run(arguments: Arguments) -> int:
     _check(arguments)
     model = _model(arguments)
-    data = _read(arguments, shape_of(model), int(model.spec["num_classes"]))
+    shape = shape_of(model)
+    data = _read(arguments, shape, evaluate.predict(model, torch.zeros(1, *shape, dtype=torch.uint8)).shape[1])
     device = pick_device()
     model.to(device)
-    teacher = load_model(arguments.teacher).to(device) if arguments.teacher and data.test is not None else None
+    teacher = _teacher(arguments).to(device) if arguments.teacher and data.test is not None else None
     if data.calibrate is not None:
         _calibrate(arguments, model, data.calibrate)
     if data.probe is not None:
@@ -86,10 +89,16 @@ def _check(arguments: Arguments) -> None:
 
 def _model(arguments: Arguments) -> Normalized:
     channels, size, _ = square(arguments.image_shape) or (None, None, None)
+    weights = require_weights(arguments.model, arguments.weights, "--weights")
     return load_model(
-        arguments.model, weights=arguments.weights or None, mean=arguments.normalise or None, in_channels=channels,
+        arguments.model, weights=weights, mean=arguments.normalise or None, in_channels=channels,
         image_size=size,
     )  # fmt: skip
+
+
+def _teacher(arguments: Arguments) -> Normalized:
+    weights = require_weights(arguments.teacher, arguments.teacher_weights, "--teacher-weights")
+    return load_model(arguments.teacher, weights=weights, mean=arguments.normalise or None)
 
 
 def _read(arguments: Arguments, shape: Shape, classes: int) -> Data:

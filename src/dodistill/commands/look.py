@@ -52,6 +52,7 @@ class Arguments:
     runs: Annotated[tuple[str, ...], "[RUN ...]"] = ()  #: run folders of one teacher
     test: Annotated[str, "DATA"] = ""  #: labelled images: .npz, folder, or a data set's name; required
     teacher: Annotated[str, "FILE"] = ""  #: the teacher, if a run received it in memory
+    teacher_weights: Annotated[str, "FILE"] = ""  #: its weights, if it is no .safetensors that dodistill wrote
     n: int = 1000  #: points in each map
     out: Annotated[str, "FILE"] = "look.html"  #: the page
 
@@ -59,7 +60,8 @@ class Arguments:
 def run(arguments: Arguments) -> int:
     if not arguments.runs or not arguments.test:
         raise DodistillError("look needs run folders and labelled images: dodistill look RUN [RUN ...] --test DATA.")
-    found = look(arguments.runs, arguments.test, arguments.out, arguments.teacher, arguments.n)
+    a = arguments
+    found = look(a.runs, a.test, a.out, a.teacher, a.n, a.teacher_weights)
     wide = max(len(s.name) for s in found)
     print(f"{'':{wide}}  accuracy  silhouette  distance of its data (between real halves)")
     for s in found:
@@ -98,12 +100,13 @@ class Differ:
     images: tuple[list[tuple[str, str]], list[tuple[str, str]]]  #: (data URI, caption), the clearest cases first
 
 
-def look(runs: Sequence[str | Path], test: str, out: str | Path, teacher: str = "", n: int = 1000) -> list[Seen]:
+def look(runs: Sequence[str | Path], test: str, out: str | Path, teacher: str = "", n: int = 1000,
+         weights: str = "") -> list[Seen]:  # fmt: skip
     """Write the page `out` about these run folders and the labelled images `test`; the maps have `n` points.
 
-    Each figure is also written to `figures/` beside the page (page.py). `teacher` is needed for a run that was given
-    its teacher in memory. The teacher is first in the returned list. Raises DodistillError for missing files, for
-    images without labels, and for runs of several teachers.
+    Each figure is also written to `figures/` beside the page (page.py). `teacher` (and its `weights`) is needed for a
+    run that was given its teacher in memory. The teacher is first in the returned list. Raises DodistillError for
+    missing files, for images without labels, and for runs of several teachers.
     """
     check_writable(Path(out))
     tsne, silhouette = _sklearn()
@@ -112,7 +115,7 @@ def look(runs: Sequence[str | Path], test: str, out: str | Path, teacher: str = 
         raise DodistillError(f"--n is {n}; a map needs at least 50 points.")
     configs = [_config(f, bool(teacher)) for f in folders]
     if teacher:
-        part = resolve({"teacher": teacher}, allow_code=True).teacher  # the user typed it
+        part = resolve({"teacher": {"spec": teacher, "weights": weights}}, allow_code=True).teacher  # the user typed it
     else:
         _one_teacher(folders, configs)
         part = configs[0].teacher

@@ -45,7 +45,7 @@ class Model:
     """A network, in the grammar of `load_model`."""
 
     spec: str = ""  #: wrn40_2, timm:NAME, torchvision:NAME, file.py:factory, or a .safetensors that dodistill wrote
-    weights: str = ""  #: .safetensors, or .pt/.pth without code
+    weights: str = ""  #: .safetensors, or .pt/.pth without code; of a teacher also `random`, if that is meant
     num_classes: int = 0  #: 0: from the weights, or from the teacher
     normalise: str = ""  #: cifar10, cifar100, imagenet, mnist, none; empty: from the weights, or from the teacher
 

@@ -1,7 +1,7 @@
 """Which files of a folder are read, and the class of each. No file is decoded here.
 
-* Class folders: `CLASS/.../FILE`, perhaps below `train` and `test` (or `val`). Classes are numbered in order of name, or
-  of value if all names are numbers. If both splits exist, the classes of both are numbered together, so that a label
+* Class folders: `CLASS/.../FILE`, perhaps below `train` and `test` (or `val`). Classes are numbered in order of name,
+  or of value if all names are numbers. If both splits exist, the classes of both are numbered together, so that a label
   means the same in either.
 * Tiny-ImageNet as published (the folder `tiny-imagenet-200`, known by its `wnids.txt`): `train/WNID/images/FILE`;
   `val/images/FILE` with one line `FILE WNID ...` for each in `val/val_annotations.txt`. Split `test` is `val`: the

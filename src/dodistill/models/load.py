@@ -102,6 +102,23 @@ def load_model(
     return place(Normalized(net, *(wanted or own or NORMALISATION["none"]), spec=known))
 
 
+#: In place of a file of weights: random ones are meant.
+RANDOM = "random"
+
+
+def require_weights(spec: str, weights: str, flag: str) -> str | None:
+    """The file of weights of a model that must be trained; None where it brings its own, or where `weights` is RANDOM.
+
+    Raises DodistillError, which names `flag`, for a network without weights: its answers would be random.
+    """
+    if not weights and not spec.endswith(".safetensors") and ".py:" not in spec:
+        raise DodistillError(
+            f"{spec} has no weights, so its predictions would be random; give {flag} FILE (or {flag} {RANDOM}, if that "
+            "is meant)."
+        )
+    return None if weights in ("", RANDOM) else weights
+
+
 _Own = tuple[Values, Values] | None  # a normalisation that belongs to the network's origin
 
 
