@@ -215,7 +215,22 @@ def test_teaching_on_a_folder(tiny: Path, tmp_path: Path, capsys: pytest.Capture
     assert "accuracy   100.00 % of 4 images" in capsys.readouterr().out
     plain = tmp_path / "plain"
     (tiny / "train").rename(plain)
-    assert main([*teach, "--data", str(plain), "--image-shape", "3,8,8", "--epochs", "1"]) == 0
+    assert (
+        main(
+            [
+                *teach,
+                "--data",
+                str(plain),
+                "--image-shape",
+                "3,8,8",
+                "--epochs",
+                "1",
+                "--out",
+                f"{tmp_path}/u.safetensors",
+            ]
+        )
+        == 0
+    )
     assert '"test"' not in capsys.readouterr().out
 
 

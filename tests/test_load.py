@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -135,8 +136,8 @@ def test_the_advice_given_for_a_pickled_module_works(tmp_path: Path) -> None:
     )
     with pytest.raises(DodistillError, match="would run code") as caught:
         load_model(f"{tmp_path}/m.py:make", weights=tmp_path / "w.pt")
-    code = str(caught.value).split('-c "')[1].removesuffix('"')
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120)
+    _, *words = shlex.split(str(caught.value).splitlines()[-1])
+    subprocess.run([sys.executable, *words], cwd=tmp_path, check=True, timeout=120)
     back = load_model(f"{tmp_path}/m.py:make", weights=tmp_path / "converted.pt")
     assert torch.equal(back.model[1].weight, net[1].weight)
 

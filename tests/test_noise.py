@@ -184,7 +184,7 @@ def test_the_student_is_matched_with_the_labels_of_the_pool(pad: int, teacher: n
     run.match()
     among = (seen[0][:, None] == run.acquirer.pool.logits[None]).all(2).any(1)
     assert bool(among.all()) is (pad == 0)
-    assert any("Augmentation" in note for note in run.acquirer.source.notes) is (pad > 0)
+    assert any("With augmentation" in note for note in run.acquirer.source.notes) is (pad > 0)
 
 
 def test_a_student_of_noise_must_be_calibrated(teacher: nn.Module, digits: Images, digits_test: Images) -> None:

@@ -17,10 +17,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import plugged
-from dodistill.commands import compare as grid
 from dodistill.commands.cli import main
 from dodistill.commands.look import look
-from dodistill.config import choices, plugins, registry
+from dodistill.config import choices, grid, plugins, registry
 from dodistill.config.methods import table
 from dodistill.config.tree import code_in, merge, portable, resolve
 from dodistill.engine.run_folder import RunFolder
@@ -257,20 +256,20 @@ def test_rows_in_a_comparison(here: Path, teacher_file: Path, capsys: pytest.Cap
     assert record["summary"]["log"]["source/level"] == pytest.approx(0.2)
     assert "grey" in Path("out/compare.html").read_text()
     known = grid.stored(Path("out"))
-    assert [grid.find(c, known) is not None for c in found] == [False, False, False, True]
+    assert [known.find(c) is not None for c in found] == [False, False, False, True]
 
     shutil.move("deep/grey.py", "grey.py")  # a cell by content: where the file lies does not matter
     shutil.rmtree("deep")
     tree["grid"]["source"] = ["grey.py"]
     Path("g.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
     (moved,) = [c for c in grid.cells(tree, Path("out/teachers"), True) if c.label["arm"] == "shift"]
-    assert grid.find(moved, known) == record
+    assert known.find(moved) == record
     del record["config"]["source"]["n"]  # a setting that came later, at its default
     cell.write_text(json.dumps(record))
-    assert grid.find(moved, grid.stored(Path("out"))) == record
+    assert grid.stored(Path("out")).find(moved) == record
     Path("grey.py").write_text(SOURCE)
     (edited,) = [c for c in grid.cells(tree, Path("out/teachers"), True) if c.label["arm"] == "shift"]
-    assert grid.find(edited, known) is None
+    assert known.find(edited) is None
 
 
 def test_a_teacher_of_a_recipe_is_code_too(here: Path) -> None:

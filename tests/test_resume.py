@@ -243,7 +243,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / ".config.json.tmp").write_text("{")  # a start that was killed while it wrote this
     RunFolder(tmp_path, config())
     (tmp_path / "config.json").write_text('{"loop"')
-    with pytest.raises(DodistillError, match=r"config\.json cannot be read"):
+    with pytest.raises(DodistillError, match=r"config\.json is damaged or cut short"):
         RunFolder(tmp_path, config())
     (tmp_path / "file").write_text("")
     with pytest.raises(DodistillError, match="file is a file"):
@@ -260,7 +260,7 @@ def test_a_full_or_read_only_disk_is_an_error_and_nothing_is_lost(
     folder, it = RunFolder(path, cfg), again()
 
     def fail(*args: Any, **_: Any) -> Any:
-        if where == "open" and args[1] != "wb":
+        if where == "open" and args[1] != "xb":
             return open(*args)
         raise OSError(number, os.strerror(number))
 

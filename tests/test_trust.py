@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -379,16 +378,6 @@ def test_a_refused_run_leaves_no_folder(teacher: nn.Module, tmp_path: Path, monk
     with pytest.raises(DodistillError, match="no images"):
         run(teacher, tmp_path / "a/b/run")
     assert not (tmp_path / "a").exists()
-
-
-def test_what_a_lock_refuses(teacher: nn.Module, tmp_path: Path) -> None:
-    from dodistill.errors import Busy
-    from dodistill.files import claimed
-
-    run(teacher, tmp_path / "run")
-    with claimed(tmp_path / "run/.lock", "it"), pytest.raises(Busy, match="in use by another process"):
-        run(teacher, tmp_path / "run")
-    assert json.loads((tmp_path / "run/summary.json").read_text())["finished"]
 
 
 def test_class_folders_that_are_numbers_are_in_order_of_value(tmp_path: Path) -> None:

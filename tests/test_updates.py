@@ -376,9 +376,8 @@ def test_the_loss_in_the_log_holds_both_losses_and_no_cosine(teacher: nn.Module)
     ],
 )
 def test_bad_settings_are_named(update: dict[str, Any], said: str, teacher: nn.Module) -> None:
-    cfg = resolve(config("fast").to_tree(), {"replay": "bank", "update": update})
     with pytest.raises(DodistillError, match=said):
-        job(teacher, cfg)
+        job(teacher, resolve(config("fast").to_tree(), {"replay": "bank", "update": update}))
 
 
 def test_an_update_that_replays_needs_a_replay(digits: Images) -> None:

@@ -66,7 +66,7 @@ def claim(lock: Path, what: str) -> filelock.BaseFileLock:
 
     Raises Busy, which names `what`, if another process has it.
     """
-    held = filelock.FileLock(lock, timeout=0, mode=0o666)
+    held = filelock.FileLock(lock, timeout=0, mode=0o666, is_singleton=True)  # this process may claim it twice
     try:
         held.acquire()
     except filelock.Timeout as error:

@@ -54,8 +54,7 @@ class Data:
 def run(arguments: Arguments) -> int:
     _check(arguments)
     model = _model(arguments)
-    shape = shape_of(model)
-    data = _read(arguments, shape, evaluate.predict(model, torch.zeros(1, *shape, dtype=torch.uint8)).shape[1])
+    data = _read(arguments, shape_of(model), model.spec.get("num_classes") or 1 << 31)
     device = pick_device()
     model.to(device)
     teacher = _teacher(arguments).to(device) if arguments.teacher and data.test is not None else None

@@ -151,8 +151,8 @@ def _check_student(student: nn.Module, teacher: Teacher, device: torch.device) -
 def _check_parameters(student: nn.Module, teacher: Teacher) -> None:
     """The student must have parameters of its own that can be trained, and finite ones."""
     mine = dict(student.named_parameters())
-    theirs = {p.data_ptr() for p in teacher.parameters() if p.numel()}
-    if shared := [n for n, p in mine.items() if p.numel() and p.data_ptr() in theirs]:
+    theirs = {p.data_ptr() for p in teacher.parameters()} - {0}  # 0: an empty tensor
+    if shared := [n for n, p in mine.items() if p.data_ptr() in theirs]:
         raise DodistillError(f"student and teacher share parameters ({shared[0]}); give the student a copy of its own.")
     if not any(p.requires_grad for p in mine.values()):
         raise DodistillError("no parameter of the student requires a gradient; call student.requires_grad_(True).")

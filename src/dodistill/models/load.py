@@ -112,6 +112,7 @@ def require_weights(spec: str, weights: str, flag: str) -> str | None:
     Raises DodistillError, which names `flag`, for a network without weights: its answers would be random.
     """
     if not weights and not spec.endswith(".safetensors") and ".py:" not in spec:
+        _check_grammar(spec)
         raise DodistillError(
             f"{spec} has no weights, so its predictions would be random; give {flag} FILE (or {flag} {RANDOM}, if that "
             "is meant)."
