@@ -26,10 +26,11 @@ from dodistill import files
 from dodistill.api import distill, distill_config
 from dodistill.config.tree import Distill, Tree, resolve
 from dodistill.data.images import Images
-from dodistill.engine import Distiller, Job, Result
+from dodistill.engine import Distiller, Job
 from dodistill.engine import run_folder as run_module
 from dodistill.engine.run_folder import RunFolder, drop_checkpoints, fingerprint
 from dodistill.errors import DodistillError
+from dodistill.report.result import Result
 from helpers import SHAPE, config, job, metrics, same, student, tree, untimed
 
 ALL = "kdci+stratified"

@@ -144,7 +144,7 @@ CALLS: dict[str, tuple[dict[str, Any], str]] = {
     "images-of-another-size": ({"source": "dfnd", "unlabeled": torch.zeros(20, 1, 9, 9)}, r"\(1, 9, 9\)"),
     "images-with-nan": ({"source": "dfnd", "unlabeled": torch.full((20, 1, 8, 8), float("nan"))}, "NaN"),
     "images-of-int64": ({"source": "dfnd", "unlabeled": X.long()}, "int64"),
-    "images-a-path": ({"source": "dfnd", "unlabeled": "folder/"}, "are a str"),
+    "images-a-path": ({"source": "dfnd", "unlabeled": "folder/"}, "unknown data set .folder/"),
     "test-of-another-size": ({"test": (torch.zeros(20, 1, 9, 9), Y)}, r"\(1, 9, 9\)"),
     "test-beyond-the-classes": ({"test": (X, Y + 5)}, "a label is 14, but the model has 10 classes"),
     "test-negative": ({"test": (X, Y - 1)}, "a label is -1"),

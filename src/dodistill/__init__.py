@@ -16,13 +16,13 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .api import distill as distill
+    from .api import evaluate as evaluate
     from .config.tree import resolve as resolve
     from .core.batch import Batch as Batch
     from .core.context import Context as Context
     from .criteria.shared.base import Criterion as Criterion
     from .criteria.shared.base import CriterionConfig as CriterionConfig
     from .data.images import load_images as load_images
-    from .engine import Result as Result
     from .engine.teach import teach as teach
     from .errors import DodistillError as DodistillError
     from .interventions.shared.base import Intervention as Intervention
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .replay.shared.base import Replay as Replay
     from .replay.shared.base import ReplayConfig as ReplayConfig
     from .report.report import write_report as write_report
+    from .report.result import Result as Result
     from .sources.shared.base import Acquired as Acquired
     from .sources.shared.base import Source as Source
     from .sources.shared.base import SourceConfig as SourceConfig
@@ -42,7 +43,8 @@ if TYPE_CHECKING:
     from .updates.shared.base import UpdateConfig as UpdateConfig
 
 _HOME = {
-    "distill": "api", "resolve": "config.tree", "load_images": "data.images", "Result": "engine",
+    "distill": "api", "evaluate": "api", "Result": "report.result", "resolve": "config.tree",
+    "load_images": "data.images",
     "DodistillError": "errors", "Normalized": "models", "load_model": "models", "save_model": "models",
     "write_report": "report.report", "teach": "engine.teach", "Teacher": "models.teacher",
     # building blocks of your own methods: docs/tutorial.md

@@ -18,15 +18,17 @@ from . import __version__
 from .config import methods
 from .config.contracts import InterventionSettings, SourceSettings
 from .config.plugins import Allow
-from .config.tree import Distill, Model, Tree, expand, resolve
+from .config.tree import Distill, Model, Tree, expand, merge, resolve
 from .core.precision import emulated
 from .core.watch import Watcher
-from .data.images import Images, contexts_of, load_images, refuse_one_class
-from .engine import Distiller, Job, Result, Test
+from .data.accept import accept, as_labels
+from .data.images import Images, contexts_of, load_images, refuse_one_class, require_fit
+from .engine import Distiller, Job, Test
 from .engine.job import require_same
 from .engine.loop import FORMAT
 from .engine.run_folder import NoFolder, RunFolder, write_atomically
 from .errors import DodistillError
+from .evaluation.evaluate import predict, scores
 from .evaluation.monitor import courses, flat, read_metrics
 from .evaluation.probe import context_gap
 from .interventions.shared.base import Compensated
@@ -38,6 +40,7 @@ from .report.card import model_card
 from .report.images import save_grid
 from .report.progress import Progress
 from .report.report import write_report
+from .report.result import History, Recorder, Result, labelled, read_history
 
 Shape = tuple[int, int, int]
 
@@ -92,57 +95,35 @@ def load_student(part: Model, teacher: nn.Module, classes: int, shape: Shape, se
     )  # fmt: skip
 
 
-def _test(test: Any, what: str = "the test set") -> Test | None:
-    """(images uint8 or float in [0, 1], labels) or a data set -> Test. `what` names it in errors."""
+def _test(test: Any, shape: Shape, what: str = "the test set") -> Test | None:
+    """Labelled images in any form (`data.accept`). `what` names them in errors."""
     if test is None or isinstance(test, Test):
         return test
-    if not hasattr(test, "x") and not (isinstance(test, tuple | list) and len(test) == 2):
-        raise DodistillError(f"{what} is a {type(test).__name__}; give (images, labels), or what load_images returns.")
-    x, y = (test.x, test.y) if hasattr(test, "x") else test
-    if y is None:
-        raise DodistillError("the test set has no labels; accuracy needs them: give (images, labels).")
-    found = Test(_pixels(x, "test"), _labels(y, len(x)))
-    refuse_one_class(test if isinstance(test, Images) else Images(found.x, found.y), what)
-    return found
+    found = labelled(test, shape)
+    assert found.y is not None
+    refuse_one_class(test if isinstance(test, Images) else found, what)
+    return Test(found.x, found.y)
 
 
-def _tensor(value: Any, what: str) -> Tensor:
-    """A tensor, a numpy array or nested lists of numbers as a tensor."""
-    try:
-        out: Tensor = torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise DodistillError(f"{what} are a {type(value).__name__}; give a tensor or an array ({error}).") from error
-    return out
+def evaluate(
+    model: nn.Module, test: Any, *, teacher: nn.Module | None = None, image_shape: Shape | None = None
+) -> dict[str, Any]:
+    """Measures of a classifier on labelled images.
 
+    Args:
+        model: from images [B, C, H, W] in [0, 1] to logits [B, K].
+        test: (images, labels), a Dataset or DataLoader, what `load_images` returns, or a path or name of a data set.
+        teacher: another model, for `agreement`.
+        image_shape: (C, H, W); needed unless the model came from `load_model`.
 
-def _labels(given: Any, n: int) -> Tensor:
-    """Class numbers, long [n]."""
-    y = _tensor(given, "labels")
-    if y.shape != (n,):
-        raise DodistillError(f"labels have shape {tuple(y.shape)}; give {n}, one for each image.")
-    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-        raise DodistillError(
-            f"labels are {str(y.dtype).removeprefix('torch.')}; give class numbers, as integers from 0."
-        )
-    return y.long()
-
-
-def _pixels(given: Any, what: str) -> Tensor:
-    x = _tensor(given, f"{what} images")
-    if x.dim() != 4 or 0 in x.shape:
-        raise DodistillError(f"{what} images have shape {tuple(x.shape)}; they must be [n, C, H, W], and not empty.")
-    if x.dtype == torch.uint8:
-        return x
-    if not x.is_floating_point():
-        raise DodistillError(
-            f"{what} images are {str(x.dtype).removeprefix('torch.')}; give uint8, or floats in [0, 1]."
-        )
-    if not bool(torch.isfinite(x).all()):
-        raise DodistillError(f"{what} images contain NaN or infinity; give uint8, or floats in [0, 1].")
-    low, high = float(x.min()), float(x.max())
-    if low < 0 or high > 1:
-        raise DodistillError(f"{what} images range from {low:.3g} to {high:.3g}; give uint8, or floats in [0, 1].")
-    return (x * 255).round().to(torch.uint8)
+    Returns `{accuracy, ECE, class_shares, images}`, with a teacher also `{teacher, agreement}`; in percent, but for ECE
+    and shares. Raises DodistillError for images or labels that do not fit the model.
+    """
+    shape = image_shape or shape_of(model)
+    images = labelled(test, shape)
+    classes = predict(model, images.x[:1]).shape[1]
+    require_fit(images, shape, classes, "the test set")
+    return scores(model, images, teacher)
 
 
 def distill(
@@ -160,6 +141,10 @@ def distill(
     verbose: bool = True,
     watchers: Sequence[Watcher] = (),
     allow_code: Allow = False,
+    steps: int | None = None,
+    batch: int | None = None,
+    lr: float | None = None,
+    seed: int | None = None,
     **settings: Any,
 ) -> Result:
     """Distil `teacher` into `student` without the teacher's training data.
@@ -173,19 +158,23 @@ def distill(
         intervention: none, kdci, stratified, cid, or several joined by +; None: that of the preset, else none. Or a
             config of your own, or a tuple of configs and names.
         image_shape: (C, H, W); needed unless the teacher came from `load_model`.
-        unlabeled: [n, C, H, W] images for a sampler, or the data set itself for source `data`.
-        labels: [n] their true classes, for source `data`; without labels, the teacher's predictions replace them.
-        test: (images, labels), only reported on; the delivered student is chosen without it.
+        unlabeled: images for a sampler, or the data set itself for source `data`: a tensor or array [n, C, H, W] or
+            [n, H, W, C], uint8 or floats in [0, 1]; a torch Dataset or DataLoader; what `load_images` returns; a path
+            or the name of a data set.
+        labels: [n] their true classes, for source `data`; without labels, the teacher's predictions replace them. Those
+            that come with `unlabeled` are used if the source reads labels.
+        test: labelled images in the same forms, or (images, labels); only reported on, never used to choose.
         foreign: another model that predicts the dictionary (KDCI Table 5).
         out: the run folder; without one nothing is written, and nothing can be resumed.
         verbose: show progress on stderr.
         watchers: your own `Watcher`s; they receive every log, evaluation, pool description and warning.
         allow_code: which code files named by `source` and `settings` may run: all (True), or those at these paths.
+        steps, batch, lr, seed: short for loop={"steps": ..., "batch": ..., "seed": ...} and optim={"lr": ...}.
         settings: the rest of the config tree, as in loop={"steps": 500}, kdci={"scale": 2.0}, preset="desk",
             criterion=MyCriterion(), update="retain".
 
     Returns:
-        Result with the student to ship (in eval mode), the summary and the folder.
+        Result with the student to ship (in eval mode), the summary, the folder and the history.
 
     Raises:
         DodistillError: for errors that can be detected before the first step, and for diverging losses.
@@ -194,20 +183,30 @@ def distill(
         if not isinstance(model, nn.Module) and not (name == "foreign" and model is None):
             raise DodistillError(f"{name} is {model!r}; it must be a torch.nn.Module, as load_model(NAME) returns.")
     chosen = {} if intervention is None else {"intervention": intervention}
-    tree, choice = {**settings, "source": source, **chosen}, None
+    short = {"loop.steps": steps, "loop.batch": batch, "optim.lr": lr, "loop.seed": seed}
+    given = expand(settings)
+    for name, value in short.items():
+        part, _, key = name.partition(".")
+        if value is not None and isinstance(given.get(part), Mapping) and key in given[part]:
+            raise DodistillError(f"{key}={value} and {part}={{{key!r}: {given[part][key]}}} are both given; give one.")
+    given = merge(given, expand({k: v for k, v in short.items() if v is not None}))
+    tree, choice = {**given, "source": source, **chosen}, None
     if methods.asks(tree):
         teacher = Teacher(teacher, image_shape or shape_of(teacher))
         tree, choice = settle(tree, teacher, unlabeled is not None)
         image_shape = teacher.image_shape
     config = resolve(tree, allow_code=allow_code)
     shape = image_shape or shape_of(teacher)
-    pixels = None if unlabeled is None else _pixels(unlabeled, "unlabelled")
     if labels is not None and not config.source.reads_labels:
         raise DodistillError(f"source {config.source.name} reads no labels; remove `labels`, or use source data.")
-    if labels is not None and pixels is None:
+    if labels is not None and unlabeled is None:
         raise DodistillError("labels are given without images; give unlabeled=images, too.")
-    y = None if labels is None or pixels is None else _labels(labels, len(pixels))
-    job = Job(config, teacher, student, shape, pixels, y, _test(test), foreign=foreign, choice=choice)
+    pixels = y = None
+    if unlabeled is not None:
+        found = accept(unlabeled, shape, "unlabelled", labels=config.source.reads_labels and labels is None)
+        pixels, y = found.x, found.y if labels is None else as_labels(labels, len(found))
+    tested = _test(test, shape)
+    job = Job(config, teacher, student, shape, pixels, y, tested, foreign=foreign, choice=choice)
     return run(job, out, verbose, watchers=watchers)
 
 
@@ -248,8 +247,8 @@ def distill_config(config: Distill, out: str | Path | None, verbose: bool = True
             notes.append(found.note)
     test = None
     if config.data.test:
-        labelled = load_images(config.data.test, split="test", image_shape=shape, crop=config.data.crop_share)
-        test = _test(labelled, config.data.test)
+        images = load_images(config.data.test, split="test", image_shape=shape, crop=config.data.crop_share)
+        test = _test(images, shape, config.data.test)
     contexts = [
         load_images(spec, split="test", image_shape=shape, crop=config.data.crop_share)
         for spec in contexts_of(config.data.test)
@@ -307,13 +306,14 @@ def _run(
     said = [*job.notes, *config.clashes, *it.acquirer.source.notes]
     if emulated(it.context.device, config.loop.precision):
         said.append("bf16 is emulated on this CPU, about ten times slower than fp32; use --loop.precision fp32.")
+    recorder = Recorder()
     with Progress(config.loop.steps, title) if title else nullcontext(Watcher()) as progress:
         for note in [*([str(job.choice)] if job.choice is not None else []), *said]:
             progress.on_note(note)
-        finished = it.run(folder, [progress, *watchers], deadline)
+        finished = it.run(folder, [progress, recorder, *watchers], deadline)
     said += folder.notes
     if not finished:
-        return Result(it.matcher.student, {"finished": False, "step": it.step}, folder.path)
+        return _result(it, it.matcher.student, {"finished": False, "step": it.step}, folder, recorder.history)
     which, best = it.scorer.delivered()
     best.eval()
     if isinstance(best, Compensated):
@@ -333,7 +333,16 @@ def _run(
         summary["course"] = courses(read_metrics(folder.path / "metrics.jsonl")["eval"])
         summary["log"] |= flat(summary["course"])
         _deliver(it, best, folder, summary, report)
-    return Result(best, summary, folder.path)
+    return _result(it, best, summary, folder, recorder.history)
+
+
+def _result(
+    it: Distiller, student: nn.Module, summary: dict[str, Any], folder: RunFolder | NoFolder, recorded: History
+) -> Result:
+    pool = it.acquirer.pool
+    some = torch.randperm(len(pool), generator=torch.Generator().manual_seed(0))[:64].to(pool.device)
+    history = recorded if folder.path is None else read_history(folder.path)
+    return Result(student, summary, folder.path, history, pool.x[some].cpu(), it.context.image_shape)
 
 
 def _again(it: Distiller, folder: RunFolder | NoFolder, done: dict[str, Any], report: bool) -> Result:
@@ -347,10 +356,10 @@ def _again(it: Distiller, folder: RunFolder | NoFolder, done: dict[str, Any], re
             _save_student(it.scorer.complete(done["delivered"]).eval(), kept, done)
         if report and not (folder.path / "report.html").exists():  # stopped while it was written
             write_report(folder.path, pdf=False)
-        return Result(it.scorer.complete(done["delivered"]).eval(), done, folder.path)
+        return _result(it, it.scorer.complete(done["delivered"]).eval(), done, folder, History())
     if kept.exists():  # its checkpoints were deleted, or an older version of dodistill wrote them
         load_saved(it.matcher.student, kept)
-        return Result(it.matcher.student.eval(), done, folder.path)
+        return _result(it, it.matcher.student.eval(), done, folder, History())
     raise DodistillError(f"the run in {folder.path} is finished, but has no student.safetensors; choose another --out.")
 
 

@@ -3,7 +3,6 @@
 from ..core.batch import Drawn as Drawn
 from .acquire import Acquirer as Acquirer
 from .job import Job as Job
-from .job import Result as Result
 from .job import Test as Test
 from .loop import Distiller as Distiller
 from .match import Matcher as Matcher

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -183,12 +181,3 @@ def _check_answer(student: nn.Module, teacher: Teacher, device: torch.device) ->
         raise DodistillError(
             "the student's logits have no gradient; remove torch.no_grad() or detach() from its forward."
         )
-
-
-@dataclass
-class Result:
-    """The result of a run: the student to deploy, the numbers, and the folder."""
-
-    student: nn.Module
-    summary: dict[str, Any]
-    folder: Path | None

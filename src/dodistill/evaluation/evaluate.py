@@ -45,6 +45,22 @@ def accuracy(model: nn.Module, images: Images, batch: int = 1000, autocast: Auto
     return top1(predict(model, images.x, batch, autocast), images.y)
 
 
+def scores(model: nn.Module, images: Images, teacher: nn.Module | None = None) -> dict[str, Any]:
+    """Measures of a classifier on labelled images: `accuracy` in %, `ECE` in [0, 1], `class_shares` of its predictions,
+    `images`; with a teacher also `teacher` (its accuracy) and `agreement` in %."""
+    if images.y is None:
+        raise DodistillError("these images have no labels; accuracy needs them: give labelled images.")
+    logits = predict(model, images.x)
+    out: dict[str, Any] = {
+        "accuracy": top1(logits, images.y), "ECE": expected_calibration_error(logits, images.y),
+        "class_shares": class_shares(logits).tolist(), "images": len(images),
+    }  # fmt: skip
+    if teacher is not None:
+        other = predict(teacher, images.x)
+        out |= {"teacher": top1(other, images.y), "agreement": agreement(logits, other)}
+    return out
+
+
 def top1(logits: Tensor, y: Tensor) -> float:
     """Share, in percent, of rows of logits [n, K] whose largest entry is at y [n]."""
     return 100 * (logits.argmax(1) == y.to(logits.device)).float().mean().item()
