@@ -428,6 +428,12 @@ BROKEN: dict[str, tuple[str, bytes | None, list[str], list[str]]] = {
     "distill-config-cut": ("config.json", b'{"a": ', [*DISTILL[:-1], "run"], ["run/config.json"]),
     "distill-config-a-list": ("config.json", b"[1]", [*DISTILL[:-1], "run"], ["run/config.json"]),
     "distill-summary-cut": ("summary.json", b'{"a": ', ["again"], ["run/summary.json"]),
+    "distill-summary-without-a-key": (
+        "summary.json",
+        b'{"finished": true}',
+        ["again"],
+        ["run/summary.json", "agreement"],
+    ),
     "distill-summary-a-list": ("summary.json", b"[1]", ["again"], ["run/summary.json"]),
 }
 

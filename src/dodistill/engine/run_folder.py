@@ -135,6 +135,12 @@ def drop_checkpoints(path: Path) -> None:
 _EARLY = ("config.yaml", ".config.json.tmp", ".lock")
 
 
+#: What every version of dodistill has written into summary.json, and a finished run is delivered by.
+_SUMMARY: dict[str, type | tuple[type, ...]] = {
+    "agreement": (int, float), "delivered": str, "student_parameters": int, "teacher_parameters": int,
+}  # fmt: skip
+
+
 class NoFolder(Watcher):
     """The run folder of a run that writes no files."""
 
@@ -366,4 +372,9 @@ class RunFolder(Watcher):
         path = self.path / "summary.json"
         if not path.exists():
             return None
-        return read_object(path, "delete it to finish the run again, or choose another --out")
+        fix = "delete it to finish the run again, or choose another --out"
+        found = read_object(path, fix)
+        for key, kind in _SUMMARY.items():
+            if not isinstance(found.get(key), kind):
+                raise DodistillError(f"{path} is damaged ({key} is {found.get(key)!r}); {fix}.")
+        return found
