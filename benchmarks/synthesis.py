@@ -84,10 +84,25 @@ def bare(passes: list[Pass], low: Any, device: torch.device) -> measure.Step:
     return step
 
 
+def shares(acquire: measure.Step) -> dict[str, float]:
+    """The share of an acquisition's own CPU time by kind of operation, in percent."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        acquire()
+    kinds = {"convolutions": "conv", "BatchNorm": "batch_norm", "its statistics": "Moments"}
+    found = dict.fromkeys([*kinds, "the rest"], 0.0)
+    events = profile.key_averages()
+    whole = sum(e.self_cpu_time_total for e in events)
+    for event in events:
+        kind = next((k for k, part in kinds.items() if part in event.key), "the rest")
+        found[kind] += 100 * event.self_cpu_time_total / whole
+    return found
+
+
 def main() -> None:
     parser = measure.options(__doc__ or "", rounds=4)
     parser.add_argument("--sources", nargs="+", default=list(registry.names("source")))
     parser.add_argument("--iterations", type=int, default=3, help="inner steps of the sources that have them")
+    parser.add_argument("--profile", action="store_true", help="also what the time of an acquisition is made of")
     parser.set_defaults(batch=64, teacher="wrn16_2")
     args = parser.parse_args()
     device = measure.start(args)
@@ -110,6 +125,8 @@ def main() -> None:
         passes = watch(source, student, next(rounds))
         rows = measure.alternate([bare(passes, low, device), acquire], device, args.rounds, args.repeat)
         rate = made[-1] / measure.median(rows, 1)
+        if args.profile:
+            print(f"  {name}: " + ", ".join(f"{kind} {share:.0f} %" for kind, share in shares(acquire).items()))
         if not any(grad or own for _, _, grad, own in passes):
             print(f"| {name} | {len(passes)} | {rate:.0f} | | | |", flush=True)
             continue

@@ -18,10 +18,12 @@ from torch import nn
 
 import plugged
 from dodistill.commands.cli import main
+from dodistill.commands.compare import teach_missing
 from dodistill.commands.look import look
 from dodistill.config import choices, grid, plugins, registry
 from dodistill.config.methods import table
 from dodistill.config.tree import code_in, merge, portable, resolve
+from dodistill.core.deadline import Deadline
 from dodistill.engine.run_folder import RunFolder
 from dodistill.errors import DodistillError
 from dodistill.sources import fast, procedural
@@ -276,5 +278,5 @@ def test_a_teacher_of_a_recipe_is_code_too(here: Path) -> None:
     trace = spy("net.py", "def make(): ...")
     recipe = {"teachers": {"t": {"model": "net.py:make", "data": "digits"}}}
     with pytest.raises(DodistillError, match=r"names the code in net\.py"):
-        grid.teach_missing(recipe, here / "teachers", float("inf"))
+        teach_missing(recipe, here / "teachers", Deadline())
     assert not trace.exists()
