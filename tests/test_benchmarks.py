@@ -17,7 +17,8 @@ RUNS = {
     "kdci": (f"{SMALL} --clusters 4", "F alone"),
     "update": (f"{SMALL} --share 1", "exact"),
     "synthesis": (
-        "--batch 8 --rounds 1 --iterations 1 --teacher wrn16_1 --student tiny8 --image 16 --sources fast dfnd --profile",
+        "--batch 8 --rounds 1 --iterations 1 --teacher wrn16_1 --student tiny8 --image 16 --sources fast dfnd "
+        "--profile",
         "| fast |",
     ),
     "cid": (f"{SMALL} --counts 10 --pool 50", "CID / KD"),

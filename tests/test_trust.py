@@ -392,3 +392,60 @@ def test_class_folders_that_are_numbers_are_in_order_of_value(tmp_path: Path) ->
     assert found.classes == tuple(map(str, range(11)))
     assert found.x[:, 0, 0, 0].tolist() == [20 * k for k in found.y.tolist()]
     assert in_order({"cat", "10", "2"}) == ("10", "2", "cat")
+
+
+def test_images_are_not_written_through_a_link(place: Path) -> None:
+    (place / "precious").mkdir()
+    (place / "images").mkdir()
+    for k in range(10):
+        (place / f"images/{k}").symlink_to(place / "precious")
+    assert main(["export", "run", "images"]) == 2
+    assert not list((place / "precious").iterdir())
+
+
+def test_a_calibrated_model_replaces_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = state_of(place)
+    assert main(["evaluate", "t.safetensors", "--calibrate", "digits", "--out", "t.safetensors"]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert state_of(place) == before
+
+
+def test_nothing_of_the_environment_is_written(
+    teacher: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret_of_the_user")
+    run(teacher, tmp_path / "run")
+    for path in (tmp_path / "run").iterdir():
+        assert b"hf_secret_of_the_user" not in path.read_bytes(), path
+
+
+@pytest.mark.parametrize("command", [["report"], ["export"], ["look", "--test", "digits"]])
+def test_an_empty_folder_is_no_run(command: list[str], place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "empty").mkdir()
+    before = state_of(place)
+    assert main([command[0], "empty", *(["images"] if command == ["export"] else []), *command[1:]]) == 2
+    said = capsys.readouterr().err
+    assert "empty" in said
+    assert "Traceback" not in said
+    assert state_of(place) == before
+
+
+def test_a_disk_that_is_full_while_metrics_are_written(
+    teacher: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dodistill.engine import run_folder
+
+    class Full:
+        def write(self, _: str) -> None:
+            raise OSError(28, "No space left on device")
+
+        def close(self) -> None:
+            pass
+
+    def full(handle: int, *_: Any, **__: Any) -> Full:
+        os.close(handle)
+        return Full()
+
+    monkeypatch.setattr(run_folder.os, "fdopen", full)
+    with pytest.raises(DodistillError, match=r"cannot write .*metrics\.jsonl"):
+        run(teacher, tmp_path / "run")

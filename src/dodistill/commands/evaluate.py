@@ -81,6 +81,8 @@ def _check(arguments: Arguments) -> None:
     if arguments.out:
         if Path(arguments.out).suffix != ".safetensors":
             raise DodistillError(f"--out is {arguments.out}; weights are written as FILE.safetensors.")
+        if Path(arguments.out).exists():
+            raise DodistillError(f"{arguments.out} is there already; choose another --out, or delete it.")
         check_writable(Path(arguments.out))
     if arguments.n < 2:
         raise DodistillError(f"--n is {arguments.n}; statistics need at least 2 images.")

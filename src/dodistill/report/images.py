@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..errors import DodistillError
 from ..files import replacing
 
 GAP = 2
@@ -80,6 +81,8 @@ def export_images(pool_x: Tensor, folder: str | Path, labels: Tensor | Sequence[
         grey = pool_x.shape[1] != 3
         for i, tile in enumerate(_as_rgb(pool_x[start : start + 512]), start):
             where = folder if names is None else folder / str(names[i])
+            if where.is_symlink():
+                raise DodistillError(f"{where} is a symbolic link; remove it, or choose another folder.")
             if where not in made:
                 where.mkdir(exist_ok=True)
                 made.add(where)
