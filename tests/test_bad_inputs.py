@@ -498,3 +498,10 @@ def test_a_model_without_weights_is_not_scored_in_silence(
 def test_random_weights_can_be_meant(place: Path) -> None:
     words = ["distill", "--teacher", "tiny8", "--teacher.num_classes", "10", "--teacher.weights", "random", *QUICK]
     assert main([*words, "--image-shape", "1,8,8", "--student", "tiny4", "--out", "new", "--no-report"]) == 0
+
+
+@pytest.mark.parametrize("content", [b'{"a": ', b"[1]", b"{}", b'{"source": 5}'])
+def test_auto_into_a_broken_run_folder(content: bytes, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("run/config.json").write_bytes(content)
+    words = ["distill", "--teacher", "t.safetensors", "--student", "tiny4", "--source", "auto", "--out", "run"]
+    refused(words, ["config.json"], capsys)

@@ -158,7 +158,7 @@ def test_no_pandas(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(DodistillError, match="pip install pandas"):
+    with pytest.raises(DodistillError, match=r"pip install 'dodistill\[pandas\]'"):
         History().to_pandas()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import resource
 import shlex
@@ -31,6 +30,7 @@ from .errors import DodistillError
 from .evaluation.evaluate import predict, scores
 from .evaluation.monitor import courses, flat, read_metrics
 from .evaluation.probe import context_gap
+from .files import read_object
 from .interventions.shared.base import Compensated
 from .models import Normalized, load_model, save_model
 from .models.load import RANDOM, require_weights
@@ -215,7 +215,7 @@ def settle(
 ) -> tuple[Tree, methods.Choice]:
     """The tree with source `auto` replaced by the choice for this teacher. An existing run folder keeps its source."""
     path = None if out is None else Path(out) / "config.json"
-    begun = json.loads(path.read_text()) if path is not None and path.exists() else None
+    begun = read_object(path, "choose another --out") if path is not None and path.exists() else None
     return methods.settle(tree, teacher.has_batchnorm, unlabeled, seconds, teacher.image_shape, begun)
 
 

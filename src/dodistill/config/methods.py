@@ -133,8 +133,13 @@ def settle(
     choice = choose(has_batchnorm, unlabeled, float(allowed or seconds), image_shape)
     preset = str(full.get("preset") or given.pop("preset", "") or choice.preset)
     choice = dataclasses.replace(choice, preset=preset)
-    if begun is not None and (begun["source"]["name"], begun["preset"]) != (choice.source, choice.preset):
-        choice = Choice(begun["source"]["name"], begun["preset"], "this run folder was begun with it")
+    if begun is not None:
+        source = begun.get("source")
+        name = source.get("name") if isinstance(source, Mapping) else None
+        if not isinstance(name, str):
+            raise DodistillError("the config.json of this run folder names no source; choose another --out.")
+        if (name, begun.get("preset", "")) != (choice.source, choice.preset):
+            choice = Choice(name, str(begun.get("preset", "")), "this run folder was begun with it")
     return {**full, "source": {**given, "name": choice.source}, "preset": choice.preset}, choice
 
 

@@ -48,7 +48,7 @@ class History(list[Record]):
         try:
             import pandas
         except ImportError as error:
-            raise DodistillError("a data frame needs pandas: pip install pandas") from error
+            raise DodistillError("a data frame needs pandas: pip install 'dodistill[pandas]'") from error
         return pandas.DataFrame(list(self))
 
 
