@@ -139,7 +139,8 @@ class Result:
             )
         rows.append(("learned from", f"{s['images']:,} images in {number(s['seconds'], 3)} s"))
         rows += [("warning", text) for text in s.get("warnings", [])]
-        table = "".join(f"<tr><th style='text-align:left'>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in rows)
+        head = "text-align:left;vertical-align:top;white-space:nowrap"
+        table = "".join(f"<tr><th style='{head}'>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in rows)
         kinds = {kind: self.history.of(kind) for kind in ("log", "eval", "pool")}
         figures = [f for f in curves(kinds, s, 0) if f is not None][:3]
         plots = "".join(
