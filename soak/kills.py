@@ -4,7 +4,8 @@
 
 Runs of every source, update and replay in turn, at the size of the tests, with a checkpoint after every step, so that
 many kills fall into the writing of one. A run is killed up to `--most` times, at an instant drawn over its whole
-length, and started again by the same command. At the end, weights, metrics and class shares are compared with an uninterrupted run.
+length, and started again by the same command. At the end, weights, metrics and class shares are compared with those of
+an uninterrupted run.
 """
 
 from __future__ import annotations
