@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def unexpected(error: Exception, words: Sequence[str]) -> str:
     """A short message for an error that nothing else has explained; the traceback goes to a file.
 
-    The file is `error.log` in the run folder of the command, or in the folder of temporary files.
+    The file is `error-*.log` in the run folder of the command, or in the folder of temporary files.
     """
     said = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
     out = typed(words, ["out"]).get("out", "")

@@ -134,14 +134,10 @@ def _calibrate(arguments: Arguments, model: Normalized, images: Images) -> None:
 
 
 def _score(name: str, model: nn.Module, test: Images, teacher: nn.Module | None) -> None:
-    assert test.y is not None
-    logits = evaluate.predict(model, test.x)
+    found = evaluate.scores(model, test, teacher)
     print(f"model      {name}, {parameters(model):,} parameters")
-    print(f"accuracy   {evaluate.top1(logits, test.y):.2f} % of {len(test.x):,} images")
-    print(f"ECE        {evaluate.expected_calibration_error(logits, test.y):.4f}")
-    shares = ", ".join(f"{100 * v:.1f}" for v in evaluate.class_shares(logits).tolist()[:20])
-    print(f"predicted class shares (%)  {shares}")
+    print(f"accuracy   {found['accuracy']:.2f} % of {found['images']:,} images")
+    print(f"ECE        {found['ECE']:.4f}")
+    print(f"predicted class shares (%)  {', '.join(f'{100 * v:.1f}' for v in found['class_shares'][:20])}")
     if teacher is not None:
-        other = evaluate.predict(teacher, test.x)
-        agreed = evaluate.agreement(logits, other)
-        print(f"teacher    {evaluate.top1(other, test.y):.2f} %, agreement {agreed:.2f} %")
+        print(f"teacher    {found['teacher']:.2f} %, agreement {found['agreement']:.2f} %")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -134,13 +135,16 @@ def trial(
 ) -> Callable[[int], None]:
     """`work` for `Precision.settle`: the passes of a training step on n images, by `answers` (the teacher) and a copy
     of `student`, forward and backward."""
-    network = copy.deepcopy(student).train()
+
+    @functools.cache  # a run whose choice is made needs no copy
+    def network() -> nn.Module:
+        return copy.deepcopy(student).train()
 
     def work(n: int) -> None:
         stream = torch.Generator(device).manual_seed(0)
         x = laid_out(torch.rand((n, *image_shape), device=device, generator=stream))
         with torch.random.fork_rng(devices=[]):  # the network may have dropout
-            s = network(x).float()
+            s = network()(x).float()
         t = torch.zeros_like(s) if answers is None else answers(x)
         (s - t).square().mean().backward()
 
