@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from dodistill import files
 from dodistill.api import distill, distill_config
 from dodistill.config.tree import Distill, Tree, resolve
+from dodistill.core.watch import Watcher
 from dodistill.data.images import Images
 from dodistill.engine import Distiller, Job
 from dodistill.engine import run_folder as run_module
@@ -46,8 +47,22 @@ class Stop:
         return self.when()
 
 
+class Begun(Watcher):
+    """Whether a run has made progress since it was started or resumed."""
+
+    def __init__(self, it: Distiller) -> None:
+        self.it, self.at = it, (-1, -1)
+
+    def on_start(self, step: int, steps: int) -> None:
+        self.at = (self.it.acquirer.round, step)
+
+    def __call__(self) -> bool:
+        return (self.it.acquirer.round, self.it.step) != self.at
+
+
 def stopped_at(it: Distiller, folder: RunFolder, when: Callable[[Distiller], bool]) -> bool:
-    finished = it.run(folder, (), Stop(lambda: when(it)))  # type: ignore[arg-type]
+    begun = Begun(it)
+    finished = it.run(folder, (begun,), Stop(lambda: begun() and when(it)))  # type: ignore[arg-type]
     folder.close()
     return finished
 

@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from . import __version__
 from .config import methods
+from .config.checks import seconds_in
 from .config.contracts import InterventionSettings, SourceSettings
 from .config.plugins import Allow
 from .config.tree import Distill, Model, Tree, expand, merge, resolve
@@ -22,7 +24,7 @@ from .core.precision import emulated
 from .core.watch import Watcher
 from .data.accept import accept, as_labels
 from .data.images import Images, contexts_of, load_images, refuse_one_class, require_fit
-from .engine import Distiller, Job, Test
+from .engine import Distiller, Job, Test, budget
 from .engine.job import require_same
 from .engine.loop import FORMAT
 from .engine.run_folder import NoFolder, RunFolder, write_atomically
@@ -38,6 +40,7 @@ from .models.teacher import Teacher
 from .models.weights import load_saved
 from .report.card import model_card
 from .report.images import save_grid
+from .report.more_time import more_time
 from .report.progress import Progress
 from .report.report import write_report
 from .report.result import History, Recorder, Result, labelled, read_history
@@ -145,6 +148,7 @@ def distill(
     batch: int | None = None,
     lr: float | None = None,
     seed: int | None = None,
+    time: str | float | None = None,
     **settings: Any,
 ) -> Result:
     """Distil `teacher` into `student` without the teacher's training data.
@@ -170,6 +174,8 @@ def distill(
         watchers: your own `Watcher`s; they receive every log, evaluation, pool description and warning.
         allow_code: which code files named by `source` and `settings` may run: all (True), or those at these paths.
         steps, batch, lr, seed: short for loop={"steps": ..., "batch": ..., "seed": ...} and optim={"lr": ...}.
+        time: limit for the whole run, as in "10m" or 600 (seconds): acquisitions and steps are fitted to it. Not with
+            `steps`.
         settings: the rest of the config tree, as in loop={"steps": 500}, kdci={"scale": 2.0}, preset="desk",
             criterion=MyCriterion(), update="retain".
 
@@ -182,18 +188,21 @@ def distill(
     for name, model in (("teacher", teacher), ("student", student), ("foreign", foreign)):
         if not isinstance(model, nn.Module) and not (name == "foreign" and model is None):
             raise DodistillError(f"{name} is {model!r}; it must be a torch.nn.Module, as load_model(NAME) returns.")
+    began = monotonic()
     chosen = {} if intervention is None else {"intervention": intervention}
-    short = {"loop.steps": steps, "loop.batch": batch, "optim.lr": lr, "loop.seed": seed}
+    short = {"loop.steps": steps, "loop.batch": batch, "optim.lr": lr, "loop.seed": seed,
+             "loop.time": time if time is None else str(time)}  # fmt: skip
     given = expand(settings)
     for name, value in short.items():
         part, _, key = name.partition(".")
         if value is not None and isinstance(given.get(part), Mapping) and key in given[part]:
             raise DodistillError(f"{key}={value} and {part}={{{key!r}: {given[part][key]}}} are both given; give one.")
     given = merge(given, expand({k: v for k, v in short.items() if v is not None}))
+    require_one_length(given)
     tree, choice = {**given, "source": source, **chosen}, None
     if methods.asks(tree):
         teacher = Teacher(teacher, image_shape or shape_of(teacher))
-        tree, choice = settle(tree, teacher, unlabeled is not None)
+        tree, choice = settle(tree, teacher, unlabeled is not None, time_in(tree))
         image_shape = teacher.image_shape
     config = resolve(tree, allow_code=allow_code)
     shape = image_shape or shape_of(teacher)
@@ -207,7 +216,23 @@ def distill(
         pixels, y = found.x, found.y if labels is None else as_labels(labels, len(found))
     tested = _test(test, shape)
     job = Job(config, teacher, student, shape, pixels, y, tested, foreign=foreign, choice=choice)
-    return run(job, out, verbose, watchers=watchers)
+    return run(job, out, verbose, watchers=watchers, began=began)
+
+
+def time_in(tree: Mapping[str, Any]) -> float:
+    """The time limit in a config tree, `loop.time`, in seconds; infinity without one."""
+    loop = expand(tree).get("loop")
+    return seconds_in(str(loop.get("time") or "") if isinstance(loop, Mapping) else "", "loop.time")
+
+
+def require_one_length(given: Mapping[str, Any]) -> None:
+    """Refuse settings that give both the steps and the time of a run."""
+    loop = expand(given).get("loop")
+    if isinstance(loop, Mapping) and loop.get("time") and loop.get("steps") is not None:
+        raise DodistillError(
+            f"steps {loop['steps']} and time {loop['time']} are both given; give one: with a time, the steps are "
+            "fitted to it."
+        )
 
 
 def settle(
@@ -230,10 +255,15 @@ def choose_source(
 
 
 def distill_config(config: Distill, out: str | Path | None, verbose: bool = True, deadline: float = float("inf"),
-                   command: str = "", report: bool = True, choice: methods.Choice | None = None) -> Result:  # fmt: skip
-    """`distill` from a config alone, which names the models and data. The command line calls this function."""
-    if out is not None:
-        RunFolder(out, config, create=False)  # refuse a foreign folder before anything heavy is loaded
+                   command: str = "", report: bool = True, choice: methods.Choice | None = None,
+                   began: float | None = None) -> Result:  # fmt: skip
+    """`distill` from a config alone, which names the models and data. The command line calls this function.
+
+    `began`: the start of the command in time.monotonic(), from which `loop.time` counts; None: now.
+    """
+    began = monotonic() if began is None else began
+    if out is not None:  # refuse a foreign folder before anything heavy is loaded
+        RunFolder(out, budget.begun(config, out), create=False)
     teacher, shape = load_teacher(config.teacher, config.data.image_shape)
     wrapped = Teacher(teacher, shape)
     student = load_student(config.student, teacher, wrapped.num_classes, shape, config.loop.seed)
@@ -268,7 +298,7 @@ def distill_config(config: Distill, out: str | Path | None, verbose: bool = True
         choice,
         command,
     )
-    return run(job, out, verbose, deadline, report)
+    return run(job, out, verbose, deadline, report, began=began)
 
 
 def run(
@@ -278,14 +308,22 @@ def run(
     deadline: float = float("inf"),
     report: bool = True,
     watchers: Sequence[Watcher] = (),
+    began: float | None = None,
 ) -> Result:
-    """Build, run (or resume), and write the results to the folder. A finished run is not repeated."""
+    """Build, run (or resume), and write the results to the folder. A finished run is not repeated.
+
+    `began`: the time.monotonic() from which `loop.time` counts; None: now.
+    """
+    plan, record = None, None
+    if job.config.loop.time:
+        fitted = budget.fit(job, out, monotonic() if began is None else began)
+        job, plan, record = fitted.job, fitted.plan, fitted.record
     config = job.config
     names = f"{_name(config.teacher, job.teacher)} -> {_name(config.student, job.student)}"
     title = f"{config.source.name} + {config.intervention}: {names}"
-    it = Distiller(job)
+    it = Distiller(job, plan)
     # After all checks, so that an error leaves no folder behind.
-    folder = NoFolder() if out is None else RunFolder(out, config)
+    folder = NoFolder() if out is None else RunFolder(out, config, plan=record)
     try:
         if (done := folder.summary()) is not None:
             return _again(it, folder, done, report)
@@ -307,13 +345,14 @@ def _run(
     if emulated(it.context.device, config.loop.precision):
         said.append("bf16 is emulated on this CPU, about ten times slower than fp32; use --loop.precision fp32.")
     recorder = Recorder()
-    with Progress(config.loop.steps, title) if title else nullcontext(Watcher()) as progress:
+    with Progress(it.plan.steps, title) if title else nullcontext(Watcher()) as progress:
         for note in [*([str(job.choice)] if job.choice is not None else []), *said]:
             progress.on_note(note)
         finished = it.run(folder, [progress, recorder, *watchers], deadline)
     said += folder.notes
     if not finished:
-        return _result(it, it.matcher.student, {"finished": False, "step": it.step}, folder, recorder.history)
+        reached = {"finished": False, "step": it.step, "steps": it.plan.steps, "stopped": it.stopped}
+        return _result(it, it.matcher.student, reached, folder, recorder.history)
     which, best = it.scorer.delivered()
     best.eval()
     if isinstance(best, Compensated):
@@ -329,6 +368,9 @@ def _run(
         for name, model in (("test", best), ("teacher", it.context.teacher)):
             gap = context_gap(model, job.contexts, it.context.autocast)
             summary["log"] |= {f"{name}/{k}": round(v, 4) for k, v in gap.items()}
+    history = recorder.history if folder.path is None else read_history(folder.path)
+    if it.plan.limited:
+        summary["time"] = _time(it, history)
     if isinstance(folder, RunFolder):
         summary["course"] = courses(read_metrics(folder.path / "metrics.jsonl")["eval"])
         summary["log"] |= flat(summary["course"])
@@ -343,6 +385,17 @@ def _result(
     some = torch.randperm(len(pool), generator=torch.Generator().manual_seed(0))[:64].to(pool.device)
     history = recorded if folder.path is None else read_history(folder.path)
     return Result(student, summary, folder.path, history, pool.x[some].cpu(), it.context.image_shape)
+
+
+def _time(it: Distiller, history: History) -> dict[str, Any]:
+    """The time limit of a run, the time that it used, and what more time would change."""
+    c = it.config
+    longer = None
+    if it.job.choice is not None:
+        shape, given = it.context.image_shape, it.job.unlabeled is not None
+        longer = methods.longer(it.context.teacher.has_batchnorm, given, it.plan.seconds, shape)
+    more = more_time(history.curve("agreement"), it.step, c.source, c.loop.batch, it.acquirer.pool.seen, longer)
+    return {"limit": it.plan.seconds, "used": round(it.plan.used(), 1), "more": more}
 
 
 def _again(it: Distiller, folder: RunFolder | NoFolder, done: dict[str, Any], report: bool) -> Result:

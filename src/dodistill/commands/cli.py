@@ -12,6 +12,7 @@ import io
 import os
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -55,12 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         keep_memory()
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # not every terminal can encode the help's boxes and bullets
+    start = time.monotonic()
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     try:
         if words and words[0] in COMMANDS:
-            return call(words[0], words[1:])
+            return call(words[0], words[1:], start)
         return _overview(words)
     except DodistillError as error:
         print(f"dodistill: {error}", file=sys.stderr)
@@ -106,12 +108,12 @@ def unexpected(error: Exception, words: Sequence[str]) -> str:
     return text + (f" Traceback: {name}" if name else "") + " (or add --debug)."
 
 
-def call(command: str, words: Sequence[str]) -> int:
-    """Run a command."""
+def call(command: str, words: Sequence[str], start: float) -> int:
+    """Run a command. `start`: when it began, in time.monotonic(), before torch was imported."""
     given, settings = read(command, words)
     module = importlib.import_module(f".{command}", __package__)
     arguments = build(module.Arguments, given, command)
-    status: int = module.run(arguments, settings, words) if command in SETTINGS else module.run(arguments)
+    status: int = module.run(arguments, settings, words, start) if command in SETTINGS else module.run(arguments)
     return status
 
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from ..api import choose_source, distill_config, shell_command
+from ..api import choose_source, distill_config, require_one_length, shell_command, time_in
 from ..config.choices import read_recipe
 from ..config.methods import asks
 from ..config.plugins import paths
 from ..config.tree import expand, merge, resolve
 from ..core.deadline import Deadline, stopping
 from ..errors import STOPPED, DodistillError, at_least
+from ..report.format import duration
 
 
 @dataclass(frozen=True)
@@ -38,23 +38,24 @@ class Arguments:
     out: Annotated[str, "FOLDER"] = ""  #: the run folder; empty: a folder in runs/ named after the settings
     quiet: bool = False  #: show no progress
     no_report: bool = False  #: write no report.html
-    max_seconds: float = math.inf  #: stop cleanly after this many seconds; rerun the command to resume
+    max_seconds: float = math.inf  #: stop cleanly after this many seconds; rerun the command to resume. See --time
     allow_code: bool = False  #: allow code files that the recipe names to run; those named by a flag always may
 
 
-def run(arguments: Arguments, settings: Mapping[str, Any], words: Sequence[str]) -> int:
-    """`settings` are those that the command line gives, `words` the command line itself."""
-    start, out = time.monotonic(), arguments.out
+def run(arguments: Arguments, settings: Mapping[str, Any], words: Sequence[str], start: float) -> int:
+    """`settings` are those that the command line gives, `words` the command line itself, `start` when it began."""
+    out = arguments.out
     if arguments.recipe and arguments.recipe != words[0]:
         raise DodistillError(
             f"unexpected argument {arguments.recipe!r}; give a recipe first, and settings as --part.field VALUE."
         )
     at_least(0, "distill", ", as in 600", max_seconds=arguments.max_seconds)
     typed = expand(settings)
+    require_one_length(typed)
     allowed = arguments.allow_code or paths(typed)
     tree, choice = merge(expand(read_recipe(arguments.recipe)), typed), None
     if asks(tree):
-        tree, choice = choose_source(tree, arguments.max_seconds, out or None, allowed)
+        tree, choice = choose_source(tree, min(arguments.max_seconds, time_in(tree)), out or None, allowed)
     config = resolve(tree, allow_code=allowed)
     out = out or f"runs/{config.source.name}-{config.intervention}-{config.key()}"
     deadline = Deadline(start + arguments.max_seconds)
@@ -62,12 +63,14 @@ def run(arguments: Arguments, settings: Mapping[str, Any], words: Sequence[str])
         result = distill_config(
             config, out, verbose=not arguments.quiet, deadline=deadline,
             command=shell_command(["distill", *words]), report=not arguments.no_report, choice=choice,
+            began=start,
         )  # fmt: skip
-    if not result.summary.get("finished"):
-        print(
-            f"stopped at step {result.summary['step']} of {config.loop.steps}; rerun the command to resume.",
-            file=sys.stderr,
-        )
+    reached = result.summary
+    if not reached.get("finished"):
+        where = f"stopped at step {reached['step']} of {reached['steps']}"
+        if reached["stopped"]:
+            where += f", {reached['stopped']}, which begins anew: give --max-seconds more, if it stops there again"
+        print(f"{where}; rerun the command to resume.", file=sys.stderr)
         return STOPPED
     _say(result.summary, Path(out))
     return 0
@@ -84,6 +87,9 @@ def _say(summary: dict[str, Any], out: Path) -> None:
         print(f"accuracy   {summary['student_accuracy']:.2f} % last step, teacher {summary['teacher_accuracy']:.2f} %")
     if "replay_memory_mb" in summary:
         print(f"replay     {summary['replay_memory_mb']:.2f} MB in memory and in each checkpoint")
+    if "time" in summary:
+        print(f"time       {duration(summary['time']['used'])} of {duration(summary['time']['limit'])}")
+        print(summary["time"]["more"])
     print(f"weights    {out / 'student.safetensors'}")
     if (out / "report.html").exists():
         print(f"report     {out / 'report.html'}")

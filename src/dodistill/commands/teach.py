@@ -41,7 +41,7 @@ class Arguments:
     max_seconds: float = math.inf  #: stop cleanly after this many seconds; rerun the command to resume
 
 
-def run(arguments: Arguments, settings: Mapping[str, Any], _words: Sequence[str]) -> int:
+def run(arguments: Arguments, settings: Mapping[str, Any], _words: Sequence[str], _start: float) -> int:
     """`settings` are fields of `Teach`."""
     at_least(0, "teach", ", as in 600", max_seconds=arguments.max_seconds)
     deadline, target = Deadline(time.monotonic() + arguments.max_seconds), Path(arguments.out)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,24 @@ def check(config: Distill) -> None:
     for where, settings in _parts(config):
         if id(type(settings)) not in outside and where in ("source", "criterion", "update", "replay", *_acts(config)):
             _method(where, settings)
+
+
+def seconds_in(text: str, name: str) -> float:
+    """The seconds in a duration: 90, 90s, 10m, 1.5h, 1h30m. Infinity for an empty text.
+
+    Raises DodistillError, which names the setting `name`, for another text and for no time at all.
+    """
+    if not text:
+        return math.inf
+    found = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s?)?", text.strip().lower().replace(" ", ""))
+    try:
+        hours, minutes, seconds = (float(part or 0) for part in (found.groups() if found else ("x", "", "")))
+    except ValueError:
+        raise DodistillError(f"{name} is {text!r}; give a duration, as in 90s, 10m or 1h30m.") from None
+    total = 3600 * hours + 60 * minutes + seconds
+    if not total > 0:
+        raise DodistillError(f"{name} is {text!r}; it must be above 0, as in 90s, 10m or 1h30m.")
+    return total
 
 
 def _acts(config: Distill) -> list[str]:
@@ -75,6 +94,7 @@ def _run(config: Distill) -> None:
         config.loop, config.pool, config.optim, config.augment, config.view, config.data
     )  # fmt: skip
     at_least(1, "loop", steps=loop.steps, log_every=loop.log_every, eval_every=loop.eval_every)
+    seconds_in(loop.time, "loop.time")
     at_least(2, "loop", ", which BatchNorm needs", batch=loop.batch)
     at_least(0, "loop", " (0: PyTorch's choice)", threads=loop.threads)
     at_least(0, "loop", seed=loop.seed, checkpoint_seconds=loop.checkpoint_seconds)

@@ -34,6 +34,7 @@ SHORT = {
     "teacher": "teacher.spec", "student": "student.spec", "unlabeled": "data.unlabeled", "train": "data.unlabeled",
     "test": "data.test",
     "image_shape": "data.image_shape", "steps": "loop.steps", "batch": "loop.batch", "seed": "loop.seed",
+    "time": "loop.time",
     "device": "loop.device", "precision": "loop.precision", "threads": "loop.threads",
     "data.foreign": "data.foreign.spec",
 }  # fmt: skip

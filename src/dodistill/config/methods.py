@@ -95,6 +95,18 @@ def choose(
     )  # fmt: skip
 
 
+def longer(
+    has_batchnorm: bool, unlabeled: bool, seconds: float, image_shape: tuple[int, int, int]
+) -> tuple[float, Choice] | None:
+    """The next time limit above `seconds` from which `choose` takes another source or preset, and that choice."""
+    now = choose(has_batchnorm, unlabeled, seconds, image_shape)
+    for limit in (SHORT, LONG):
+        then = choose(has_batchnorm, unlabeled, limit, image_shape)
+        if limit > seconds and (then.source, then.preset) != (now.source, now.preset):
+            return limit, then
+    return None
+
+
 def _spoken(seconds: float) -> str:
     if not math.isfinite(seconds):
         return "no time limit was given, which selects the short schedule"

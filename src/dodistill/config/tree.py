@@ -111,6 +111,8 @@ class Loop:
     """Length, batch size, hardware, and intervals of logging, evaluation and checkpoints."""
 
     steps: int = 2000  #: matching steps of the student
+    #: limit for the whole run, as in 90s, 10m or 1h30m: steps and acquisitions are fitted to it; empty: none
+    time: str = ""
     batch: int = 128
     seed: int = 0
     ema: float = 0.998  #: decay of the student's moving average

@@ -16,6 +16,9 @@ class Watcher:
     def on_start(self, step: int, steps: int) -> None:
         """Once, before the first step of this process. `step` is above 0 where a checkpoint was loaded."""
 
+    def on_steps(self, step: int, steps: int) -> None:
+        """Under a time limit, when the number of steps changes: `steps` is the new one."""
+
     def on_note(self, text: str) -> None:
         """A sentence for the user about the whole run."""
 
@@ -48,6 +51,10 @@ class Watchers(Watcher):
     def on_start(self, step: int, steps: int) -> None:
         for part in self.parts:
             part.on_start(step, steps)
+
+    def on_steps(self, step: int, steps: int) -> None:
+        for part in self.parts:
+            part.on_steps(step, steps)
 
     def on_note(self, text: str) -> None:
         for part in self.parts:

@@ -86,6 +86,11 @@ class Acquirer:
         return self.warming or (source.every > 0 and step >= (self.round - source.warmup) * source.every)
 
     @property
+    def expected(self) -> float:
+        """The expected time of the next acquisition: the mean so far, in seconds. 0 before the first."""
+        return self.seconds / max(self.round, 1)
+
+    @property
     def frequent(self) -> bool:
         """Whether there are few steps between acquisitions. Then only the first acquisition and those at log points are
         checked, because the host has to wait for a check."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -16,18 +17,28 @@ from .compiled import Compiled
 from .job import Job, made_of, require_same
 from .match import Matcher
 from .meter import Diverged, Meter
+from .plan import Plan
 from .run_folder import NoFolder, RunFolder
 from .score import Scorer
+
+#: Before an acquisition that is expected to take longer, in seconds, the run is saved.
+LONG = 5.0
 
 #: The layout of a checkpoint's state; another one is refused.
 FORMAT = 3
 
 
+class _OutOfTime(Exception):
+    """The deadline has passed inside an acquisition."""
+
+
 class Distiller:
     """One run: its four parts and its progress. Raises DodistillError for a job that cannot run."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, plan: Plan | None = None) -> None:
+        """`plan`: how many steps there are; None: those of the config."""
         self.job, self.config = job, job.config
+        self.plan = plan or Plan(job.config.loop.steps)
         self.context = job.context()
         self.matcher = Matcher(self.config, self.context)
         self.acquirer = Acquirer(self.config, self.context, self.matcher.interventions, self.matcher.needs)
@@ -36,6 +47,7 @@ class Distiller:
         self.meter = Meter(self.context.num_classes, self.context.device)
         self.clock = Clock()
         self.step = 0  #: matching steps done
+        self.stopped = ""  #: where the last `run` stopped inside an acquisition, a sentence
 
     # ------------------------------------------------------------------------------------------------ run
 
@@ -50,17 +62,34 @@ class Distiller:
         else:
             self.settle()
         self.compiled.begin()
-        self.context.progress = tell.on_progress
         self.clock.start(self.step)
-        tell.on_start(self.step, self.config.loop.steps)
+        tell.on_start(self.step, self.plan.steps)
         finished = False
         try:
-            finished = self._loop(folder, tell, deadline)
+            with self._watched(tell, deadline):
+                finished = self._loop(folder, tell, deadline)
+        except _OutOfTime as reached:
+            self.stopped = f"{reached} of acquisition {self.acquirer.round + 1}"
         except Diverged as error:
             raise error.located(self.step, self.config.optim.lr) from None
         finally:
             tell.on_end(self.step, finished)
         return finished
+
+    @contextmanager
+    def _watched(self, tell: Watcher, deadline: float) -> Iterator[None]:
+        """In this block, work inside an acquisition is reported, and ends at the deadline."""
+
+        def progress(what: str, done: int, total: int) -> None:
+            tell.on_progress(what, done, total)
+            if time.monotonic() > deadline and done < total:
+                raise _OutOfTime(f"at {what} {done} of {total}")
+
+        before, self.context.progress = self.context.progress, progress
+        try:
+            yield
+        finally:
+            self.context.progress = before
 
     def settle(self) -> None:
         """Choose precision and compilation by measurements, before the first step."""
@@ -70,18 +99,27 @@ class Distiller:
         self.compiled.settle(work)
 
     def _loop(self, folder: RunFolder | NoFolder, tell: Watcher, deadline: float) -> bool:
-        steps = self.config.loop.steps
-        if self.step >= steps:  # stopped after its last step, before its delivery
+        if self.step >= self.plan.steps:  # stopped after its last step, before its delivery
             return True
-        while self.step < steps:
+        saved = (self.acquirer.round, self.step)
+        while self.step < self.plan.steps:
+            now, expected = (self.acquirer.round, self.step), self.acquirer.expected
             if self.acquirer.due(self.step):
+                # an acquisition that would not end in time is left to the next start; a stop inside it loses nothing
+                stop = now != saved and time.monotonic() + expected > deadline
+                if now != saved and (stop or expected > LONG):
+                    self.save(folder)
+                    saved = now
+                if stop:
+                    return False
                 self.acquire(tell)
             else:
                 self.match()
                 self.look(tell)
-            stop = time.monotonic() > deadline and self.step < steps
-            if stop or (folder.due() and self.step < steps):
+            stop = time.monotonic() > deadline and self.step < self.plan.steps
+            if stop or (folder.due() and self.step < self.plan.steps):
                 self.save(folder)
+                saved = (self.acquirer.round, self.step)
             if stop:
                 return False
         tell.on_pool(self.step, self.acquirer.describe())
@@ -102,24 +140,28 @@ class Distiller:
         """One step of the student."""
         drawn = self.acquirer.draw()
         replayed = self.acquirer.replayed(self.matcher.student, self.step)
-        self.meter.add(self.matcher.step(drawn, replayed, self.acquirer.dictionary, self.step))
+        done = self.plan.done(self.step)
+        self.meter.add(self.matcher.step(drawn, replayed, self.acquirer.dictionary, self.step, done))
         self.step += 1
 
     # ----------------------------------------------------------------------------------- look, evaluate, save
 
     def look(self, tell: Watcher) -> None:
-        """Log and evaluate, each at its own cadence and at the last step."""
+        """Log and evaluate, each at its own cadence and at the last step, which a time limit may bring forward."""
         loop = self.config.loop
-        last = self.step == loop.steps
+        if self.plan.adjust(self.step):
+            tell.on_steps(self.step, self.plan.steps)
+        last = self.step == self.plan.steps
         looking = last or self.step % loop.log_every == 0
         values = self.read() if looking else {}
+        done = self.plan.done(self.step)
         if looking:
-            values |= {"rate": self.clock.lap(self.step) * loop.batch, "lr": self.matcher.rate(self.step / loop.steps)}
+            values |= {"rate": self.clock.lap(self.step) * loop.batch, "lr": self.matcher.rate(done)}
         if last or self.step % loop.eval_every == 0:
             tell.on_eval(self.step, self.scorer.evaluate())
         if looking:
             agreement = self.scorer.last.get("agreement")
-            for symptom, text in self.meter.collapsed(values, agreement, self.step / loop.steps).items():
+            for symptom, text in self.meter.collapsed(values, agreement, done).items():
                 tell.on_warning(self.step, symptom, text)
             tell.on_log(self.step, {"seconds": round(self.clock.seconds, 3), **values})
 
@@ -150,7 +192,7 @@ class Distiller:
             "format": FORMAT, "made_of": self.made_of, "step": self.step, "seconds": self.clock.seconds,
             "precision": self.context.autocast.state_dict(), "compiled": self.compiled.state_dict(),
             "acquirer": self.acquirer.state_dict(), "matcher": self.matcher.state_dict(),
-            "scorer": self.scorer.state_dict(), "meter": self.meter.state_dict(),
+            "scorer": self.scorer.state_dict(), "meter": self.meter.state_dict(), "plan": self.plan.state_dict(),
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any], pool: Mapping[str, Any]) -> None:
@@ -179,6 +221,7 @@ class Distiller:
         self.scorer.load_state_dict(state["scorer"])
         self.meter.load_state_dict(state["meter"])
         self.step = state["step"]
+        self.plan.load_state_dict(state.get("plan", {}), state["seconds"])
         self.clock = Clock(state["seconds"])
 
 

@@ -79,13 +79,18 @@ class Matcher:
         return rate_at(c.schedule, done, c.lr, c.floor, c.milestones)
 
     def step(
-        self, drawn: Drawn, replayed: Drawn | None, dictionary: ConfounderDictionary | None, step: int
+        self,
+        drawn: Drawn,
+        replayed: Drawn | None,
+        dictionary: ConfounderDictionary | None,
+        step: int,
+        done: float | None = None,
     ) -> dict[str, Tensor]:
         """One step of the student on a batch; its terms, detached. Nothing here waits for the device.
 
-        `step` steps are done already.
+        `step` steps are done already, a share `done` of the run (None: of the config's steps).
         """
-        done = step / self.config.loop.steps
+        done = step / self.config.loop.steps if done is None else done
         exactly = self.update.fp32 and replayed is not None
         acquire = Objective(self, drawn, dictionary, done, exactly)
         remember = None if replayed is None else Objective(self, replayed, dictionary, done, exactly)

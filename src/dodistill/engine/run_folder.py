@@ -132,7 +132,7 @@ def drop_checkpoints(path: Path) -> None:
 
 
 #: Files that a folder without config.json may contain: a user's recipe, or the remains of an early kill.
-_EARLY = ("config.yaml", ".config.json.tmp", ".lock")
+_EARLY = ("config.yaml", "plan.json", ".config.json.tmp", ".lock")
 
 
 #: What every version of dodistill has written into summary.json, and a finished run is delivered by.
@@ -176,8 +176,11 @@ class RunFolder(Watcher):
 
     keeps = True
 
-    def __init__(self, path: str | Path, config: Distill, create: bool = True) -> None:
-        """`create=False` only checks whether the folder is usable, and writes nothing."""
+    def __init__(
+        self, path: str | Path, config: Distill, create: bool = True, plan: Mapping[str, Any] | None = None
+    ) -> None:
+        """`create=False` only checks whether the folder is usable, and writes nothing. `plan`: the content of plan.json
+        (see `engine.budget`)."""
         self.path, self.config = Path(path), config
         self.notes: list[str] = []  #: sentences for the user, as on a damaged checkpoint that was skipped
         self._metrics: TextIO | None = None
@@ -232,6 +235,8 @@ class RunFolder(Watcher):
         # One process at a time: two would overwrite each other's checkpoints.
         lock = claim(self.path / ".lock", f"run folder {self.path}")
         self._unlock = weakref.finalize(self, lock.release)
+        if plan is not None:
+            self.write_json("plan.json", plan)
         write_atomically(known, json.dumps(tree, indent=1).encode())
 
     # ------------------------------------------------------------------------------------------- metrics
@@ -268,7 +273,7 @@ class RunFolder(Watcher):
         self.close()
         if not self._fresh or kept:
             return
-        for name in ("config.json", "metrics.jsonl", ".lock"):
+        for name in ("config.json", "plan.json", "metrics.jsonl", ".lock"):
             (self.path / name).unlink(missing_ok=True)
         _remove_empty(self._made)
 

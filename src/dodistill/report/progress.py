@@ -118,6 +118,9 @@ class Progress(Watcher):
     def on_start(self, step: int, steps: int) -> None:
         self.total = steps
 
+    def on_steps(self, step: int, steps: int) -> None:
+        self.total = steps
+
     def on_note(self, text: str) -> None:
         self.note(text)
 

@@ -107,6 +107,7 @@ class Config(SourceConfig):
     name: ClassVar[str] = "cmi"
     kind: ClassVar[Kind] = "inversion"
     needs: ClassVar[frozenset[str]] = frozenset({"batchnorm"})
+    costs: ClassVar[tuple[dict[str, float], ...]] = ({"iterations": 10}, {"batch": 16})
     trains: ClassVar[str] = "a generator per acquisition, a head"
     keeps: ClassVar[str] = "1 generator, head, Adam, bank of 2 * features per image"
     presets: ClassVar[dict[str, dict[str, Any]]] = {

@@ -54,6 +54,7 @@ class Config(SourceConfig):
     kind: ClassVar[Kind] = "data"
     needs: ClassVar[frozenset[str]] = frozenset({"unlabeled"})
     reads_labels: ClassVar[bool] = True
+    costs: ClassVar[tuple[dict[str, float], ...]] = ({"share": 0.0},)
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "cid-wrn40_4-wrn16_2": _cid(55.0, 0.1),
         "cid-wrn40_2-wrn16_2": _cid(65.0, 1.0),

@@ -21,8 +21,8 @@ Deviations, and why (tests/test_parity_wild.py has the released numbers)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as nnf
@@ -40,12 +40,14 @@ class Config(SourceConfig):
     warmup: int = 0
     every: int = 0
     n: int = 600_000  #: images kept (all, where there are fewer)
+    candidates: int = 0  #: images that the teacher labels, drawn at random; 0: all
     select: Literal["confident", "balanced", "random"] = "confident"
     chunk: int = 512  #: images per teacher forward
 
     name: ClassVar[str] = "dfnd"
     kind: ClassVar[Kind] = "sampler"
     needs: ClassVar[frozenset[str]] = frozenset({"unlabeled"})
+    costs: ClassVar[tuple[dict[str, float], ...]] = ({"candidates": 64},)
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": {
             "source": {"n": 600_000},
@@ -66,17 +68,22 @@ class Config(SourceConfig):
         "desk": "ours: the same losses on a schedule for two CPU cores",
     }
 
+    def counted(self, unlabeled: int) -> Self:
+        return replace(self, candidates=min(self.candidates or unlabeled, unlabeled))
+
     def build(self, context: Context) -> Source:
         return Dfnd(self, context)
 
 
 class Dfnd(Source):
-    """Labels all unlabelled images once, and keeps n."""
+    """Labels the unlabelled images once, and keeps n."""
 
     def __init__(self, config: Config, context: Context) -> None:
         super().__init__(context)
         self.config = config
         at_least(2, "source", n=config.n)
+        if config.candidates:
+            at_least(2, "source", " (0: all)", candidates=config.candidates)
         at_least(1, "source", chunk=config.chunk)
         have = 0 if context.unlabeled is None else len(context.unlabeled)
         if have < 2:
@@ -87,8 +94,12 @@ class Dfnd(Source):
 
     @torch.no_grad()
     def acquire(self, student: nn.Module, round: int) -> Acquired:
-        c = self.config
-        x, t = ask(self.context, c.chunk)
+        c, context = self.config, self.context
+        images = context.unlabeled
+        if images is not None and 0 < c.candidates < len(images):
+            some = torch.randperm(len(images), generator=self.generator, device=context.device)[: c.candidates]
+            context = replace(context, unlabeled=images[some.to(images.device)])
+        x, t = ask(context, c.chunk)
         keep = select(t, min(c.n, len(x)), c.select, self.generator)
         self.terms = {"selected": torch.tensor(float(len(keep))), "ce": nnf.cross_entropy(t[keep], t[keep].argmax(1))}
         return Acquired(x[keep.to(x.device)], t[keep])

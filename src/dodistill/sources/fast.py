@@ -85,6 +85,7 @@ class Config(GuidedConfig):
     name: ClassVar[str] = "fast"
     kind: ClassVar[Kind] = "generator"
     needs: ClassVar[frozenset[str]] = frozenset({"batchnorm"})
+    costs: ClassVar[tuple[dict[str, float], ...]] = ({"K": 2}, {"batch": 16})
     trains: ClassVar[str] = "a meta-generator, a copy per acquisition"
     keeps: ClassVar[str] = "2 generators, Adam"
     presets: ClassVar[dict[str, dict[str, Any]]] = {

@@ -87,6 +87,7 @@ class Config(GuidedConfig):
     name: ClassVar[str] = "fast_imagenet"
     kind: ClassVar[Kind] = "generator"
     needs: ClassVar[frozenset[str]] = frozenset({"batchnorm"})
+    costs: ClassVar[tuple[dict[str, float], ...]] = ({"K": 2}, {"batch": 16})
     trains: ClassVar[str] = "a meta-generator and latents, or one generator per class"
     keeps: ClassVar[str] = "2 generators, latents, Adam; or a bank on the host"
     presets: ClassVar[dict[str, dict[str, Any]]] = {

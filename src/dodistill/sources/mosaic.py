@@ -90,6 +90,7 @@ class Config(SourceConfig):
     kind: ClassVar[Kind] = "sampler"
     needs: ClassVar[frozenset[str]] = frozenset({"unlabeled"})
     generates: ClassVar[bool] = True
+    costs: ClassVar[tuple[dict[str, float], ...]] = ({"batch": 16},)
     trains: ClassVar[str] = "a generator, a patch discriminator"
     keeps: ClassVar[str] = "both, Adam, the unlabelled images"
     presets: ClassVar[dict[str, dict[str, Any]]] = {

@@ -114,6 +114,7 @@ class Config(GuidedConfig):
     name: ClassVar[str] = "nayer"
     kind: ClassVar[Kind] = "generator"
     needs: ClassVar[frozenset[str]] = frozenset({"batchnorm"})
+    costs: ClassVar[tuple[dict[str, float], ...]] = ({"iterations": 2}, {"batch": 16})
     trains: ClassVar[str] = "a generator, noisy layers per batch"
     keeps: ClassVar[str] = "1 generator, noisy layers"
     presets: ClassVar[dict[str, dict[str, Any]]] = {

@@ -61,6 +61,7 @@ class Config(SourceConfig):
     name: ClassVar[str] = "noise"
     kind: ClassVar[Kind] = "sampler"
     needs: ClassVar[frozenset[str]] = frozenset({"batchnorm"})
+    costs: ClassVar[tuple[dict[str, float], ...]] = ({"n": 64, "candidates": 64},)
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "desk": {
             "source": {"n": 1280, "candidates": 2560, "every": 10, "batch": 256},

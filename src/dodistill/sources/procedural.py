@@ -57,6 +57,7 @@ class Config(SourceConfig):
 
     name: ClassVar[str] = "procedural"
     kind: ClassVar[Kind] = "sampler"
+    costs: ClassVar[tuple[dict[str, float], ...]] = ({"n": 64, "candidates": 64},)
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "study": {
             "source": {"n": 50_000, "candidates": 150_000},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ class SourceConfig(Named, ABC):
         generates: whether one generator is trained through the whole run, so that `Source.makes_with` returns it.
         presets: named partial configs over all axes, e.g. {"desk": {"source": {"K": 5}, "optim": {"lr": 0.1}}}.
         origin: preset name -> the origin of its numbers (`ours` where the papers have none).
+        costs: for `loop.time`: groups of settings, each with its smallest value. The time of an acquisition is
+            proportional to each group, whose settings are reduced together.
         trains, keeps: for `dodistill methods`: the networks that it trains, and its memory besides the pool.
     """
 
@@ -38,12 +40,17 @@ class SourceConfig(Named, ABC):
     generates: ClassVar[bool] = False
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     origin: ClassVar[dict[str, str]] = {}
+    costs: ClassVar[tuple[dict[str, float], ...]] = ()
     trains: ClassVar[str] = "nothing"
     keeps: ClassVar[str] = "nothing"
 
     def teacher_passes(self) -> tuple[float, float]:
         """Forwards and backwards of the teacher for each image that joins the pool, its labelling included."""
         return 1.0, 0.0
+
+    def counted(self, unlabeled: int) -> Self:
+        """The same settings, with the number of unlabelled images in place of a 0 that means all of them."""
+        return self
 
     @abstractmethod
     def build(self, context: Context) -> Source: ...

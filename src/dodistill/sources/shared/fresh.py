@@ -53,6 +53,7 @@ class FreshConfig(SourceConfig):
     output: Literal["sigmoid", "standardised"] = "sigmoid"  #: pixels, or the teacher's normalised coordinates
 
     generates: ClassVar[bool] = True
+    costs: ClassVar[tuple[dict[str, float], ...]] = ({"batch": 16},)
     trains: ClassVar[str] = "a generator"
     keeps: ClassVar[str] = "1 generator, Adam"
 

@@ -1,0 +1,232 @@
+"""`loop.time`: fits acquisitions and steps to a time limit, by the speed of this machine.
+
+    limit - used - reserve = warm-up * a + steps * (s + a / every)
+
+with a the time of one acquisition, s that of one matching step, both measured on a small part, and the reserve for the
+last evaluation and the results. A schedule that fits keeps its acquisitions, and gets more steps. Otherwise
+acquisitions become fewer, then smaller, and the steps fewer. During the run `plan.Plan` adjusts the steps.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config.checks import seconds_in
+from ..config.contracts import SourceSettings
+from ..config.tree import Distill
+from ..core.context import Context
+from ..core.precision import trial
+from ..evaluation.evaluate import predict
+from ..files import read_object
+from .job import Job, Test
+from .plan import Plan
+
+ACQUIRE = 0.4  #: largest share of the time for acquisitions, where they must be cut
+WARM = 0.15  #: largest share of it for the warm-up of a source
+ROUNDS = 8  #: acquisitions that a run has at least, where its source has several
+LOOK = 0.05  #: largest share for evaluations during the run
+TESTS = 0.2  #: largest share for the test images at its end; else a random part of them counts
+FEWEST = 200  #: test images that count at least
+RESULTS = 3.0  #: seconds for weights, figures and report
+FILE = "plan.json"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Measured durations in seconds."""
+
+    step: float  #: one matching step, with the teacher's logits
+    acquisition: float  #: one acquisition under the settings of the run; 0: unknown
+    answer: float  #: the student's logits of one image
+    asked: float  #: the teacher's
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A job that fits its time limit, the plan of its steps, and the content of plan.json."""
+
+    job: Job
+    plan: Plan
+    record: dict[str, Any]
+
+
+def begun(config: Distill, folder: str | Path | None) -> Distill:
+    """The config as it was fitted when the run in this folder began; else `config` itself."""
+    record = _record(config, folder)
+    return config if record is None else _with(config, record)
+
+
+def fit(job: Job, folder: str | Path | None, began: float) -> Fitted:
+    """Fit a job to `loop.time`, counted from `began` (time.monotonic()). A run begun in `folder` keeps its fit."""
+    config, seconds = job.config, seconds_in(job.config.loop.time, "loop.time")
+    if (record := _record(config, folder)) is not None:
+        return _fitted(job, _with(config, record), record, seconds, began)
+    speed = measured(job)
+    tests = whole = 0 if job.test is None else len(job.test.x)
+    each = 2 * speed.answer + speed.asked  # the last student, its average, the teacher
+    if tests * each > TESTS * seconds:
+        tests = min(tests, max(FEWEST, int(TESTS * seconds / each)))
+    evaluation = 2 * speed.answer * (tests + min(config.pool.holdout_capacity, 512))
+    reserve = evaluation + tests * speed.asked + RESULTS
+    left = max(0.0, seconds - reserve - (time.monotonic() - began))
+    source = config.source.counted(0 if job.unlabeled is None else len(job.unlabeled))
+    mine, said = fitted(source, config, speed, left, evaluation)
+    if tests < whole:
+        said.append(f"accuracies are of {tests} of the {whole} test images")
+    record = {
+        "tests": tests,
+        "given": config.to_tree(), "reserve": round(reserve, 3), "said": said,
+        "source": {k: getattr(mine.source, k) for k in ("warmup", "every", *_names(mine.source))},
+        "loop": {"steps": mine.loop.steps, "eval_every": mine.loop.eval_every},
+    }  # fmt: skip
+    return _fitted(job, mine, record, seconds, began)
+
+
+def _fitted(job: Job, config: Distill, record: dict[str, Any], seconds: float, began: float) -> Fitted:
+    test = job.test
+    if test is not None and record["tests"] < len(test.x):
+        some = torch.randperm(len(test.x), generator=torch.Generator().manual_seed(0))[: record["tests"]]
+        test = Test(test.x[some.to(test.x.device)], test.y[some.to(test.y.device)])
+    plan = Plan(config.loop.steps, seconds, began, record["reserve"])
+    return Fitted(replace(job, config=config, test=test, notes=(*job.notes, spoken(record))), plan, record)
+
+
+def spoken(record: Mapping[str, Any]) -> str:
+    """What a fit changed, in one sentence."""
+    limit = record["given"]["loop"]["time"]
+    return f"time {limit}: " + ("; ".join(record["said"]) or "nothing was cut") + " (the steps follow the speed)."
+
+
+def _record(config: Distill, folder: str | Path | None) -> dict[str, Any] | None:
+    path = None if folder is None else Path(folder) / FILE
+    if path is None or not path.exists():
+        return None
+    record = read_object(path, "choose another --out")
+    return record if record.get("given") == config.to_tree() else None
+
+
+def _with(config: Distill, record: Mapping[str, Any]) -> Distill:
+    return replace(config, source=_set(config.source, record["source"]), loop=replace(config.loop, **record["loop"]))
+
+
+def _set(source: SourceSettings, values: Mapping[str, Any]) -> Any:
+    return replace(source, **values)  # type: ignore[type-var]
+
+
+def _names(source: SourceSettings) -> list[str]:
+    return [name for group in source.costs for name in group]
+
+
+# ------------------------------------------------------------------------------------------------- measuring
+
+
+def measured(job: Job) -> Speed:
+    """The durations of the parts of a run, from small ones. Nothing of the run changes: all streams are its own."""
+    config, context = job.config, job.context()
+    assert context.student is not None
+    student, batch = copy.deepcopy(context.student), config.loop.batch
+    work = trial(student, context.image_shape, context.device, context.teacher.answers)
+    step = _timed(lambda: work(min(batch, 32)), context) * batch / min(batch, 32)
+    grey = torch.full((64, *context.image_shape), 127, dtype=torch.uint8)
+    answer = _timed(lambda: predict(student, grey, autocast=context.autocast), context) / 64
+    asked = _timed(lambda: predict(context.teacher, grey, autocast=context.autocast), context) / 64
+    given = 0 if job.unlabeled is None else len(job.unlabeled)
+    acquisition = _acquisition(config.source.counted(given), context, student)
+    return Speed(step, acquisition, answer, asked)
+
+
+def _timed(work: Callable[[], object], context: Context) -> float:
+    """The duration of `work` at its second call, if the first was short."""
+    seconds = 0.0
+    for _ in range(2):
+        start = time.perf_counter()
+        work()
+        if context.device.type == "cuda":
+            torch.cuda.synchronize(context.device)
+        seconds = time.perf_counter() - start
+        if seconds > 1:
+            break
+    return seconds
+
+
+def _acquisition(settings: SourceSettings, context: Context, student: torch.nn.Module) -> float:
+    """The duration of one acquisition, from one as small as its settings allow; 0 if they do not say what it costs."""
+    if not settings.costs:
+        return 0.0
+    small, share = scaled(settings, 0.0)
+    source = small.build(context)
+
+    def work() -> None:
+        got = source.acquire(student.eval(), small.warmup + 1)
+        if got.logits is None:
+            context.label(got.images if got.images.dtype == torch.uint8 else (got.images * 255).to(torch.uint8))
+
+    return _timed(work, context) / share
+
+
+# --------------------------------------------------------------------------------------------------- fitting
+
+
+def scaled(settings: SourceSettings, share: float) -> tuple[Any, float]:
+    """The same source with acquisitions of about `share` of the cost, and the share that its smallest values allow."""
+    values: dict[str, Any] = {}
+    reached, groups = 1.0, list(settings.costs)
+    for i, group in enumerate(groups):
+        wanted = (share / reached) ** (1 / (len(groups) - i)) if share else 0.0
+        have = {name: getattr(settings, name) for name in group if getattr(settings, name)}
+        least = max((group[name] / value for name, value in have.items()), default=1.0)
+        part = min(1.0, max(wanted, least, 1e-3))
+        for name, value in have.items():
+            values[name] = value * part if isinstance(value, float) else max(1, math.ceil(value * part))
+        reached *= part
+    return _set(settings, values), reached
+
+
+def fitted(
+    source: SourceSettings, config: Distill, speed: Speed, left: float, evaluation: float
+) -> tuple[Distill, list[str]]:
+    """A config for `left` seconds of acquisitions and steps, and sentences on what was cut. `source` is the config's,
+    with its numbers of images known (`counted`); `evaluation`: seconds of one."""
+    s, a, loop, said = max(speed.step, 1e-9), speed.acquisition, config.loop, []
+    every, warmup = source.every, source.warmup
+    if _steps(left, s, a, warmup, every) < loop.steps:  # the schedule does not fit
+        most = ACQUIRE * left / (ROUNDS if every else 1)
+        if a > most:
+            was, (source, share) = source, scaled(source, most / a)
+            a *= share
+            names = [n for n in _names(source) if getattr(source, n) != getattr(was, n)]
+            said += [f"source.{n} {_short(getattr(source, n))} instead of {_short(getattr(was, n))}" for n in names]
+        if warmup * a > WARM * left:
+            warmup = int(WARM * left / a)
+            said.append(f"source.warmup {warmup} instead of {source.warmup}")
+        if every:
+            every = max(every, math.ceil(a * (1 - ACQUIRE) / (ACQUIRE * s)))
+            steps, rounds = _steps(left, s, a, warmup, every), max(1, min(ROUNDS, int(ACQUIRE * left / a) - warmup))
+            if steps < rounds * every:
+                every = max(1, int((left - a * (warmup + rounds)) / s) // rounds)
+        if every != source.every:
+            said.append(f"source.every {every} instead of {source.every}")
+    steps = max(1, _steps(left, s, a, warmup, every))
+    looks = max(1.0, LOOK * left / max(evaluation, 1e-9))
+    eval_every = max(1, min(loop.eval_every, steps // 4), math.ceil(steps / looks))
+    source = _set(source, {"warmup": warmup, "every": every})
+    said = [f"{steps} steps instead of {loop.steps}", *said] if steps != loop.steps else said
+    return replace(config, source=source, loop=replace(loop, steps=steps, eval_every=eval_every)), said
+
+
+def _steps(left: float, step: float, acquisition: float, warmup: int, every: int) -> int:
+    """The steps that fit in `left` seconds."""
+    before = acquisition * (warmup + 1)  # the first step follows one acquisition after the warm-up
+    return max(0, int((left - before) / (step + (acquisition / every if every else 0.0))))
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,50 @@
+"""What more time would change in a run with a time limit, in sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..config.contracts import SourceSettings
+from ..config.methods import Choice
+from .format import count, duration
+
+RISE = 1.0  #: points in the last quarter of the steps above which a curve still rises
+
+
+def more_time(
+    curve: Sequence[tuple[int, float]],
+    steps: int,
+    source: SourceSettings,
+    batch: int,
+    images: int,
+    longer: tuple[float, Choice] | None = None,
+) -> str:
+    """Sentences on a finished run.
+
+    Args:
+        curve: (step, agreement in %) of its evaluations.
+        steps, batch: its length.
+        source: its source, as it was fitted to the time.
+        images: acquired in all.
+        longer: what `--source auto` takes with more time, and from which limit on.
+    """
+    said = [_curve(curve, steps)]
+    if source.every == 0 and images and steps * batch / images < 4:
+        said.append(
+            f"Each of the {count(images)} images was drawn {steps * batch / images:.1f} times; more steps help."
+        )
+    if longer is not None:
+        limit, choice = longer
+        said.append(f"From {duration(limit)} on, --source auto takes {choice.source}, preset {choice.preset}.")
+    return " ".join(said)
+
+
+def _curve(curve: Sequence[tuple[int, float]], steps: int) -> str:
+    before = [value for step, value in curve if step <= 0.8 * steps]
+    if not before or not curve:
+        return f"Only {count(steps)} steps fitted in the time, too few for a curve: give more time."
+    rise = curve[-1][1] - before[-1]
+    share = f"in the last {100 - round(100 * max(s for s, _ in curve if s <= 0.8 * steps) / steps)} % of the steps"
+    if rise > RISE:
+        return f"Agreement with the teacher rose by {rise:.1f} points {share}: more time should help."
+    return f"Agreement with the teacher changed by {rise:+.1f} points {share}: more time changes little here."

@@ -1,0 +1,297 @@
+"""`--time`: a run that ends, with a student, when its time is up; `--max-seconds` inside an acquisition."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor, nn
+
+from dodistill import DodistillError, distill
+from dodistill.api import require_one_length
+from dodistill.commands.cli import main
+from dodistill.config import registry
+from dodistill.config.checks import seconds_in
+from dodistill.config.methods import LONG, SHORT, longer
+from dodistill.config.tree import Distill
+from dodistill.core.deadline import Deadline
+from dodistill.core.watch import Watcher
+from dodistill.data.images import Images
+from dodistill.engine.budget import ROUNDS, Speed, fitted, scaled
+from dodistill.engine.plan import Plan
+from dodistill.engine.run_folder import RunFolder
+from dodistill.report.more_time import more_time
+from helpers import SHAPE, config, job, same, student, tree, untimed
+
+
+class Slow(nn.Module):
+    """A teacher that takes `seconds` for each pass."""
+
+    def __init__(self, model: nn.Module, seconds: float) -> None:
+        super().__init__()
+        self.model, self.seconds = model, seconds
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(self.seconds)
+        out: Tensor = self.model(x)
+        return out
+
+
+# ------------------------------------------------------------------------------------------------- durations
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("", math.inf), ("90", 90), ("90s", 90), ("10m", 600), ("1.5h", 5400), ("1h30m", 5400), ("1h 2m 3s", 3723)],
+)  # fmt: skip
+def test_durations(text: str, seconds: float) -> None:
+    assert seconds_in(text, "loop.time") == seconds
+
+
+@pytest.mark.parametrize("text", ["ten", "10 minutes", "-5", "0", "0m", "1.2.3s", "5s3m", "inf", "nan", "."])
+def test_other_texts_are_refused_with_their_value(text: str) -> None:
+    with pytest.raises(DodistillError, match=rf"loop.time is '{text}'; .*as in 90s, 10m or 1h30m"):
+        config("real", loop={"time": text})
+
+
+def test_steps_and_time_are_not_both_given(capsys: pytest.CaptureFixture[str], teacher: nn.Module) -> None:
+    with pytest.raises(DodistillError, match="steps 5 and time 10m are both given; give one"):
+        require_one_length({"loop.steps": 5, "loop.time": "10m"})
+    with pytest.raises(DodistillError, match="steps 5 and time 60 are both given"):
+        distill(teacher, student(), steps=5, time=60, image_shape=SHAPE)
+    assert main(["distill", "--teacher", "tiny4", "--student", "tiny4", "--steps", "5", "--time", "60"]) == 2
+    assert "steps 5 and time 60 are both given" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------ plan
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def walk(plan: Plan, clock: Clock, seconds: Any) -> tuple[int, list[float]]:
+    """Steps of `seconds(step)` until the plan ends: (steps, the shares done after each)."""
+    step, done = 0, [plan.done(0)]
+    while step < plan.steps:
+        clock.now += seconds(step)
+        step += 1
+        plan.adjust(step)
+        done.append(plan.done(step))
+    return step, done
+
+
+def test_without_a_limit_the_steps_are_fixed() -> None:
+    plan = Plan(7)
+    assert [plan.done(s) for s in range(8)] == [s / 7 for s in range(8)]
+    assert not plan.adjust(3)
+    assert plan.steps == 7
+    assert plan.state_dict() == {}
+
+
+@pytest.mark.parametrize("planned", [5, 100, 10_000])
+@pytest.mark.parametrize(
+    "seconds", [lambda _: 1.0, lambda s: 1.0 if s < 40 else 3.0, lambda s: 3.0 if s < 20 else 0.5,
+                lambda s: 6.0 if s % 8 == 0 else 0.5],
+    ids=["steady", "slower", "faster", "bursts"],
+)  # fmt: skip
+def test_the_last_step_falls_at_the_limit_whatever_was_planned(planned: int, seconds: Any) -> None:
+    clock = Clock()
+    plan = Plan(planned, 120.0, began=clock.now, reserve=20.0, clock=clock)
+    steps, done = walk(plan, clock, seconds)
+    used = clock.now - 100.0
+    assert used <= 100.0 + 6.0, "at most one step beyond the limit"
+    assert planned == 5 or used >= 93.0, "and the time is used"
+    assert done[0] == 0.0
+    assert done[-1] == pytest.approx(1.0, abs=0.02)
+    assert all(0 < b - a < 0.5 for a, b in itertools.pairwise(done)), "the share done only grows, and without a jump"
+    assert len(done) == steps + 1
+
+
+def test_the_plan_of_a_resumed_run_goes_on_with_what_is_left() -> None:
+    clock = Clock()
+    plan = Plan(1000, 100.0, began=clock.now, clock=clock)
+    for step in range(1, 41):
+        clock.now += 1.0
+        plan.adjust(step)
+    state, share = json.loads(json.dumps(plan.state_dict())), plan.done(40)
+    clock.now += 5000.0  # a night
+    again = Plan(1000, 100.0, began=clock.now, clock=clock)
+    again.load_state_dict(state, used=40.0)
+    assert again.done(40) == pytest.approx(share)
+    assert again.used() == pytest.approx(40.0)
+    step = 40
+    while step < again.steps:
+        clock.now += 1.0
+        step += 1
+        again.adjust(step)
+    assert 98 <= step <= 101
+
+
+# --------------------------------------------------------------------------------------------------- fitting
+
+
+def cost(cfg: Distill, was: Distill, speed: Speed) -> float:
+    """The predicted time of a fitted config, if an acquisition costs in proportion to its settings."""
+    ratio = 1.0
+    for group in was.source.costs:
+        name = next(n for n in group if getattr(was.source, n))
+        ratio *= getattr(cfg.source, name) / getattr(was.source, name)
+    a, source, steps = speed.acquisition * ratio, cfg.source, cfg.loop.steps
+    rounds = source.warmup + (math.ceil(steps / source.every) if source.every else 1)
+    return rounds * a + steps * speed.step
+
+
+@pytest.mark.parametrize("name", registry.names("source"))
+@pytest.mark.parametrize("left", [3.0, 30.0, 300.0, 30_000.0])
+@pytest.mark.parametrize("acquisition", [0.01, 1.0, 50.0])
+def test_every_source_fits(name: str, left: float, acquisition: float) -> None:
+    source = {"name": name} if name != "dfnd" else {"name": name, "candidates": 40_000}
+    was, speed = config(name, steps=2000, source=source), Speed(0.1, acquisition, 0.001, 0.001)
+    now, said = fitted(was.source, was, speed, left, evaluation=0.1)
+    once = cost(replace(now, loop=replace(now.loop, steps=1)), was, speed)  # what cannot be cut
+    assert cost(now, was, speed) <= max(left * 1.1, once + 0.1) or not was.source.costs
+    if was.source.warmup * acquisition + 2000 * 0.1 + 2000 / max(was.source.every, 1) * acquisition < 0.9 * left:
+        assert now.source == was.source, "a schedule that fits is not cut"
+        assert now.loop.steps > 2000
+    for setting in ("warmup", "every", *(n for group in was.source.costs for n in group)):
+        if getattr(now.source, setting) != getattr(was.source, setting):
+            assert any(line.startswith(f"source.{setting} ") for line in said), f"{setting} was cut without a word"
+    if now.source.every and now.loop.steps > 10 * ROUNDS:
+        assert now.loop.steps > now.source.every, "the student sees more than the first acquisition"
+    assert now.loop.eval_every <= now.loop.steps
+
+
+def test_scaled_settings_cost_what_they_say() -> None:
+    inversion = config("deepinv", source={"name": "deepinv", "iterations": 1000, "batch": 256}).source
+    quarter, share = scaled(inversion, 0.25)
+    assert share == pytest.approx(0.25, rel=0.02)
+    assert quarter.iterations * quarter.batch == pytest.approx(0.25 * 256_000, rel=0.02)
+    least, share = scaled(inversion, 0.0)
+    assert (least.iterations, least.batch) == (10, 16)
+    assert share == pytest.approx(160 / 256_000)
+    pictures = config("procedural", source={"name": "procedural", "n": 20_000, "candidates": 60_000}).source
+    tenth, _ = scaled(pictures, 0.1)
+    assert (tenth.n, tenth.candidates) == (2000, 6000)
+    tiny = config("procedural", source={"name": "procedural", "n": 50, "candidates": 60}).source
+    assert scaled(tiny, 0.0) == (tiny, 1.0), "never more than was asked for"
+
+
+def test_dfnd_asks_about_some_of_the_images(teacher: nn.Module, digits: Images) -> None:
+    it = job(teacher, config("dfnd", source={"name": "dfnd", "n": 500, "candidates": 64}), digits.x)
+    it.acquire(Watcher())
+    assert it.acquirer.pool.seen + it.acquirer.holdout.seen == 64
+    whole = config("dfnd").source
+    assert whole.counted(300) == config("dfnd", source={"name": "dfnd", "n": 200, "candidates": 300}).source
+
+
+# ---------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.mark.parametrize("seconds", [0.5, 8.0])
+def test_there_is_always_a_student_a_report_and_a_sentence(
+    seconds: float, teacher: nn.Module, digits_test: Images, tmp_path: Path
+) -> None:
+    settings = {k: v for k, v in tree("procedural").items() if k not in ("loop", "source", "intervention")}
+    start = time.monotonic()
+    result = distill(
+        teacher, student(), source="auto", image_shape=SHAPE, test=digits_test, out=tmp_path / "run", verbose=False,
+        time=seconds, loop={"threads": 1, "device": "cpu"}, **settings,
+    )  # fmt: skip
+    took, summary = time.monotonic() - start, result.summary
+    assert summary["finished"]
+    assert summary["steps"] >= 1
+    assert summary["time"]["limit"] == seconds
+    assert took < seconds + 15, "the report, on a busy machine"
+    if seconds > 5:
+        assert summary["time"]["used"] <= seconds
+        assert summary["steps"] > 20
+    assert "From 3 min 00 s on, --source auto takes fast" in summary["time"]["more"]
+    assert any(line.startswith(f"time {seconds}: ") for line in summary["warnings"])
+    assert "give more time" in (tmp_path / "run" / "report.html").read_text() or seconds > 5
+    shown = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert shown["loop"]["time"] == str(seconds)
+    assert (tmp_path / "run" / "student.safetensors").exists()
+    again = distill(
+        teacher, student(), source="auto", image_shape=SHAPE, test=digits_test, out=tmp_path / "run", verbose=False,
+        time=seconds, loop={"threads": 1, "device": "cpu"}, **settings,
+    )  # fmt: skip
+    assert again.summary["steps"] == summary["steps"], "a finished run is not run again"
+
+
+def test_max_seconds_stops_inside_an_acquisition(teacher: nn.Module, tmp_path: Path) -> None:
+    """Labelling takes 40 passes of 0.1 s; the deadline comes after about 0.5 s, and nothing is lost but the passes."""
+    cfg = config("procedural", source={**tree("procedural")["source"], "chunk": 4}, loop={"eval_every": 100})
+    slow = job(Slow(teacher, 0.1), cfg)
+    start = time.monotonic()
+    folder = RunFolder(tmp_path / "run", cfg)
+    assert not slow.run(folder, (), Deadline(start + 0.5))
+    folder.close()
+    assert time.monotonic() - start < 1.5
+    assert slow.stopped.startswith("at labelling images ")
+    assert slow.stopped.endswith("of acquisition 1")
+    assert not list((tmp_path / "run").glob("*.pt"))
+    again, whole = job(Slow(teacher, 0.0), cfg), job(Slow(teacher, 0.0), cfg)
+    folder = RunFolder(tmp_path / "run", cfg)
+    assert again.run(folder)
+    folder.close()
+    assert whole.run()
+    same(untimed(again.state_dict()), untimed(whole.state_dict()))
+
+
+def test_an_acquisition_that_would_overrun_is_left_to_the_next_start(teacher: nn.Module, tmp_path: Path) -> None:
+    cfg = config("noise", source={**tree("noise")["source"], "every": 2}, steps=6)
+    it, folder = job(Slow(teacher, 0.15), cfg), RunFolder(tmp_path / "run", cfg)  # four passes for each acquisition
+    ends: list[float] = []
+
+    class Late:
+        """Passes once two steps are done and another acquisition is due."""
+
+        def __lt__(self, now: float) -> bool:
+            ends.append(now - time.monotonic())
+            return it.step == 2 and now > time.monotonic() + 0.3
+
+    assert not it.run(folder, (), Late())  # type: ignore[arg-type]
+    folder.close()
+    assert (it.step, it.acquirer.round) == (2, 1), "the second acquisition was not begun"
+    saved = RunFolder(tmp_path / "run", cfg).load()
+    assert saved is not None
+    assert saved[0]["step"] == 2
+    assert max(ends) == pytest.approx(it.acquirer.expected, rel=0.5)
+
+
+# ----------------------------------------------------------------------------------------------- more time
+
+
+def test_what_more_time_would_change() -> None:
+    source = config("procedural").source
+    rising, flat = [(100, 40.0), (200, 60.0), (300, 70.0)], [(100, 90.0), (200, 91.0), (300, 91.2)]
+    assert "rose by 10.0 points in the last 33 % of the steps: more time should help" in more_time(
+        rising, 300, source, 16, 1000
+    )
+    said = more_time(flat, 300, source, 128, 20_000, longer(True, False, 60.0, (3, 32, 32)))
+    assert "changed by +0.2 points" in said
+    assert "Each of the 20,000 images was drawn 1.9 times" in said
+    assert said.endswith("From 3 min 00 s on, --source auto takes fast, preset desk.")
+    assert "Only 3 steps fitted" in more_time([(3, 5.0)], 3, source, 16, 1000)
+    assert more_time(flat, 300, config("fast").source, 128, 2000).count(".") == 2
+
+
+def test_longer_names_the_next_limit_that_matters() -> None:
+    found = longer(True, False, 60.0, (3, 32, 32))
+    assert found is not None
+    assert found[0] == SHORT
+    found = longer(True, False, 600.0, (3, 32, 32))
+    assert found is not None
+    assert (found[0], found[1].preset) == (LONG, "wrn")
+    assert longer(True, False, 7 * 3600.0, (3, 32, 32)) is None
