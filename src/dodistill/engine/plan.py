@@ -51,8 +51,8 @@ class Plan:
 
     def done(self, step: int) -> float:
         """The share of the run that `step` steps are: 0 at the start, 1 at the last step. It determines the rates."""
-        at, share = self._anchor
-        return share + (1 - share) * (step - at) / max(self.steps - at, 1)
+        since, share = self._anchor
+        return share + (1 - share) * (step - since) / max(self.steps - since, 1)
 
     def adjust(self, step: int) -> bool:
         """Set the steps that still fit, from time to time, once `step` steps are done. True if they changed.
@@ -66,9 +66,9 @@ class Plan:
             self._marks.append((now, step))
         elif now < self.end and now - self._marks[-1][0] < self.seconds / TIMES:
             return False
-        (then, at), steps = self._marks[0], step
-        if now < self.end and step > at:
-            steps = step + max(1, int((self.end - now) * (step - at) / (now - then)))
+        (then, since), steps = self._marks[0], step
+        if now < self.end and step > since:
+            steps = step + max(1, int((self.end - now) * (step - since) / (now - then)))
         elif now < self.end:
             return False
         self._marks.append((now, step))
@@ -78,11 +78,11 @@ class Plan:
 
     def state_dict(self) -> dict[str, Any]:
         """Empty without a time limit: the config has the steps."""
-        return {"steps": self.steps, "at": self._anchor[0], "share": self._anchor[1]} if self.limited else {}
+        return {"steps": self.steps, "since": self._anchor[0], "share": self._anchor[1]} if self.limited else {}
 
     def load_state_dict(self, state: Mapping[str, Any], used: float) -> None:
         """`used`: the seconds of the run before this process."""
         if state:
-            self.steps, self._anchor = state["steps"], (state["at"], state["share"])
+            self.steps, self._anchor = state["steps"], (state["since"], state["share"])
             self.end -= used
             self._marks.clear()
