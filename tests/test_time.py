@@ -238,7 +238,7 @@ def test_max_seconds_stops_inside_an_acquisition(teacher: nn.Module, tmp_path: P
     assert not slow.run(folder, (), Deadline(start + 0.5))
     folder.close()
     assert time.monotonic() - start < 1.5
-    assert slow.stopped.startswith("at labelling images ")
+    assert slow.stopped.startswith("in labelling images, ")
     assert slow.stopped.endswith("of acquisition 1")
     assert not list((tmp_path / "run").glob("*.pt"))
     again, whole = job(Slow(teacher, 0.0), cfg), job(Slow(teacher, 0.0), cfg)

@@ -69,7 +69,7 @@ class Distiller:
             with self._watched(tell, deadline):
                 finished = self._loop(folder, tell, deadline)
         except _OutOfTime as reached:
-            self.stopped = f"{reached} of acquisition {self.acquirer.round + 1}"
+            self.stopped = f"{reached}, of acquisition {self.acquirer.round + 1}"
         except Diverged as error:
             raise error.located(self.step, self.config.optim.lr) from None
         finally:
@@ -83,7 +83,7 @@ class Distiller:
         def progress(what: str, done: int, total: int) -> None:
             tell.on_progress(what, done, total)
             if time.monotonic() > deadline and done < total:
-                raise _OutOfTime(f"at {what} {done} of {total}")
+                raise _OutOfTime(f"in {what}, {done} of {total}")
 
         before, self.context.progress = self.context.progress, progress
         try:

@@ -34,10 +34,7 @@ class Plan:
         self.steps, self.seconds, self.began, self.reserve = steps, seconds, began, reserve
         self.end = began + seconds - reserve  #: when the last step should be done
         self._clock = clock
-        self._anchor = (
-            0,
-            0.0,
-        )  # a step, and the share done at it: at a change of `steps`, the share goes on from there
+        self._anchor = (0, 0.0)  # the step of the last change of `steps`, and the share done then
         self._marks: deque[tuple[float, int]] = deque(maxlen=WINDOW)
 
     @property
