@@ -448,6 +448,7 @@ def test_a_shipped_student_can_teach(teacher: nn.Module, digits: Images, tmp_pat
 def test_the_student_as_onnx(teacher: nn.Module, digits: Images, tmp_path: Path) -> None:
     pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
     result = shipped(teacher, digits, tmp_path / "run")
     file = tmp_path / "student.onnx"
     assert main(["export", str(tmp_path / "run"), str(file)]) == 0

@@ -180,7 +180,7 @@ def test_export(result: dodistill.Result, tmp_path: Path) -> None:
     path = result.export(tmp_path / "s.safetensors")
     x = torch.rand(3, *SHAPE)
     assert torch.equal(load_model(str(path)).eval()(x), result.student(x))
-    with pytest.raises(DodistillError, match=r"FILE\.safetensors or FILE\.onnx"):
+    with pytest.raises(DodistillError, match=r"s\.tflite; there are .*FILE\.onnx \(ONNX\), FILE\.pt2"):
         result.export(tmp_path / "s.tflite")
 
 

@@ -25,6 +25,7 @@ from .core.watch import Watcher
 from .data.accept import accept, as_labels
 from .data.images import Images, contexts_of, load_images, refuse_one_class, require_fit
 from .engine import Distiller, Job, Test, budget
+from .engine.inputs import Inputs, read_inputs, sample, write_inputs
 from .engine.job import require_same
 from .engine.loop import FORMAT
 from .engine.run_folder import NoFolder, RunFolder, write_atomically
@@ -384,7 +385,13 @@ def _result(
     pool = it.acquirer.pool
     some = torch.randperm(len(pool), generator=torch.Generator().manual_seed(0))[:64].to(pool.device)
     history = recorded if folder.path is None else read_history(folder.path)
-    return Result(student, summary, folder.path, history, pool.x[some].cpu(), it.context.image_shape)
+    kept = _kept(it) if len(pool) else None if folder.path is None else read_inputs(folder.path)
+    return Result(student, summary, folder.path, history, pool.x[some].cpu(), it.context.image_shape, kept)
+
+
+def _kept(it: Distiller) -> Inputs:
+    pool, held = it.acquirer.pool, it.acquirer.holdout
+    return sample(pool.x, pool.logits, held.x, held.logits)
 
 
 def _time(it: Distiller, history: History) -> dict[str, Any]:
@@ -494,6 +501,7 @@ def _deliver(it: Distiller, best: nn.Module, folder: RunFolder, summary: dict[st
     n = min(64, len(pool))
     index = torch.randperm(len(pool), generator=torch.Generator().manual_seed(0))[:n]
     save_grid(pool.x[index.to(pool.device)].cpu(), path / "samples.png")
+    write_inputs(path, _kept(it))
     if dictionary is not None:
         folder.write_json("dictionary.json", {"P": dictionary.P.tolist(), "Z": dictionary.Z.tolist()})
     write_atomically(path / "README.md", model_card(config, summary).encode())

@@ -4,33 +4,98 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from ..api import shape_of
-from ..engine.run_folder import check_writable, newest_pool
+from torch import nn
+
+from ..api import load_teacher, shape_of
+from ..config import plugins
+from ..config.tree import resolve
+from ..data.images import load_images
+from ..engine.inputs import read_inputs
+from ..engine.run_folder import newest_pool
 from ..errors import DodistillError
-from ..models import load_model
-from ..models.onnx import export_onnx
+from ..files import read_object
+from ..models import Normalized, load_model
+from ..report.front_matter import LICENCE
+from ..report.hub import connect, content, push
 from ..report.images import export_images
+from ..report.ship import ENDINGS, Material, Shape, of_images, of_run, ship
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Write the pool of a run as images, or its student as ONNX."""
+    """Write a run's student for deployment, checked and timed, or the images of a run; or upload the student."""
 
-    run: str  #: a run folder; for ONNX, also a .safetensors
-    target: str  #: a folder for the images, or FILE.onnx
+    run: str  #: a run folder; for a student, also a .safetensors
+    targets: Annotated[tuple[str, ...], "[OUT ...]"] = ()  #: files .onnx, .int8.onnx, .pt2, .safetensors, or a folder
+    calibrate: Annotated[str, "DATA"] = ""  #: unlabelled images for .int8.onnx, in place of those that the run kept
+    push: Annotated[str, "OWNER/NAME"] = ""  #: upload weights, OUT files, config and model card to the Hugging Face hub
+    private: bool = False  #: with --push: a private repository
+    licence: Annotated[str, "ID"] = LICENCE  #: with --push: the hub's id of the licence; other: as the teacher
 
 
 def run(arguments: Arguments) -> int:
-    source, target = Path(arguments.run), Path(arguments.target)
-    if target.suffix == ".onnx":
-        check_writable(target)
-        model = load_model(str(source / "student.safetensors" if source.is_dir() else source))
-        print(export_onnx(model, target, shape_of(model)))
-        return 0
+    source, targets = Path(arguments.run), [Path(target) for target in arguments.targets]
+    if not targets and not arguments.push:
+        raise DodistillError(f"export what? Give files that end in {', '.join(ENDINGS)}, or a folder for the images.")
+    if len(targets) == 1 and (targets[0].is_dir() or not targets[0].suffix):
+        if arguments.push:
+            raise DodistillError(f"--push uploads a student, and {targets[0]} is a folder for images; remove one.")
+        return _images(source, targets[0])
+    hub = connect(arguments.push, arguments.private) if arguments.push else None
+    if hub is not None:
+        content(source, hub.repo, {}, arguments.licence)  # a folder without a finished run is refused now
+    files = _student(source, targets, arguments.calibrate) if targets else {}
+    if hub is not None:
+        uploaded = content(source, hub.repo, files, arguments.licence)
+        print(f"{push(hub, uploaded)}: {', '.join(sorted(uploaded))}")
+    return 0
+
+
+def _images(source: Path, target: Path) -> int:
     if target.exists() and not target.is_dir():
         raise DodistillError(f"{target} is a file; give a folder for the images, or FILE.onnx for the student.")
     pool = newest_pool(source)
     n = export_images(pool["x"], target, pool["logits"].argmax(1))
     print(f"{n} images in {target}, one folder for each class that the teacher predicts")
     return 0
+
+
+def student_of(source: Path) -> tuple[Normalized, Path]:
+    """The student of a run folder, or the model of a .safetensors; and its file."""
+    file = source / "student.safetensors" if source.is_dir() else source
+    return load_model(str(file)), file
+
+
+def _student(source: Path, targets: list[Path], calibrate: str) -> dict[Path, str]:
+    """Write the files. Returns a sentence on each."""
+    for target in targets:
+        if target.suffix == ".safetensors" and target.exists():
+            raise DodistillError(f"{target} is there already; choose another file, or delete it.")
+    model, file = student_of(source)
+    shape = shape_of(model)
+    said = ship(model, targets, shape, _material(source, shape, calibrate), weights=file)
+    print(said.text)
+    return said.notes
+
+
+def _material(source: Path, shape: Shape, calibrate: str) -> Material | None:
+    """The images given, else those that the run kept; None without any."""
+    if calibrate:
+        images = load_images(calibrate, "train", False, shape)
+        return of_images(images.x, f"images of {calibrate}", _teacher(source, shape))
+    inputs = read_inputs(source) if source.is_dir() else None
+    return None if inputs is None else of_run(inputs)
+
+
+def _teacher(source: Path, shape: Shape) -> nn.Module | None:
+    """The teacher that the config of a run names; None for one that was given in memory, that is gone, or that needs
+    code to run."""
+    try:
+        tree = read_object(source / "config.json", "give a run folder")
+        if plugins.model_file(tree["teacher"]["spec"]):
+            return None
+        return load_teacher(resolve({"teacher": tree["teacher"]}).teacher, shape)[0]
+    except (DodistillError, KeyError, TypeError):
+        return None

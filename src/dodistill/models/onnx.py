@@ -3,42 +3,126 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
+import json
+import logging
 import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from .. import __version__
 from ..errors import DodistillError
 from ..files import replacing
 from ..functional.modes import evaluating
+from .normalized import Normalized
+
+Shape = tuple[int, int, int]
+Run = Callable[[Tensor], Tensor]  #: images fp32 [n, C, H, W] in [0, 1] -> logits [n, K]
 
 
-def export_onnx(model: nn.Module, path: str | Path, image_shape: tuple[int, int, int]) -> Path:
-    """Write `model` for batches of any size; input `images` fp32 [n, C, H, W] in [0, 1], output `logits` [n, K].
+def require_onnx() -> None:
+    """Raise DodistillError, which names the extra, if a library for ONNX is missing."""
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise DodistillError(f"ONNX export needs {error.name}: pip install 'dodistill[onnx]'") from error
+
+
+def facts(model: nn.Module, image_shape: Shape) -> dict[str, Any]:
+    """What an exported file tells about its model: version, inputs, and of a `Normalized` its spec (class names, where
+    they are known) and normalisation."""
+    out: dict[str, Any] = {
+        "dodistill": __version__, "image_shape": list(image_shape),
+        "images": "float32 [n, C, H, W] in [0, 1]; the normalisation is inside",
+    }  # fmt: skip
+    if isinstance(model, Normalized):
+        out |= {key: value for key, value in model.spec.items() if value is not None}
+        out |= {"mean": model.mean.flatten().tolist(), "std": model.std.flatten().tolist()}
+    return out
+
+
+def onnx_bytes(model: nn.Module, image_shape: Shape) -> bytes:
+    """`model` as an ONNX file for batches of any size; input `images` fp32 [n, C, H, W] in [0, 1], output `logits`
+    [n, K]. Its metadata are `facts`, lists as JSON.
 
     Raises DodistillError without the optional libraries, and for a network that the exporter cannot convert.
     """
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise DodistillError(f"ONNX export needs {error.name}: pip install 'dodistill[onnx]'") from error
+    require_onnx()
+    import onnx
+
     device = next(model.parameters()).device
     images = torch.full((2, *image_shape), 0.5, device=device)
-    said = io.StringIO()
     try:
-        with evaluating(model), warnings.catch_warnings(), contextlib.redirect_stdout(said):
-            warnings.simplefilter("ignore")  # the exporter's own warnings
+        with evaluating(model), quiet():
             program = torch.onnx.export(
                 model, (images,), input_names=["images"], output_names=["logits"], dynamo=True,
                 dynamic_shapes=({0: torch.export.Dim("n")},), verbose=False,
             )  # fmt: skip
     except Exception as error:  # the exporter raises many kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DodistillError(f"this network cannot be exported to ONNX: {reason}") from error
+        raise DodistillError(
+            f"this network cannot be exported to ONNX: {reason(error)}; FILE.pt2 (torch.export) and FILE.safetensors "
+            "are other formats."
+        ) from error
     assert program is not None
+    proto = program.model_proto
+    onnx.helper.set_model_props(proto, as_text(facts(model, image_shape)))
+    data: bytes = proto.SerializeToString()
+    return data
+
+
+def export_onnx(model: nn.Module, path: str | Path, image_shape: Shape) -> Path:
+    """Write `onnx_bytes`, unchecked; `report.ship` also compares the file with the model."""
+    data = onnx_bytes(model, image_shape)
     with replacing(Path(path)) as file:
-        file.write(program.model_proto.SerializeToString())
+        file.write(data)
     return Path(path)
+
+
+def onnx_runner(data: bytes) -> Run:
+    """The network of an ONNX file on one CPU thread of onnxruntime. Raises DodistillError if it cannot be read."""
+    require_onnx()
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    try:
+        session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has a kind for each status
+        raise DodistillError(f"onnxruntime does not read the exported network: {reason(error)}") from error
+
+    def run(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(["logits"], {"images": images.contiguous().numpy()})[0])
+
+    return run
+
+
+def as_text(values: Mapping[str, Any]) -> dict[str, str]:
+    """Texts as they are, everything else as JSON."""
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error of a library."""
+    said = str(error).strip()
+    return said.splitlines()[0][:300] if said else type(error).__name__
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the exporters' own warnings, log lines and prints."""
+    logger = logging.getLogger("torch")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)

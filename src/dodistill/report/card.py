@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from ..config.tree import code_in
 from .format import count, duration, percent
+from .front_matter import LICENCE, front_matter
 
 LAST = "last epoch"
 BEST = "best on test (selection on the test set; as the literature reports)"
@@ -62,8 +64,33 @@ def delivered(summary: Mapping[str, Any]) -> str:
     return kinds.get(str(summary.get("delivered")), "the student's weights")
 
 
-def model_card(config: Mapping[str, Any], summary: Mapping[str, Any], folder: str = ".") -> str:
-    """Markdown for `README.md`: the student, its training, scores, limits, and use."""
+def hub_usage(repo: str, files: Iterable[str] = ()) -> str:
+    """Python that loads the student from the hub, and its ONNX file, if there is one."""
+    python = (
+        "import dodistill\n"
+        "from huggingface_hub import hf_hub_download\n\n"
+        f'student = dodistill.load_model(hf_hub_download("{repo}", "student.safetensors")).eval()\n'
+        "logits = student(images)    # float in [0, 1], shape [B, C, H, W]"
+    )
+    name = next((name for name in files if name.endswith(".onnx")), None)
+    if name is None:
+        return python
+    return python + (
+        "\n\n# or without dodistill and torch:\n"
+        "import onnxruntime\n\n"
+        f'session = onnxruntime.InferenceSession(hf_hub_download("{repo}", "{name}"))\n'
+        '(logits,) = session.run(None, {"images": images})    # numpy, float32 in [0, 1], shape [B, C, H, W]'
+    )
+
+
+def model_card(
+    config: Mapping[str, Any], summary: Mapping[str, Any], folder: str = ".", *, repo: str = "",
+    files: Mapping[str, str] = MappingProxyType({}), licence: str = LICENCE,
+) -> str:  # fmt: skip
+    """Markdown for `README.md`: the student, its training, scores, limits, and use.
+
+    `repo`: OWNER/NAME, of a card for the hub; `files`: exported files beside it -> a sentence on each.
+    """
     teacher, student = name_of(config, summary, "teacher"), name_of(config, summary, "student")
     source = part(config, "source", "name") or "unknown"
     intervention = config.get("intervention") or "none"
@@ -99,11 +126,7 @@ def model_card(config: Mapping[str, Any], summary: Mapping[str, Any], folder: st
     warnings = [f"- {re.sub(r'[<>]', '', str(w))}" for w in summary.get("warnings") or []]
     return "\n".join(
         [
-            "---",
-            "library_name: dodistill",
-            "license: other",
-            "tags: [image-classification, knowledge-distillation, data-free]",
-            "---",
+            front_matter(config, summary, licence, list(files)),
             "",
             f"# {_code(student)} distilled from {_code(teacher)}",
             "",
@@ -117,8 +140,13 @@ def model_card(config: Mapping[str, Any], summary: Mapping[str, Any], folder: st
             *(["Command:", "", _block(str(command), "sh"), ""] if command else []),
             "## Data",
             "",
-            "None of the teacher's training data was used. The student learned from substitution inputs that the "
-            f"source {_code(source)} made or found, and from the teacher's predictions for them.",
+            (
+                f"The student learned from images that were given (source {_code(source)}), and from the teacher's "
+                "predictions for them. They may be the teacher's training data."
+                if source in ("data", "real")
+                else "None of the teacher's training data was used. The student learned from substitution inputs that "
+                f"the source {_code(source)} made or found, and from the teacher's predictions for them."
+            ),
             "",
             "## Numbers",
             "",
@@ -128,16 +156,19 @@ def model_card(config: Mapping[str, Any], summary: Mapping[str, Any], folder: st
             "",
             "- It repeats the teacher's mistakes and adds its own; agreement on substitution inputs says little about "
             "inputs that look different.",
-            "- Substitution data can be imbalanced over the classes; see the class proportions in `report.html`.",
+            "- Substitution data can be imbalanced over the classes"
+            + ("." if repo else "; see the class proportions in `report.html`."),
             "- It was not tested for robustness, calibration or fairness.",
             *warnings,
             "",
+            *(["## Files", "", *(f"- {_code(name)}: {text}" for name, text in files.items()), ""] if files else []),
             "## Usage",
             "",
-            _block(usage(folder)[0], "python"),
+            _block(hub_usage(repo, files) if repo else usage(folder)[0], "python"),
             "",
             "## Licence",
             "",
+            *([f"Published under {_code(licence)}.", ""] if licence != LICENCE else []),
             "The weights derive from the teacher and inherit its terms. If the source drew on other models or images, "
             "theirs apply too. dodistill itself claims no rights in them.",
             "",

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from ..core.watch import Watcher
 from ..data.accept import accept
 from ..data.images import Images
+from ..engine.inputs import Inputs
 from ..errors import DodistillError
 from ..evaluation.evaluate import scores
 from ..evaluation.monitor import read_metrics
-from ..models import save_model
-from ..models.onnx import export_onnx
 from .canvas import LIGHT
 from .figures import curves
 from .format import number
 from .images import grid
+from .ship import of_images, of_run, ship
 
 Record = dict[str, Any]
 
@@ -85,6 +85,7 @@ class Result:
         history: what was logged, evaluated and said of the pool.
         inputs: some of the images that the student learned from, uint8 [n, C, H, W].
         image_shape: (C, H, W).
+        kept: a sample of the inputs with the teacher's logits, on which `export` calibrates and checks.
     """
 
     student: nn.Module
@@ -93,6 +94,7 @@ class Result:
     history: History = field(default_factory=History, repr=False)
     inputs: Tensor | None = field(default=None, repr=False)
     image_shape: tuple[int, int, int] = (0, 0, 0)
+    kept: Inputs | None = field(default=None, repr=False)
 
     @property
     def finished(self) -> bool:
@@ -103,14 +105,21 @@ class Result:
         """Measures of the student on labelled images (`data.accept` has the forms): see `dodistill.evaluate`."""
         return scores(self.student, labelled(test, self.image_shape), teacher)
 
-    def export(self, path: str | Path) -> Path:
-        """Write the student: FILE.safetensors, which `load_model` reads, or FILE.onnx, with its normalisation."""
-        path = Path(path)
-        if path.suffix == ".onnx":
-            return export_onnx(self.student, path, self.image_shape)
-        if path.suffix != ".safetensors":
-            raise DodistillError(f"cannot export to {path}; give FILE.safetensors or FILE.onnx.")
-        return save_model(self.student, path, agreement=self.summary.get("agreement"))
+    def export(self, path: str | Path, calibrate: Any = None, verbose: bool = True) -> Path:
+        """Write the student, from images in [0, 1] to logits, normalisation included, by the ending of the file.
+
+        .onnx; .pt2 (torch.export); .int8.onnx (8-bit integers, calibrated on inputs of the run, or on `calibrate`,
+        unlabelled images in any form); .safetensors, which `load_model` reads. The file is compared with the student
+        (`report.ship`); `verbose` prints the comparison, sizes and latencies. Raises DodistillError for another
+        ending, and for a file that would not answer as the student does.
+        """
+        material = None if self.kept is None else of_run(self.kept)
+        if calibrate is not None:
+            material = of_images(accept(calibrate, self.image_shape, "calibration").x, "images given")
+        said = ship(self.student, [path], self.image_shape, material, agreement=self.summary.get("agreement"))
+        if verbose:
+            print(said.text)
+        return Path(path)
 
     def __repr__(self) -> str:
         s = self.summary

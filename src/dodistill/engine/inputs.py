@@ -1,0 +1,106 @@
+"""A sample of a run's images in its folder, `inputs.npz`: an export is calibrated and checked on it, without data.
+
+The pool is large, and `compare` deletes it with the checkpoints. The sample stays.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import DodistillError
+from ..files import replacing
+from .run_folder import load_tensors, newest_pool
+
+FILE = "inputs.npz"
+MOST = 512  #: images of each kind
+LARGEST = 32 << 20  #: bytes of each kind
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Some of the images of a run, with the teacher's logits of each.
+
+    Attributes:
+        x: uint8 [n, C, H, W], images that the student learned from, drawn at even shares of the teacher's classes.
+        t: fp32 [n, K], the teacher's logits of them.
+        held: uint8 [m, C, H, W], images that were held back from training, drawn at random.
+        held_t: fp32 [m, K], the teacher's logits of them.
+    """
+
+    x: Tensor
+    t: Tensor
+    held: Tensor
+    held_t: Tensor
+
+
+def even(classes: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """Indices [at most n] into `classes` [N], at even shares: each class in turn gives one, until it has no more.
+
+    Within a class, and for the last turn, the choice is random.
+    """
+    order = torch.randperm(len(classes), generator=generator)
+    shuffled = classes.cpu()[order]
+    by_class = shuffled.argsort(stable=True)
+    counts = torch.bincount(shuffled)
+    first = counts.cumsum(0) - counts
+    turn = torch.empty_like(by_class)
+    turn[by_class] = torch.arange(len(classes)) - first[shuffled[by_class]]
+    return order[turn.argsort(stable=True)[:n]]
+
+
+def sample(x: Tensor, logits: Tensor, held: Tensor, held_logits: Tensor) -> Inputs:
+    """The sample of a pool and of its held-back images; the same for the same pool."""
+    n = max(1, min(MOST, LARGEST // max(1, x[0].numel()))) if len(x) else MOST
+    g = torch.Generator().manual_seed(0)
+    some = even(logits.argmax(1), n, g).to(x.device)
+    other = torch.randperm(len(held), generator=g)[:n].to(held.device)
+    return Inputs(x[some].cpu(), logits[some].float().cpu(), held[other].cpu(), held_logits[other].float().cpu())
+
+
+def write_inputs(folder: Path, inputs: Inputs) -> None:
+    """Write the sample into a run folder, atomically."""
+    with replacing(folder / FILE) as file:
+        np.savez(file, **{name: value.numpy() for name, value in vars(inputs).items()})
+
+
+def read_inputs(folder: Path) -> Inputs | None:
+    """The sample in a run folder; of a run without the file, from its checkpoint; None if it has neither.
+
+    Raises DodistillError for a damaged file.
+    """
+    path = folder / FILE
+    if path.exists():
+        return _read(path)
+    try:
+        pool = newest_pool(folder)
+        held = load_tensors(folder / "checkpoint.pt")["acquirer"]["holdout"]
+        return sample(pool["x"], pool["logits"], held["x"], held["logits"])
+    except (DodistillError, KeyError, TypeError):
+        return None
+
+
+def _read(path: Path) -> Inputs:
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as found:
+            parts = {name: torch.from_numpy(found[name]) for name in ("x", "t", "held", "held_t")}
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise DodistillError(f"{path} is damaged ({error}); delete it, and give --calibrate DATA.") from error
+    _check(path, parts)
+    return Inputs(**parts)
+
+
+def _check(path: Path, parts: dict[str, Any]) -> None:
+    for images, logits in (("x", "t"), ("held", "held_t")):
+        x, t = parts[images], parts[logits]
+        if x.dtype != torch.uint8 or x.dim() != 4 or t.dim() != 2 or len(x) != len(t) or not t.is_floating_point():
+            raise DodistillError(
+                f"{path} is damaged ({images} {x.dtype} {tuple(x.shape)}, {logits} {t.dtype} {tuple(t.shape)}); delete "
+                "it, and give --calibrate DATA."
+            )
