@@ -41,6 +41,7 @@ from .report.images import save_grid
 from .report.progress import Progress
 from .report.report import write_report
 from .report.result import History, Recorder, Result, labelled, read_history
+from .report.trackers import open_trackers, track_names
 
 Shape = tuple[int, int, int]
 
@@ -140,6 +141,7 @@ def distill(
     out: str | Path | None = None,
     verbose: bool = True,
     watchers: Sequence[Watcher] = (),
+    track: str | Sequence[str] = "",
     allow_code: Allow = False,
     steps: int | None = None,
     batch: int | None = None,
@@ -168,6 +170,8 @@ def distill(
         out: the run folder; without one nothing is written, and nothing can be resumed.
         verbose: show progress on stderr.
         watchers: your own `Watcher`s; they receive every log, evaluation, pool description and warning.
+        track: `tensorboard`, `wandb`, `trackio`, several joined by commas or as a list; needs `out`, which keeps the
+            trackers' run ids. A tracker that fails ends with a warning, and the run goes on.
         allow_code: which code files named by `source` and `settings` may run: all (True), or those at these paths.
         steps, batch, lr, seed: short for loop={"steps": ..., "batch": ..., "seed": ...} and optim={"lr": ...}.
         settings: the rest of the config tree, as in loop={"steps": 500}, kdci={"scale": 2.0}, preset="desk",
@@ -182,6 +186,7 @@ def distill(
     for name, model in (("teacher", teacher), ("student", student), ("foreign", foreign)):
         if not isinstance(model, nn.Module) and not (name == "foreign" and model is None):
             raise DodistillError(f"{name} is {model!r}; it must be a torch.nn.Module, as load_model(NAME) returns.")
+    track = track_names(track)
     chosen = {} if intervention is None else {"intervention": intervention}
     short = {"loop.steps": steps, "loop.batch": batch, "optim.lr": lr, "loop.seed": seed}
     given = expand(settings)
@@ -207,7 +212,7 @@ def distill(
         pixels, y = found.x, found.y if labels is None else as_labels(labels, len(found))
     tested = _test(test, shape)
     job = Job(config, teacher, student, shape, pixels, y, tested, foreign=foreign, choice=choice)
-    return run(job, out, verbose, watchers=watchers)
+    return run(job, out, verbose, watchers=watchers, track=track)
 
 
 def settle(
@@ -230,8 +235,10 @@ def choose_source(
 
 
 def distill_config(config: Distill, out: str | Path | None, verbose: bool = True, deadline: float = float("inf"),
-                   command: str = "", report: bool = True, choice: methods.Choice | None = None) -> Result:  # fmt: skip
+                   command: str = "", report: bool = True, choice: methods.Choice | None = None,
+                   track: str | Sequence[str] = "") -> Result:  # fmt: skip
     """`distill` from a config alone, which names the models and data. The command line calls this function."""
+    track = track_names(track)
     if out is not None:
         RunFolder(out, config, create=False)  # refuse a foreign folder before anything heavy is loaded
     teacher, shape = load_teacher(config.teacher, config.data.image_shape)
@@ -268,7 +275,7 @@ def distill_config(config: Distill, out: str | Path | None, verbose: bool = True
         choice,
         command,
     )
-    return run(job, out, verbose, deadline, report)
+    return run(job, out, verbose, deadline, report, track=track)
 
 
 def run(
@@ -278,6 +285,7 @@ def run(
     deadline: float = float("inf"),
     report: bool = True,
     watchers: Sequence[Watcher] = (),
+    track: str | Sequence[str] = "",
 ) -> Result:
     """Build, run (or resume), and write the results to the folder. A finished run is not repeated."""
     config = job.config
@@ -289,7 +297,7 @@ def run(
     try:
         if (done := folder.summary()) is not None:
             return _again(it, folder, done, report)
-        return _run(it, folder, title if verbose else "", deadline, report, watchers)
+        return _run(it, folder, title if verbose else "", deadline, report, watchers, track)
     except BaseException:
         if not it.acquirer.round:  # nothing was computed
             folder.abandon()
@@ -299,8 +307,9 @@ def run(
 
 
 def _run(
-    it: Distiller, folder: RunFolder | NoFolder, title: str, deadline: float, report: bool, watchers: Sequence[Watcher]
-) -> Result:
+    it: Distiller, folder: RunFolder | NoFolder, title: str, deadline: float, report: bool, watchers: Sequence[Watcher],
+    track: str | Sequence[str],
+) -> Result:  # fmt: skip
     """Run to the end or to the deadline, and deliver. An empty title: no progress is shown."""
     job, config = it.job, it.config
     said = [*job.notes, *config.clashes, *it.acquirer.source.notes]
@@ -308,10 +317,12 @@ def _run(
         said.append("bf16 is emulated on this CPU, about ten times slower than fp32; use --loop.precision fp32.")
     recorder = Recorder()
     with Progress(config.loop.steps, title) if title else nullcontext(Watcher()) as progress:
+        trackers = open_trackers(track, folder.path, config, progress.on_note)
         for note in [*([str(job.choice)] if job.choice is not None else []), *said]:
-            progress.on_note(note)
-        finished = it.run(folder, [progress, recorder, *watchers], deadline)
-    said += folder.notes
+            for part in (progress, *trackers):
+                part.on_note(note)
+        finished = it.run(folder, [progress, recorder, *trackers, *watchers], deadline)
+    said += [*folder.notes, *(part.failure for part in trackers if part.failure)]
     if not finished:
         return _result(it, it.matcher.student, {"finished": False, "step": it.step}, folder, recorder.history)
     which, best = it.scorer.delivered()
