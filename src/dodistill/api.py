@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import resource
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -19,6 +18,7 @@ from .config.contracts import InterventionSettings, SourceSettings
 from .config.plugins import Allow
 from .config.tree import Distill, Model, Tree, expand, merge, resolve
 from .core.precision import emulated
+from .core.runtime import peak_memory_mb
 from .core.watch import Watcher
 from .data.accept import accept, as_labels
 from .data.images import Images, contexts_of, load_images, refuse_one_class, require_fit
@@ -389,9 +389,6 @@ def _name(part: Model, model: nn.Module) -> str:
 def _summary(it: Distiller, which: str, notes: list[str]) -> dict[str, Any]:
     job, config, acquirer = it.job, it.config, it.acquirer
     device, score, shares = it.context.device, it.scorer.last, acquirer.pool.class_shares()
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(device) / 2**20
     summary: dict[str, Any] = {
         "agreement": score["agreement_ema" if which == "ema" else "agreement"],
         "agreement_last": score["agreement"],
@@ -411,7 +408,7 @@ def _summary(it: Distiller, which: str, notes: list[str]) -> dict[str, Any]:
         "seconds": round(it.clock.seconds, 2),
         "acquire_seconds": round(acquirer.seconds, 2),
         "match_seconds": round(it.clock.seconds - acquirer.seconds, 2),
-        "peak_memory_mb": round(memory, 1),
+        "peak_memory_mb": peak_memory_mb(device),
         **({} if config.replay.name == "none" else {"replay_memory_mb": round(acquirer.replay.memory / 2**20, 3)}),
         "log": {k: float(f"{v:.6g}") for k, v in it.meter.last.items()},
         "command": job.command,

@@ -220,7 +220,7 @@ def _start(
     run.mkdir(parents=True, exist_ok=True)
     recipe = run.with_suffix(".yaml")
     tree = cell.config.to_tree()
-    recipe.write_text(yaml.safe_dump(tree))
+    recipe.write_text(yaml.safe_dump(tree), encoding="utf-8")
     command = [*DODISTILL, "distill", str(recipe), "--out", str(run), "--quiet", "--no-report",
                "--loop.threads", str(cell.config.loop.threads or threads)]  # fmt: skip
     if plugins.paths(tree):  # this process has run the same code to read the config, and `code` has its hash
@@ -244,7 +244,7 @@ def _finish(cell: Cell, process: subprocess.Popen[bytes], out: Path, n: int, tot
         )
         return
     if process.returncode:
-        tail = run.with_suffix(".log").read_text().strip().splitlines()[-1:]
+        tail = run.with_suffix(".log").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
         print(f"[{n}/{total}] {where}: FAILED (exit status {process.returncode}) {' '.join(tail)}", file=sys.stderr)
         return
     record = record_of(cell, read_object(run / "summary.json", "delete the run's folder, and rerun the command"))
