@@ -59,7 +59,8 @@ def test_no_help_imports_torch() -> None:
 
 _WITHOUT = """
 import importlib, sys
-for name in ("sklearn", "timm", "torchvision", "onnx", "onnxscript", "onnxruntime", "huggingface_hub"):
+for name in ("sklearn", "timm", "torchvision", "onnx", "onnxscript", "onnxruntime", "huggingface_hub", "tensorboard",
+             "wandb", "trackio"):
     sys.modules[name] = None
 for name in NAMES:
     importlib.import_module(name)
@@ -84,7 +85,10 @@ def test_everything_imports_and_runs_without_the_optional_libraries() -> None:
     assert python(_WITHOUT.replace("NAMES", repr(MODULES))) == "2"
 
 
-OPTIONAL = ["sklearn", "timm", "torchvision", "onnx", "onnxscript", "onnxruntime", "huggingface_hub"]
+OPTIONAL = [
+    "sklearn", "timm", "torchvision", "onnx", "onnxscript", "onnxruntime", "huggingface_hub", "tensorboard", "wandb",
+    "trackio",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OPTIONAL)

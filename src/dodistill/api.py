@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import resource
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -21,6 +20,7 @@ from .config.contracts import InterventionSettings, SourceSettings
 from .config.plugins import Allow
 from .config.tree import Distill, Model, Tree, expand, merge, resolve
 from .core.precision import emulated
+from .core.runtime import peak_memory_mb
 from .core.watch import Watcher
 from .data.accept import accept, as_labels
 from .data.images import Images, contexts_of, load_images, refuse_one_class, require_fit
@@ -45,6 +45,7 @@ from .report.more_time import more_time
 from .report.progress import Progress
 from .report.report import write_report
 from .report.result import History, Recorder, Result, labelled, read_history
+from .report.trackers import open_trackers, track_names
 
 Shape = tuple[int, int, int]
 
@@ -144,6 +145,7 @@ def distill(
     out: str | Path | None = None,
     verbose: bool = True,
     watchers: Sequence[Watcher] = (),
+    track: str | Sequence[str] = "",
     allow_code: Allow = False,
     steps: int | None = None,
     batch: int | None = None,
@@ -173,6 +175,8 @@ def distill(
         out: the run folder; without one nothing is written, and nothing can be resumed.
         verbose: show progress on stderr.
         watchers: your own `Watcher`s; they receive every log, evaluation, pool description and warning.
+        track: `tensorboard`, `wandb`, `trackio`, several joined by commas or as a list; needs `out`, which keeps the
+            trackers' run ids. A tracker that fails ends with a warning, and the run goes on.
         allow_code: which code files named by `source` and `settings` may run: all (True), or those at these paths.
         steps, batch, lr, seed: short for loop={"steps": ..., "batch": ..., "seed": ...} and optim={"lr": ...}.
         time: limit for the whole run, as in "10m" or 600 (seconds): acquisitions and steps are fitted to it. Not with
@@ -190,6 +194,7 @@ def distill(
         if not isinstance(model, nn.Module) and not (name == "foreign" and model is None):
             raise DodistillError(f"{name} is {model!r}; it must be a torch.nn.Module, as load_model(NAME) returns.")
     began = monotonic()
+    track = track_names(track)
     chosen = {} if intervention is None else {"intervention": intervention}
     short = {"loop.steps": steps, "loop.batch": batch, "optim.lr": lr, "loop.seed": seed,
              "loop.time": time if time is None else str(time)}  # fmt: skip
@@ -217,7 +222,7 @@ def distill(
         pixels, y = found.x, found.y if labels is None else as_labels(labels, len(found))
     tested = _test(test, shape)
     job = Job(config, teacher, student, shape, pixels, y, tested, foreign=foreign, choice=choice)
-    return run(job, out, verbose, watchers=watchers, began=began)
+    return run(job, out, verbose, watchers=watchers, began=began, track=track)
 
 
 def time_in(tree: Mapping[str, Any]) -> float:
@@ -257,11 +262,12 @@ def choose_source(
 
 def distill_config(config: Distill, out: str | Path | None, verbose: bool = True, deadline: float = float("inf"),
                    command: str = "", report: bool = True, choice: methods.Choice | None = None,
-                   began: float | None = None) -> Result:  # fmt: skip
+                   began: float | None = None, track: str | Sequence[str] = "") -> Result:  # fmt: skip
     """`distill` from a config alone, which names the models and data. The command line calls this function.
 
     `began`: the start of the command in time.monotonic(), from which `loop.time` counts; None: now.
     """
+    track = track_names(track)
     began = monotonic() if began is None else began
     if out is not None:  # refuse a foreign folder before anything heavy is loaded
         RunFolder(out, budget.begun(config, out), create=False)
@@ -299,7 +305,7 @@ def distill_config(config: Distill, out: str | Path | None, verbose: bool = True
         choice,
         command,
     )
-    return run(job, out, verbose, deadline, report, began=began)
+    return run(job, out, verbose, deadline, report, began=began, track=track)
 
 
 def run(
@@ -310,6 +316,7 @@ def run(
     report: bool = True,
     watchers: Sequence[Watcher] = (),
     began: float | None = None,
+    track: str | Sequence[str] = "",
 ) -> Result:
     """Build, run (or resume), and write the results to the folder. A finished run is not repeated.
 
@@ -328,7 +335,7 @@ def run(
     try:
         if (done := folder.summary()) is not None:
             return _again(it, folder, done, report)
-        return _run(it, folder, title if verbose else "", deadline, report, watchers)
+        return _run(it, folder, title if verbose else "", deadline, report, watchers, track)
     except BaseException:
         if not it.acquirer.round:  # nothing was computed
             folder.abandon()
@@ -338,8 +345,9 @@ def run(
 
 
 def _run(
-    it: Distiller, folder: RunFolder | NoFolder, title: str, deadline: float, report: bool, watchers: Sequence[Watcher]
-) -> Result:
+    it: Distiller, folder: RunFolder | NoFolder, title: str, deadline: float, report: bool, watchers: Sequence[Watcher],
+    track: str | Sequence[str],
+) -> Result:  # fmt: skip
     """Run to the end or to the deadline, and deliver. An empty title: no progress is shown."""
     job, config = it.job, it.config
     said = [*job.notes, *config.clashes, *it.acquirer.source.notes]
@@ -347,10 +355,12 @@ def _run(
         said.append("bf16 is emulated on this CPU, about ten times slower than fp32; use --loop.precision fp32.")
     recorder = Recorder()
     with Progress(it.plan.steps, title) if title else nullcontext(Watcher()) as progress:
+        trackers = open_trackers(track, folder.path, config, progress.on_note)
         for note in [*([str(job.choice)] if job.choice is not None else []), *said]:
-            progress.on_note(note)
-        finished = it.run(folder, [progress, recorder, *watchers], deadline)
-    said += folder.notes
+            for part in (progress, *trackers):
+                part.on_note(note)
+        finished = it.run(folder, [progress, recorder, *trackers, *watchers], deadline)
+    said += [*folder.notes, *(part.failure for part in trackers if part.failure)]
     if not finished:
         reached = {"finished": False, "step": it.step, "steps": it.plan.steps, "stopped": it.stopped}
         return _result(it, it.matcher.student, reached, folder, recorder.history)
@@ -438,9 +448,6 @@ def _name(part: Model, model: nn.Module) -> str:
 def _summary(it: Distiller, which: str, notes: list[str]) -> dict[str, Any]:
     job, config, acquirer = it.job, it.config, it.acquirer
     device, score, shares = it.context.device, it.scorer.last, acquirer.pool.class_shares()
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(device) / 2**20
     summary: dict[str, Any] = {
         "agreement": score["agreement_ema" if which == "ema" else "agreement"],
         "agreement_last": score["agreement"],
@@ -460,7 +467,7 @@ def _summary(it: Distiller, which: str, notes: list[str]) -> dict[str, Any]:
         "seconds": round(it.clock.seconds, 2),
         "acquire_seconds": round(acquirer.seconds, 2),
         "match_seconds": round(it.clock.seconds - acquirer.seconds, 2),
-        "peak_memory_mb": round(memory, 1),
+        "peak_memory_mb": peak_memory_mb(device),
         **({} if config.replay.name == "none" else {"replay_memory_mb": round(acquirer.replay.memory / 2**20, 3)}),
         "log": {k: float(f"{v:.6g}") for k, v in it.meter.last.items()},
         "command": job.command,

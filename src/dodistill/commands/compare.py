@@ -61,14 +61,16 @@ class Arguments:
     show: Annotated[list[str], "NAME"] = dataclasses.field(default_factory=list)  #: add a logged value: kdci/F_over_S
     dry_run: bool = False  #: list the cells and which are done, run nothing
     allow_code: bool = False  #: allow code files that the recipe names to run
+    track: Annotated[str, "NAMES"] = ""  #: log each cell to tensorboard, wandb, trackio, or several, joined by commas
 
 
 def run(arguments: Arguments) -> int:
     a = arguments
     out = Path(a.out) if a.out else None
     return compare(
-        Path(a.recipe), out, a.jobs, a.budget or None, a.only, a.table, a.dry_run, a.against, a.show, a.allow_code
-    )
+        Path(a.recipe), out, a.jobs, a.budget or None, a.only, a.table, a.dry_run, a.against, a.show, a.allow_code,
+        a.track,
+    )  # fmt: skip
 
 
 #: A child process. -P keeps the current folder off its import path: a yaml.py that lies there is not imported.
@@ -90,11 +92,12 @@ def seconds_of(text: str | None) -> float:
 
 def compare(path: Path, out: Path | None, jobs: int = 1, budget: str | None = None, only: list[str] | None = None,
             table: bool = False, dry_run: bool = False, against: str = "",
-            show: Sequence[str] = (), allow_code: bool = False) -> int:  # fmt: skip
+            show: Sequence[str] = (), allow_code: bool = False, track: str = "") -> int:  # fmt: skip
     """Run the unfinished cells within the budget, and print the table. Returns 0, or 75 when cells are left.
 
     `against`, as in intervention=plain or replay=none,update=plain, adds the differences from that arm, paired by seed;
     `show` adds columns to both. `allow_code`: code files that the recipe names may run.
+    `track`: trackers for each cell's run; no part of a cell's identity.
     """
     recipe = read_recipe(path)
     out = out or Path("runs") / str(recipe.get("name", path.stem))
@@ -102,11 +105,15 @@ def compare(path: Path, out: Path | None, jobs: int = 1, budget: str | None = No
     at_least(1, "compare", jobs=jobs)
     check_writable(out / "compare.html")
     with stopping(deadline):
-        return _compare(recipe, out, jobs, deadline, only or [], table, dry_run, against, show, allow_code)
+        return _compare(recipe, out, jobs, deadline, only or [], table, dry_run, against, show, allow_code, track)
 
 
 def _compare(recipe: Tree, out: Path, jobs: int, deadline: Deadline, only: list[str], table: bool, dry_run: bool,
-             against: str, show: Sequence[str], allow_code: bool) -> int:  # fmt: skip
+             against: str, show: Sequence[str], allow_code: bool, track: str) -> int:  # fmt: skip
+    if track:
+        from ..report.trackers import track_names
+
+        track = ",".join(track_names(track))
     if not (table or dry_run) and not teach_missing(recipe, out / "teachers", deadline, allow_code):
         print("budget spent while training the teachers; rerun the command to resume.", file=sys.stderr)
         return STOPPED
@@ -118,7 +125,7 @@ def _compare(recipe: Tree, out: Path, jobs: int, deadline: Deadline, only: list[
             print(f"{'todo' if cell in todo else 'done'}  {cell.key}  {cell.label}")
         return 0
     if not table:
-        _run_all(todo, out, jobs, deadline)
+        _run_all(todo, out, jobs, deadline, track)
     return _report(recipe, chosen, out, against, show)
 
 
@@ -179,7 +186,7 @@ def _status(command: Sequence[str], deadline: Deadline) -> int:
     return STOPPED if process.returncode == -signal.SIGTERM else process.returncode
 
 
-def _run_all(todo: list[Cell], out: Path, jobs: int, deadline: Deadline) -> None:
+def _run_all(todo: list[Cell], out: Path, jobs: int, deadline: Deadline, track: str = "") -> None:
     """Run at most `jobs` processes at a time. They share the cores evenly."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
     running: list[tuple[Cell, subprocess.Popen[bytes]]] = []
@@ -187,7 +194,7 @@ def _run_all(todo: list[Cell], out: Path, jobs: int, deadline: Deadline) -> None
     try:
         while waiting or running:
             while waiting and len(running) < jobs and not deadline.passed:
-                running.append(_start(waiting.pop(0), out, threads, deadline))
+                running.append(_start(waiting.pop(0), out, threads, deadline, track))
             for item in list(running):
                 if item[1].poll() is not None:
                     running.remove(item)
@@ -206,16 +213,20 @@ def _run_all(todo: list[Cell], out: Path, jobs: int, deadline: Deadline) -> None
             process.wait()
 
 
-def _start(cell: Cell, out: Path, threads: int, deadline: float) -> tuple[Cell, subprocess.Popen[bytes]]:
+def _start(
+    cell: Cell, out: Path, threads: int, deadline: float, track: str = ""
+) -> tuple[Cell, subprocess.Popen[bytes]]:
     run = out / "runs" / cell.slug
     run.mkdir(parents=True, exist_ok=True)
     recipe = run.with_suffix(".yaml")
     tree = cell.config.to_tree()
-    recipe.write_text(yaml.safe_dump(tree))
+    recipe.write_text(yaml.safe_dump(tree), encoding="utf-8")
     command = [*DODISTILL, "distill", str(recipe), "--out", str(run), "--quiet", "--no-report",
                "--loop.threads", str(cell.config.loop.threads or threads)]  # fmt: skip
     if plugins.paths(tree):  # this process has run the same code to read the config, and `code` has its hash
         command.append("--allow-code")
+    if track:
+        command += ["--track", track]
     if math.isfinite(deadline):
         command += ["--max-seconds", f"{max(1.0, deadline - time.monotonic()):.1f}"]
     with open(run.with_suffix(".log"), "ab") as log:
@@ -233,7 +244,7 @@ def _finish(cell: Cell, process: subprocess.Popen[bytes], out: Path, n: int, tot
         )
         return
     if process.returncode:
-        tail = run.with_suffix(".log").read_text().strip().splitlines()[-1:]
+        tail = run.with_suffix(".log").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
         print(f"[{n}/{total}] {where}: FAILED (exit status {process.returncode}) {' '.join(tail)}", file=sys.stderr)
         return
     record = record_of(cell, read_object(run / "summary.json", "delete the run's folder, and rerun the command"))

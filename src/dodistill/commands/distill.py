@@ -38,6 +38,7 @@ class Arguments:
     out: Annotated[str, "FOLDER"] = ""  #: the run folder; empty: a folder in runs/ named after the settings
     quiet: bool = False  #: show no progress
     no_report: bool = False  #: write no report.html
+    track: Annotated[str, "NAMES"] = ""  #: log to tensorboard, wandb, trackio, or several, joined by commas
     max_seconds: float = math.inf  #: stop cleanly after this many seconds; rerun the command to resume. See --time
     allow_code: bool = False  #: allow code files that the recipe names to run; those named by a flag always may
 
@@ -64,6 +65,7 @@ def run(arguments: Arguments, settings: Mapping[str, Any], words: Sequence[str],
             config, out, verbose=not arguments.quiet, deadline=deadline,
             command=shell_command(["distill", *words]), report=not arguments.no_report, choice=choice,
             began=start,
+            track=arguments.track,
         )  # fmt: skip
     reached = result.summary
     if not reached.get("finished"):

@@ -26,7 +26,7 @@ def run(arguments: Arguments) -> int:
     if not cards.is_dir():
         raise DodistillError(f"--cards {cards}: no such folder; give the folder of the method cards, docs/methods.")
     for path, text in list(pages(cards)):
-        if not path.exists() or path.read_text() != text:
-            path.write_text(text)
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
             print(path)
     return 0

@@ -58,7 +58,7 @@ def described_in(cards: Path) -> dict[tuple[str, str], str]:
     """(axis, name) -> the file of the card that has its settings or presets, or else has its name."""
     out: dict[tuple[str, str], str] = {}
     for path in sorted(cards.glob("*.md")):
-        for kind, what in blocks(path.read_text()):
+        for kind, what in blocks(path.read_text(encoding="utf-8")):
             axis, *names = ["source", what] if kind == "presets" else what.split(" in ")[0].split()
             for name in names:
                 out.setdefault((axis, name), path.name)

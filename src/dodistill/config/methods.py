@@ -281,7 +281,7 @@ def pages(cards: Path) -> Iterator[tuple[Path, str]]:
     yield cards / "README.md", _overview(cards)
     for path in sorted(cards.glob("*.md")):
         if path.name != "README.md":
-            yield path, card_tables.filled(path.read_text(), path.name)
+            yield path, card_tables.filled(path.read_text(encoding="utf-8"), path.name)
 
 
 def _overview(cards: Path) -> str:

@@ -62,7 +62,7 @@ def _path(module: str) -> Path:
 @cache
 def _statements(path: Path) -> tuple[list[str], list[ast.stmt]]:
     """The lines of a file, and its statements."""
-    source = path.read_text()
+    source = path.read_text(encoding="utf-8")
     return source.splitlines(keepends=True), ast.parse(source).body
 
 

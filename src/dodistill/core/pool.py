@@ -51,6 +51,11 @@ class Pool:
     def x(self) -> Tensor:
         return self._x[: self.size]
 
+    def some(self, n: int) -> Tensor:
+        """At most n images, evenly spaced, on the host: uint8 [n, C, H, W]."""
+        n = min(n, self.size)
+        return self._x[torch.arange(n, device=self.device) * self.size // max(n, 1)].cpu()
+
     @property
     def logits(self) -> Tensor:
         return self._logits[: self.size]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -40,6 +41,19 @@ def at_once(device: torch.device, most: int) -> int:
     WRN-16-2 is 1.7 times as fast with 64 images at a time as with 512 (benchmarks/README.md).
     """
     return min(most, 64) if device.type == "cpu" else most
+
+
+def peak_memory_mb(device: torch.device) -> float | None:
+    """The most memory so far, in MiB: allocated on a CUDA device, else resident in this process. None where the system
+    does not tell (Windows)."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)
 
 
 def generator(device: torch.device, seed: int, purpose: str) -> torch.Generator:

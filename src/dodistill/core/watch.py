@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+from torch import Tensor
 
 
 class Watcher:
@@ -34,6 +36,9 @@ class Watcher:
 
     def on_pool(self, step: int, values: Mapping[str, Any]) -> None:
         """From time to time: the pool's size, and the class shares of its images and of the draws."""
+
+    def on_images(self, step: int, images: Callable[[int], Tensor]) -> None:
+        """After `on_pool`: `images(n)` copies n images, evenly spaced in the pool, to the host: uint8 [n, C, H, W]."""
 
     def on_warning(self, step: int, symptom: str, text: str) -> None:
         """A symptom of collapse, reported once."""
@@ -75,6 +80,10 @@ class Watchers(Watcher):
     def on_pool(self, step: int, values: Mapping[str, Any]) -> None:
         for part in self.parts:
             part.on_pool(step, values)
+
+    def on_images(self, step: int, images: Callable[[int], Tensor]) -> None:
+        for part in self.parts:
+            part.on_images(step, images)
 
     def on_warning(self, step: int, symptom: str, text: str) -> None:
         for part in self.parts:

@@ -104,7 +104,7 @@ def _tiny_imagenet(folder: Path, split: str, labels: bool) -> Listing | None:
     files = sorted(p for p in here.rglob("*") if _visible(p))
     if not labels:
         return Listing(here, files, [""] * len(files))
-    classes = {line.split()[0] for line in (root / _CLASSES).read_text().splitlines() if line.strip()}
+    classes = {line.split()[0] for line in (root / _CLASSES).read_text(encoding="utf-8").splitlines() if line.strip()}
     if not classes:
         raise DodistillError(f"{root / _CLASSES} is empty; it must name the classes, one on each line.")
     if here.name == "images":
@@ -131,7 +131,7 @@ def _annotated(file: Path, images: set[str], classes: set[str]) -> dict[str, str
             f"no {file}, which has the labels of {file.parent / 'images'}; copy it from the published folder."
         )
     wnid: dict[str, str] = {}
-    for number, line in enumerate(file.read_text().splitlines(), 1):
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         name, label = ([*line.split(), "", ""])[:2]
         if not name:
             continue

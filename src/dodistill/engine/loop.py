@@ -122,7 +122,7 @@ class Distiller:
                 saved = (self.acquirer.round, self.step)
             if stop:
                 return False
-        tell.on_pool(self.step, self.acquirer.describe())
+        self.show_pool(tell)
         self.save(folder)
         return True
 
@@ -132,7 +132,7 @@ class Distiller:
         self.acquirer.acquire(self.matcher.student)
         often = max(10, self.config.loop.log_every // max(source.every, 1))
         if source.every == 0 or self.acquirer.round % often == 1:
-            tell.on_pool(self.step, self.acquirer.describe())
+            self.show_pool(tell)
         if self.step == 0:
             tell.on_progress("warming up the source", self.acquirer.round, source.warmup + 1)
 
@@ -164,6 +164,11 @@ class Distiller:
             for symptom, text in self.meter.collapsed(values, agreement, done).items():
                 tell.on_warning(self.step, symptom, text)
             tell.on_log(self.step, {"seconds": round(self.clock.seconds, 3), **values})
+
+    def show_pool(self, tell: Watcher) -> None:
+        """Describe the pool, and offer some of its images."""
+        tell.on_pool(self.step, self.acquirer.describe())
+        tell.on_images(self.step, self.acquirer.pool.some)
 
     def read(self) -> dict[str, float]:
         """Mean terms since the last look, with one device sync."""

@@ -246,9 +246,10 @@ class RunFolder(Watcher):
         """Append one line to metrics.jsonl."""
         try:
             if self._metrics is None:
-                flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+                flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+                flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)  # each is of some systems only
                 handle = os.open(self.path / "metrics.jsonl", flags, 0o666)
-                self._metrics = os.fdopen(handle, "a", encoding="utf-8")
+                self._metrics = os.fdopen(handle, "a", encoding="utf-8", newline="\n")
             self._metrics.write(json.dumps(values) + "\n")
             self._metrics.flush()
         except OSError as error:
