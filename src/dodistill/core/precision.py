@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import DodistillError
 from ..functional.memory_format import laid_out
+from ..models.normalized import logits_of
 
 #: bf16 is chosen if it is this many times as fast as fp32. With a smaller factor, noise would decide the choice.
 GAIN = 1.2
@@ -144,7 +145,7 @@ def trial(
         stream = torch.Generator(device).manual_seed(0)
         x = laid_out(torch.rand((n, *image_shape), device=device, generator=stream))
         with torch.random.fork_rng(devices=[]):  # the network may have dropout
-            s = network()(x).float()
+            s = logits_of(network()(x), "the network").float()
         t = torch.zeros_like(s) if answers is None else answers(x)
         (s - t).square().mean().backward()
 

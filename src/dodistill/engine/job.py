@@ -20,6 +20,7 @@ from ..data.images import Images, require_fit
 from ..errors import DodistillError
 from ..functional.memory_format import place
 from ..interventions.shared.dictionary import FOREIGN
+from ..models.normalized import answering
 from ..models.teacher import Teacher
 from .run_folder import fingerprint
 from .view import choose_view
@@ -89,8 +90,7 @@ class Job:
             )
         if self.test is not None:
             require_fit(Images(self.test.x, self.test.y), teacher.image_shape, teacher.num_classes, "the test set")
-        student = place(self.student, device)
-        _check_student(student, teacher, device)
+        student = _checked(place(self.student, device), teacher, device)
         extra = {FOREIGN: place(Teacher(self.foreign, self.image_shape), device)} if self.foreign is not None else {}
         return Context(
             teacher=teacher, device=device, seed=loop.seed, autocast=Precision(device, loop.precision),
@@ -141,9 +141,10 @@ def require_kind(made: object, kind: type, settings: Settings) -> None:
         raise DodistillError(f"{settings.name}: Config.build must return {kind.__name__}, not {type(made).__name__}.")
 
 
-def _check_student(student: nn.Module, teacher: Teacher, device: torch.device) -> None:
+def _checked(student: nn.Module, teacher: Teacher, device: torch.device) -> nn.Module:
+    """The student, as a module that returns logits alone. Raises DodistillError for one that cannot be trained."""
     _check_parameters(student, teacher)
-    _check_answer(student, teacher, device)
+    return _answering(student, teacher, device)
 
 
 def _check_parameters(student: nn.Module, teacher: Teacher) -> None:
@@ -158,20 +159,20 @@ def _check_parameters(student: nn.Module, teacher: Teacher) -> None:
         raise DodistillError(f"the student's parameter {bad[0]} contains NaN or infinity; give fresh weights.")
 
 
-def _check_answer(student: nn.Module, teacher: Teacher, device: torch.device) -> None:
-    """Refuse a student whose outputs do not have the teacher's shape."""
+def _answering(student: nn.Module, teacher: Teacher, device: torch.device) -> nn.Module:
+    """The student, around it a module that returns its logits alone if it returns more. Refuses one whose outputs do
+    not have the teacher's shape."""
     student.eval()
     try:
         out = student(torch.full((2, *teacher.image_shape), 0.5, device=device))
+    except DodistillError:
+        raise
     except Exception as error:  # a model of the user's may raise anything
         said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise DodistillError(
             f"the student cannot read images of shape {teacher.image_shape} (C, H, W): {said}; give a network for them."
         ) from error
-    if not isinstance(out, Tensor):
-        raise DodistillError(
-            f"the student returns {type(out).__name__}, not a tensor of logits; wrap it in a module that returns one."
-        )
+    student, out = answering(student, out, "the student")
     if out.shape != (2, teacher.num_classes):
         raise DodistillError(
             f"the student returns shape {tuple(out.shape)} for 2 images, but the teacher has {teacher.num_classes} "
@@ -181,3 +182,4 @@ def _check_answer(student: nn.Module, teacher: Teacher, device: torch.device) ->
         raise DodistillError(
             "the student's logits have no gradient; remove torch.no_grad() or detach() from its forward."
         )
+    return student

@@ -20,6 +20,7 @@ from ..evaluation.evaluate import accuracy
 from ..functional.augment import View, to_float
 from ..functional.memory_format import laid_out, place
 from ..functional.schedules import cosine
+from ..models.normalized import logits_of
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,9 @@ def teach(
                 group["lr"] = lr_at(config, step, steps)
             x = _augmented(train.x[index], config, rng)
             with cast():
-                loss = F.cross_entropy(model(x).float(), train.y[index], label_smoothing=config.label_smoothing)
+                loss = F.cross_entropy(
+                    logits_of(model(x), config.model).float(), train.y[index], label_smoothing=config.label_smoothing
+                )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()

@@ -17,6 +17,7 @@ from ..errors import DodistillError
 from ..functional.augment import to_float
 from ..functional.memory_format import laid_out
 from ..functional.modes import evaluating
+from ..models.normalized import logits_of
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 
@@ -25,7 +26,10 @@ Autocast = Callable[[], AbstractContextManager[Any]]
 def predict(
     model: nn.Module, x_uint8: Tensor, batch: int = 1000, autocast: Autocast = contextlib.nullcontext
 ) -> Tensor:
-    """Logits fp32 [n, K], on the model's device, of images uint8 [n, C, H, W], without gradients and in eval mode."""
+    """Logits fp32 [n, K], on the model's device, of images uint8 [n, C, H, W], without gradients and in eval mode.
+
+    The model returns them alone, or as `.logits` or ["logits"] of what it returns.
+    """
     if len(x_uint8) == 0:
         raise DodistillError("no images to evaluate; give at least one.")
     first = next(model.parameters(), None)
@@ -34,7 +38,8 @@ def predict(
         parts = []
         for part in x_uint8.split(at_once(device, batch)):
             with autocast():
-                parts.append(model(laid_out(to_float(part.to(device, non_blocking=True)))).float())
+                out = model(laid_out(to_float(part.to(device, non_blocking=True))))
+            parts.append(logits_of(out, type(model).__name__).float())
     return torch.cat(parts)
 
 

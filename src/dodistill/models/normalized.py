@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,8 @@ NORMALISATION: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 
 
 class Normalized(nn.Module):
-    """`model((x - mean) / std)` for x [B, C, H, W] in [0, 1].
+    """`model((x - mean) / std)` for x [B, C, H, W] in [0, 1]: the logits [B, K] alone, whatever `model` returns beside
+    them (see `logits_of`).
 
     `mean` and `std` have one value per channel, or one for all. `spec` says how to build `model` again where that is
     known: `spec, num_classes, in_channels, image_size`. The state dict holds the network alone.
@@ -48,8 +49,33 @@ class Normalized(nn.Module):
         self.spec: dict[str, Any] = dict(spec or {})
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.model(x if self.identity else (x - self.mean) / self.std)
-        return logits
+        return logits_of(self.model(x if self.identity else (x - self.mean) / self.std), type(self.model).__name__)
+
+
+def logits_of(out: Any, who: str) -> Tensor:
+    """The logits in the answer of a network: a tensor, an object with `.logits`, or a mapping with ["logits"].
+
+    Raises DodistillError, which names `who` answered, for anything else.
+    """
+    if isinstance(out, Tensor):
+        return out
+    logits = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
+    if not isinstance(logits, Tensor):
+        keys = f" with the keys {', '.join(map(str, out))}" if isinstance(out, Mapping) else ""
+        raise DodistillError(
+            f"{who} returns a {type(out).__name__}{keys}, not a tensor of logits, nor an object or dict with `logits`; "
+            "wrap it in a module that returns the logits alone."
+        )
+    return logits
+
+
+def answering(model: nn.Module, out: Any, who: str) -> tuple[nn.Module, Tensor]:
+    """(a module that returns logits alone, the logits), for a `model` that has returned `out`.
+
+    It is `model` itself, or a `Normalized` around it. Raises DodistillError where `out` has no logits.
+    """
+    logits = logits_of(out, who)
+    return (model if isinstance(out, Tensor) else Normalized(model)), logits
 
 
 def normalised_space(model: nn.Module) -> Space:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import DodistillError
 from .batchnorm import batchnorms
 from .folded import folded
+from .normalized import answering
 
 #: Most values that an image may have.
 LARGEST = 1 << 27
@@ -19,10 +20,11 @@ LARGEST = 1 << 27
 class Teacher(nn.Module):
     """A frozen classifier of images [B, C, H, W] in [0, 1].
 
-    `model` is any module that gives logits [B, K]; it owns its normalisation (`models.Normalized`). It is frozen in
-    place: its parameters get no gradients, and it stays in eval mode. The constructor passes two random images through
-    it. Raises DodistillError when it returns no tensor, another shape, NaN or infinity, probabilities in place of
-    logits, another class count than `num_classes`, or does not take `image_shape` (C, H, W).
+    `model` is any module that gives logits [B, K], alone or as `.logits` or ["logits"] of what it returns; it owns its
+    normalisation (`models.Normalized`). It is frozen in place: its parameters get no gradients, and it stays in eval
+    mode. The constructor passes two random images through it. Raises DodistillError when it returns no logits, another
+    shape, NaN or infinity, probabilities or their logarithms in place of logits, another class count than
+    `num_classes`, or does not take `image_shape` (C, H, W).
     """
 
     model: nn.Module
@@ -93,6 +95,8 @@ class Teacher(nn.Module):
             x = torch.rand((2, *shape), generator=torch.Generator().manual_seed(0)).to(device)
             with torch.no_grad():
                 out = self.model(x)
+        except DodistillError:
+            raise
         except Exception as error:  # a model of the user's may raise anything
             conv = next((m for m in self.model.modules() if isinstance(m, nn.Conv2d)), None)
             takes = f" Its first convolution takes {conv.in_channels} channel(s)." if conv is not None else ""
@@ -101,11 +105,7 @@ class Teacher(nn.Module):
                 f"the teacher does not take images of shape {shape} (channels, height, width).{takes} "
                 f"Give the image_shape that it was trained on. The error was: {reason}"
             ) from error
-        if not isinstance(out, Tensor):
-            raise DodistillError(
-                f"the teacher returns a {type(out).__name__}, not a tensor of logits; wrap it in a module that returns "
-                "the logits alone."
-            )
+        self.model, out = answering(self.model, out, "the teacher")
         if out.dim() != 2 or out.shape[0] != 2:
             raise DodistillError(
                 f"the teacher returns shape {tuple(out.shape)} for 2 images; it must return (2, classes)."
@@ -126,6 +126,11 @@ class Teacher(nn.Module):
         if bool((out >= 0).all()) and bool(torch.allclose(out.float().sum(1), torch.ones(2, device=out.device))):
             raise DodistillError(
                 "the teacher returns probabilities (rows sum to 1), not logits; remove its final softmax."
+            )
+        if bool((out <= 0).all()) and bool((out.float().logsumexp(1).abs() < 1e-4).all()):
+            raise DodistillError(
+                "the teacher returns the logarithms of probabilities (their exponentials sum to 1), not logits; remove "
+                "its final log-softmax."
             )
         return classes
 

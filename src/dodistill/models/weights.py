@@ -182,7 +182,7 @@ def _require_numbers(key: str, value: Tensor, floating: bool, name: str) -> None
 def load_saved(model: nn.Module, path: str | Path) -> None:
     """Load into `model`, in place, weights that `save_model` wrote for the same network, and its context head, if
     any."""
-    net, known = getattr(model, "model", model), read_metadata(path)
+    net, known = model.model if isinstance(model, Normalized) else model, read_metadata(path)
     if "head" in known:
         attach(net, **known["head"])
     load_state(net, read_weights(path), str(path))
