@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
-from dodistill import DodistillError, distill
+from dodistill import DodistillError, distill, engine
 from dodistill.api import require_one_length
 from dodistill.commands.cli import main
 from dodistill.config import registry
@@ -26,8 +26,9 @@ from dodistill.data.images import Images
 from dodistill.engine.budget import ROUNDS, Speed, fitted, scaled
 from dodistill.engine.plan import Plan
 from dodistill.engine.run_folder import RunFolder
+from dodistill.evaluation import evaluate
 from dodistill.report.more_time import more_time
-from helpers import SHAPE, config, job, same, student, tree, untimed
+from helpers import SHAPE, config, job, metrics, same, student, tree, untimed
 
 
 class Slow(nn.Module):
@@ -268,6 +269,34 @@ def test_an_acquisition_that_would_overrun_is_left_to_the_next_start(teacher: nn
     assert saved is not None
     assert saved[0]["step"] == 2
     assert max(ends) == pytest.approx(it.acquirer.expected, rel=0.5)
+
+
+def test_max_seconds_stops_inside_an_evaluation(
+    teacher: nn.Module, digits: Images, digits_test: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The steps before it are kept, and the evaluation is made at the next start: as if there had been no stop."""
+    monkeypatch.setattr(evaluate, "at_once", lambda _device, _most: 100)
+    cfg, test = config("dfnd", steps=6), engine.Test(digits_test.x, digits_test.y)
+    whole, folder = job(teacher, cfg, digits.x, test), RunFolder(tmp_path / "whole", cfg)
+    assert whole.run(folder)
+    folder.close()
+    it, folder = job(teacher, cfg, digits.x, test), RunFolder(tmp_path / "run", cfg)
+    asked: list[bool] = []
+
+    class InEvaluation:
+        def __lt__(self, _now: float) -> bool:
+            asked.append(it.step == 3 and it._behind)
+            return asked[-1]
+
+    assert not it.run(folder, (), InEvaluation())  # type: ignore[arg-type]
+    folder.close()
+    assert it.stopped == f"in evaluating the student (last weights), 100 of {len(digits_test.x)}"
+    assert it.step == 3
+    again, folder = job(teacher, cfg, digits.x, test), RunFolder(tmp_path / "run", cfg)
+    assert again.run(folder)
+    folder.close()
+    same(untimed(whole.state_dict()), untimed(again.state_dict()))
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
 
 
 # ----------------------------------------------------------------------------------------------- more time

@@ -478,10 +478,8 @@ def _summary(it: Distiller, which: str, notes: list[str]) -> dict[str, Any]:
         "warnings": notes,
         "finished": True,
     }
-    if (test := it.scorer.test) is not None:
-        from .evaluation.evaluate import predict, top1
-
-        summary["teacher_accuracy"] = top1(predict(it.context.teacher, test.x, autocast=it.context.autocast), test.y)
+    if it.scorer.test is not None:
+        summary["teacher_accuracy"] = it.scorer.teacher_accuracy()
         summary["student_accuracy"] = score["test"]
         summary["delivered_accuracy"] = score["test_ema" if which == "ema" else "test"]
         summary["best_on_test"] = it.scorer.best_on_test

@@ -47,7 +47,8 @@ class Distiller:
         self.meter = Meter(self.context.num_classes, self.context.device)
         self.clock = Clock()
         self.step = 0  #: matching steps done
-        self.stopped = ""  #: where the last `run` stopped inside an acquisition, a sentence
+        self._behind = False  # whether the last step was not yet logged and evaluated
+        self.stopped = ""  #: where the last `run` stopped inside an acquisition or evaluation
 
     # ------------------------------------------------------------------------------------------------ run
 
@@ -99,6 +100,8 @@ class Distiller:
         self.compiled.settle(work)
 
     def _loop(self, folder: RunFolder | NoFolder, tell: Watcher, deadline: float) -> bool:
+        if self._behind and not self.looked(tell):  # stopped in the evaluation after a step
+            return False
         if self.step >= self.plan.steps:  # stopped after its last step, before its delivery
             return True
         saved = (self.acquirer.round, self.step)
@@ -115,7 +118,9 @@ class Distiller:
                 self.acquire(tell)
             else:
                 self.match()
-                self.look(tell)
+                if not self.looked(tell):
+                    self.save(folder)
+                    return False
             stop = time.monotonic() > deadline and self.step < self.plan.steps
             if stop or (folder.due() and self.step < self.plan.steps):
                 self.save(folder)
@@ -143,8 +148,19 @@ class Distiller:
         done = self.plan.done(self.step)
         self.meter.add(self.matcher.step(drawn, replayed, self.acquirer.dictionary, self.step, done))
         self.step += 1
+        self._behind = True
 
     # ----------------------------------------------------------------------------------- look, evaluate, save
+
+    def looked(self, tell: Watcher) -> bool:
+        """`look`; False if the deadline came during the evaluation. Then nothing of it counts, and it is due again."""
+        try:
+            self.look(tell)
+        except _OutOfTime as reached:
+            self.stopped = str(reached)
+            return False
+        self._behind = False
+        return True
 
     def look(self, tell: Watcher) -> None:
         """Log and evaluate, each at its own cadence and at the last step, which a time limit may bring forward."""
@@ -152,13 +168,15 @@ class Distiller:
         if self.plan.adjust(self.step):
             tell.on_steps(self.step, self.plan.steps)
         last = self.step == self.plan.steps
+        evaluating = last or self.step % loop.eval_every == 0
+        scores = self.scorer.evaluate() if evaluating else {}
         looking = last or self.step % loop.log_every == 0
         values = self.read() if looking else {}
         done = self.plan.done(self.step)
         if looking:
             values |= {"rate": self.clock.lap(self.step) * loop.batch, "lr": self.matcher.rate(done)}
-        if last or self.step % loop.eval_every == 0:
-            tell.on_eval(self.step, self.scorer.evaluate())
+        if evaluating:
+            tell.on_eval(self.step, scores)
         if looking:
             agreement = self.scorer.last.get("agreement")
             for symptom, text in self.meter.collapsed(values, agreement, done).items():
@@ -197,7 +215,8 @@ class Distiller:
             "format": FORMAT, "made_of": self.made_of, "step": self.step, "seconds": self.clock.seconds,
             "precision": self.context.autocast.state_dict(), "compiled": self.compiled.state_dict(),
             "acquirer": self.acquirer.state_dict(), "matcher": self.matcher.state_dict(),
-            "scorer": self.scorer.state_dict(), "meter": self.meter.state_dict(), "plan": self.plan.state_dict(),
+            "scorer": self.scorer.state_dict(), "meter": self.meter.state_dict(), 
+            "plan": self.plan.state_dict(), "behind": self._behind,
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any], pool: Mapping[str, Any]) -> None:
@@ -226,6 +245,7 @@ class Distiller:
         self.scorer.load_state_dict(state["scorer"])
         self.meter.load_state_dict(state["meter"])
         self.step = state["step"]
+        self._behind = state.get("behind", False)
         self.plan.load_state_dict(state.get("plan", {}), state["seconds"])
         self.clock = Clock(state["seconds"])
 

@@ -23,6 +23,7 @@ class Scorer:
         self.test = None if test is None else Test(test.x.to(device), test.y.to(device))
         self.last: dict[str, float] = {}
         self.best_on_test = 0.0
+        self.teacher: float | None = None  #: its accuracy on the test set, known from the first evaluation on
 
     def evaluate(self) -> dict[str, float]:
         """Agreement with the teacher on the held-back inputs (%), and accuracy (%): on them (`minival`) where the data
@@ -37,11 +38,28 @@ class Scorer:
             if self.matcher.context.labels is not None:
                 out[f"minival{name}"] = top1(held, holdout.labels)
             if self.test is not None:
-                out[f"test{name}"] = top1(predict(model, self.test.x, autocast=cast), self.test.y)
+                out[f"test{name}"] = self._on_test(model, f"evaluating the student ({which} weights)")
         if self.test is not None:
+            self.teacher_accuracy()
             self.best_on_test = max(self.best_on_test, out["test"])
         self.last = out
         return out
+
+    def teacher_accuracy(self) -> float:
+        """The teacher's accuracy on the test set in percent, computed once."""
+        if self.teacher is None:
+            self.teacher = self._on_test(self.matcher.context.teacher, "evaluating the teacher")
+        return self.teacher
+
+    def _on_test(self, model: nn.Module, what: str) -> float:
+        """Accuracy on the test set in percent."""
+        assert self.test is not None
+        context, test = self.matcher.context, self.test
+
+        def progress(done: int, total: int) -> None:
+            context.progress(what, done, total)
+
+        return top1(predict(model, test.x, autocast=context.autocast, progress=progress), test.y)
 
     def delivered(self) -> tuple[str, nn.Module]:
         """The student to deploy: the last weights or their average, whichever agrees more with the teacher on the
@@ -59,7 +77,8 @@ class Scorer:
         return m.interventions.deliver(m.ema if which == "ema" else m.student, self.acquirer.dictionary)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"last": self.last, "best_on_test": self.best_on_test}
+        return {"last": self.last, "best_on_test": self.best_on_test, "teacher": self.teacher}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.last, self.best_on_test = dict(state["last"]), state["best_on_test"]
+        self.teacher = state.get("teacher")

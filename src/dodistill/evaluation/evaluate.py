@@ -22,13 +22,22 @@ from ..models.normalized import logits_of
 Autocast = Callable[[], AbstractContextManager[Any]]
 
 
+def _silent(_done: int, _total: int) -> None:
+    return None
+
+
 @torch.no_grad()
 def predict(
-    model: nn.Module, x_uint8: Tensor, batch: int = 1000, autocast: Autocast = contextlib.nullcontext
+    model: nn.Module,
+    x_uint8: Tensor,
+    batch: int = 1000,
+    autocast: Autocast = contextlib.nullcontext,
+    progress: Callable[[int, int], None] = _silent,
 ) -> Tensor:
     """Logits fp32 [n, K], on the model's device, of images uint8 [n, C, H, W], without gradients and in eval mode.
 
-    The model returns them alone, or as `.logits` or ["logits"] of what it returns.
+    The model returns them alone, or as `.logits` or ["logits"] of what it returns. `progress(done, n)` is called after
+    each batch.
     """
     if len(x_uint8) == 0:
         raise DodistillError("no images to evaluate; give at least one.")
@@ -40,6 +49,7 @@ def predict(
             with autocast():
                 out = model(laid_out(to_float(part.to(device, non_blocking=True))))
             parts.append(logits_of(out, type(model).__name__).float())
+            progress(sum(map(len, parts)), len(x_uint8))
     return torch.cat(parts)
 
 
