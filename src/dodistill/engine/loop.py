@@ -114,7 +114,7 @@ class Distiller:
         looking = last or self.step % loop.log_every == 0
         values = self.read() if looking else {}
         if looking:
-            values |= {"rate": self.clock.lap(self.step) * loop.batch, "lr": self.matcher.rate(self.step / loop.steps)}
+            values |= {"rate": self.clock.lap(self.step) * loop.batch, "lr": self.lr()}
         if last or self.step % loop.eval_every == 0:
             tell.on_eval(self.step, self.scorer.evaluate())
         if looking:
@@ -122,6 +122,10 @@ class Distiller:
             for symptom, text in self.meter.collapsed(values, agreement, self.step / loop.steps).items():
                 tell.on_warning(self.step, symptom, text)
             tell.on_log(self.step, {"seconds": round(self.clock.seconds, 3), **values})
+
+    def lr(self) -> float:
+        """The student's rate after the steps that are done."""
+        return self.matcher.rate(self.matcher.scheduled(self.step))
 
     def read(self) -> dict[str, float]:
         """Mean terms since the last look, with one device sync."""

@@ -14,7 +14,7 @@ from ..config.tree import Distill
 from ..core.batch import Batch, Drawn
 from ..core.context import Context
 from ..criteria.shared.base import Criterion
-from ..functional.schedules import rate_at
+from ..functional.schedules import rate_at, share_at
 from ..interventions.shared.base import Intervention, Interventions
 from ..interventions.shared.dictionary import ConfounderDictionary
 from ..models.taps import tapped
@@ -78,6 +78,10 @@ class Matcher:
         c = self.config.optim
         return rate_at(c.schedule, done, c.lr, c.floor, c.milestones)
 
+    def scheduled(self, step: int) -> float:
+        """The share of the rate's schedule that is done after `step` steps."""
+        return share_at(step, self.config.loop.steps, self.config.loop.restarts)
+
     def step(
         self, drawn: Drawn, replayed: Drawn | None, dictionary: ConfounderDictionary | None, step: int
     ) -> dict[str, Tensor]:
@@ -85,13 +89,14 @@ class Matcher:
 
         `step` steps are done already.
         """
-        done = step / self.config.loop.steps
+        loop = self.config.loop
+        done = step / min((*loop.restarts, loop.steps))  # above 1 in a run that was trained longer
         exactly = self.update.fp32 and replayed is not None
         acquire = Objective(self, drawn, dictionary, done, exactly)
         remember = None if replayed is None else Objective(self, replayed, dictionary, done, exactly)
         self.student.train()
         for group in self.optimizers[0].param_groups:
-            group["lr"] = self.rate(done)
+            group["lr"] = self.rate(self.scheduled(step))
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         terms = self.update.backward(self.student, acquire, remember)

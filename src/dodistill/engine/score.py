@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..evaluation.evaluate import agreement, predict, top1
+from ..evaluation.evaluate import agreement, class_accuracy, predict, top1
 from .acquire import Acquirer
 from .job import Test
 from .match import Matcher
@@ -52,6 +52,27 @@ class Scorer:
         score = self.last or self.evaluate()
         which = "ema" if score["agreement_ema"] > score["agreement"] else "last"
         return which, self.complete(which)
+
+    def explained(self, which: str, most: int = 1024) -> dict[str, Any]:
+        """What tells why the student `which` scores as it does, for the summary.
+
+        `train_agreement` in %, with the teacher on at most `most` images of the pool; where there is a test set also
+        `teacher_accuracy` in %, and for each class `class_accuracy` and `teacher_class_accuracy` in % (None without
+        test images of the class) and `class_images`, the number of its test images.
+        """
+        model, context, pool = self.complete(which), self.matcher.context, self.acquirer.pool
+        some = torch.randperm(len(pool), generator=torch.Generator().manual_seed(0))[:most].to(pool.device)
+        seen = predict(model, pool.x[some], autocast=context.autocast)
+        out: dict[str, Any] = {"train_agreement": agreement(seen, pool.logits[some])}
+        if self.test is not None:
+            x, y = self.test.x, self.test.y
+            theirs = predict(context.teacher, x, autocast=context.autocast)
+            out |= {
+                "teacher_accuracy": top1(theirs, y), "teacher_class_accuracy": class_accuracy(theirs, y),
+                "class_accuracy": class_accuracy(predict(model, x, autocast=context.autocast), y),
+                "class_images": torch.bincount(y, minlength=context.num_classes).tolist(),
+            }  # fmt: skip
+        return out
 
     def complete(self, which: str) -> nn.Module:
         """The `last` student or its average `ema`, with the interventions that stay at test time."""
