@@ -194,3 +194,37 @@ def test_matplotlib_is_imported_only_to_draw() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.split("\n")[:2] == ["[]", "True False"], done.stderr
+
+
+@pytest.mark.parametrize(("x", "y", "log"), [(300, 31.5, False), (0, 5.0, False), (300, 0.7, True), (1, 0.0, False)])
+def test_one_point_is_visible_on_sensible_axes(x: int, y: float, log: bool) -> None:
+    """A run with one evaluation: the axis goes from the run's start, a percentage has all of 0 to 100."""
+    plot = plots.lines("p", [plots.Series("student", [x], [y])], log=log, y_label="accuracy, %", unit=" %")
+    assert plot.figure is not None
+    (ax,) = plot.figure.axes
+    (left, right), (low, high) = ax.get_xlim(), ax.get_ylim()
+    assert left < right
+    assert low < high
+    assert (left, right) == ((0, x) if x else (-1, 1))
+    assert (low, high) == (0, 100) or log
+    text = str(plot)
+    place = re.search(r'<g class="series">.*?<use [^>]*x="([\d.]+)" y="([\d.]+)"', text)
+    assert place is not None  # a dot
+    box = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text)
+    assert box is not None
+    assert 0 < float(place[1]) < float(box[1])
+    assert 0 < float(place[2]) < float(box[2])
+    marks = [t for t in re.findall(r"<text [^>]*>([^<]*)</text>", text) if re.fullmatch(r"[−\d.k]+", t)]
+    assert len(marks) >= 4  # two numbers on each axis, at least
+
+
+def test_no_axis_has_zero_width() -> None:
+    for value in (0.0, 55.0, 1e9):
+        dots = plots.dots("d", [plots.Seeds("a", [value])], x_label="%")
+        point = plots.points("m", [value], [value], [0], label="one")
+        line = plots.lines("p", [plots.Series("s", [1, 2], [value, value])], y_label="v")
+        for plot in (dots, point, line):
+            assert plot.figure is not None
+            for low, high in (plot.figure.axes[0].get_xlim(), plot.figure.axes[0].get_ylim()):
+                assert abs(high - low) > 1e-9 * abs(high)
+            Page(str(plot))

@@ -108,7 +108,7 @@ def test_without_a_limit_the_steps_are_fixed() -> None:
 )  # fmt: skip
 def test_the_last_step_falls_at_the_limit_whatever_was_planned(planned: int, seconds: Any) -> None:
     clock = Clock()
-    plan = Plan(planned, 120.0, began=clock.now, reserve=20.0, clock=clock)
+    plan = Plan(planned, (), 120.0, began=clock.now, reserve=20.0, clock=clock)
     steps, done = walk(plan, clock, seconds)
     used = clock.now - 100.0
     assert used <= 100.0 + 6.0, "at most one step beyond the limit"
@@ -121,13 +121,13 @@ def test_the_last_step_falls_at_the_limit_whatever_was_planned(planned: int, sec
 
 def test_the_plan_of_a_resumed_run_goes_on_with_what_is_left() -> None:
     clock = Clock()
-    plan = Plan(1000, 100.0, began=clock.now, clock=clock)
+    plan = Plan(1000, (), 100.0, began=clock.now, clock=clock)
     for step in range(1, 41):
         clock.now += 1.0
         plan.adjust(step)
     state, share = json.loads(json.dumps(plan.state_dict())), plan.done(40)
     clock.now += 5000.0  # a night
-    again = Plan(1000, 100.0, began=clock.now, clock=clock)
+    again = Plan(1000, (), 100.0, began=clock.now, clock=clock)
     again.load_state_dict(state, used=40.0)
     assert again.done(40) == pytest.approx(share)
     assert again.used() == pytest.approx(40.0)
@@ -290,7 +290,7 @@ def test_max_seconds_stops_inside_an_evaluation(
 
     assert not it.run(folder, (), InEvaluation())  # type: ignore[arg-type]
     folder.close()
-    assert it.stopped == f"in evaluating the student (last weights), 100 of {len(digits_test.x)}"
+    assert it.stopped == f"in evaluating (last), 100 of {len(digits_test.x)}"
     assert it.step == 3
     again, folder = job(teacher, cfg, digits.x, test), RunFolder(tmp_path / "run", cfg)
     assert again.run(folder)

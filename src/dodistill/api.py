@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import shlex
 from collections.abc import Mapping, Sequence
@@ -27,12 +28,15 @@ from .data.images import Images, contexts_of, load_images, refuse_one_class, req
 from .engine import Distiller, Job, Test, budget
 from .engine.inputs import Inputs, read_inputs, sample, write_inputs
 from .engine.job import require_same
+from .engine.longer import longer
+from .engine.longer import said as longer_said
 from .engine.loop import FORMAT
 from .engine.run_folder import NoFolder, RunFolder, write_atomically
 from .errors import DodistillError
 from .evaluation.evaluate import predict, scores
 from .evaluation.monitor import courses, flat, read_metrics
 from .evaluation.probe import context_gap
+from .evaluation.verdict import verdict
 from .files import read_object
 from .interventions.shared.base import Compensated
 from .models import Normalized, load_model, save_model
@@ -269,6 +273,8 @@ def distill_config(config: Distill, out: str | Path | None, verbose: bool = True
     """
     track = track_names(track)
     began = monotonic() if began is None else began
+    if not config.loop.time:
+        config = longer(out, config)
     if out is not None:  # refuse a foreign folder before anything heavy is loaded
         RunFolder(out, budget.begun(config, out), create=False)
     teacher, shape = load_teacher(config.teacher, config.data.image_shape)
@@ -326,6 +332,8 @@ def run(
     if job.config.loop.time:
         fitted = budget.fit(job, out, monotonic() if began is None else began)
         job, plan, record = fitted.job, fitted.plan, fitted.record
+    else:
+        job = dataclasses.replace(job, config=longer(out, job.config))
     config = job.config
     names = f"{_name(config.teacher, job.teacher)} -> {_name(config.student, job.student)}"
     title = f"{config.source.name} + {config.intervention}: {names}"
@@ -353,6 +361,7 @@ def _run(
     said = [*job.notes, *config.clashes, *it.acquirer.source.notes]
     if emulated(it.context.device, config.loop.precision):
         said.append("bf16 is emulated on this CPU, about ten times slower than fp32; use --loop.precision fp32.")
+    said += [text] if (text := longer_said(config)) else []
     recorder = Recorder()
     with Progress(it.plan.steps, title) if title else nullcontext(Watcher()) as progress:
         trackers = open_trackers(track, folder.path, config, progress.on_note)
@@ -385,6 +394,11 @@ def _run(
     if isinstance(folder, RunFolder):
         summary["course"] = courses(read_metrics(folder.path / "metrics.jsonl")["eval"])
         summary["log"] |= flat(summary["course"])
+    history = recorder.history if folder.path is None else read_history(folder.path)
+    found = verdict(summary, config.to_tree(), history.of("eval"), history.of("log"), str(folder.path or ""))
+    if found is not None:
+        summary["verdict"] = found.to_dict()
+    if isinstance(folder, RunFolder):
         _deliver(it, best, folder, summary, report)
     return _result(it, best, summary, folder, recorder.history)
 
@@ -460,6 +474,7 @@ def _summary(it: Distiller, which: str, notes: list[str]) -> dict[str, Any]:
         "student_name": _name(config.student, it.matcher.student),
         "student_parameters": parameters(it.matcher.student),
         "teacher_parameters": parameters(job.teacher),
+        "teacher_batchnorm": it.context.teacher.has_batchnorm,
         "steps": it.step,
         "images": acquirer.pool.seen,
         "class_shares": [round(v, 5) for v in shares.tolist()],
@@ -478,11 +493,13 @@ def _summary(it: Distiller, which: str, notes: list[str]) -> dict[str, Any]:
         "warnings": notes,
         "finished": True,
     }
+    summary |= it.scorer.explained(which)
     if it.scorer.test is not None:
-        summary["teacher_accuracy"] = it.scorer.teacher_accuracy()
         summary["student_accuracy"] = score["test"]
         summary["delivered_accuracy"] = score["test_ema" if which == "ema" else "test"]
         summary["best_on_test"] = it.scorer.best_on_test
+    if config.loop.restarts:
+        summary["restarts"] = list(config.loop.restarts)
     if job.choice is not None:
         summary["choice"] = str(job.choice)
     return summary

@@ -16,7 +16,7 @@ from ..config.plugins import paths
 from ..config.tree import expand, merge, resolve
 from ..core.deadline import Deadline, stopping
 from ..errors import STOPPED, DodistillError, at_least
-from ..report.format import duration
+from ..report.format import duration, sentence
 
 
 @dataclass(frozen=True)
@@ -95,3 +95,9 @@ def _say(summary: dict[str, Any], out: Path) -> None:
     print(f"weights    {out / 'student.safetensors'}")
     if (out / "report.html").exists():
         print(f"report     {out / 'report.html'}")
+    if "verdict" in summary:
+        found = summary["verdict"]
+        print(
+            f"\n{found['distance']}\nLikely cause: {found['cause']}. {sentence(found['evidence'])}\n{found['remedy']}"
+        )
+        print(f"  {found['command']}" if found["command"] else f"  In Python: {found['settings']}.")

@@ -7,6 +7,7 @@ numbers of all methods of this package.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -109,6 +110,11 @@ def _run(config: Distill) -> None:
             use, fix = "needs", "give --replay NAME"
         raise DodistillError(
             f"update {config.update.name} {use} replayed inputs, but replay is {config.replay.name}: {fix}."
+        )
+    ends = (0, *loop.restarts, loop.steps)
+    if loop.restarts and any(a >= b for a, b in itertools.pairwise(ends)):
+        raise DodistillError(
+            f"loop.restarts is {list(loop.restarts)}; give rising steps between 0 and loop.steps, {loop.steps}."
         )
     at_least(0, "augment", " (0: new views at each draw)", views=augment.views)
     positive("augment", ", as in 2", views_gb=augment.views_gb)

@@ -124,6 +124,7 @@ class Loop:
     log_every: int = 50
     eval_every: int = 500
     checkpoint_seconds: float = 60.0
+    restarts: tuple[int, ...] = ()  #: steps at which the rate's schedule begins anew; set where a run is trained longer
 
 
 #: Settings that may differ between two starts of the same run, as they do not change the computation.

@@ -17,7 +17,7 @@ class Batch:
         index: long [B], the inputs' slots in the pool; -1 for replayed inputs.
         labels: long [B], true classes where the data have them, else the teacher's prediction.
         raw: [B, K], the student's own logits, before any intervention.
-        done: share of the run's steps that are done, in [0, 1).
+        done: share of the run's steps that are done, in [0, 1); above 1 in a run that was trained longer.
         student, teacher: their features. The student's are in the graph, the teacher's are constants.
     """
 

@@ -95,7 +95,7 @@ def _fitted(job: Job, config: Distill, record: dict[str, Any], seconds: float, b
     if test is not None and record["tests"] < len(test.x):
         some = torch.randperm(len(test.x), generator=torch.Generator().manual_seed(0))[: record["tests"]]
         test = Test(test.x[some.to(test.x.device)], test.y[some.to(test.y.device)])
-    plan = Plan(config.loop.steps, seconds, began, record["reserve"])
+    plan = Plan(config.loop.steps, (), seconds, began, record["reserve"])
     return Fitted(replace(job, config=config, test=test, notes=(*job.notes, spoken(record))), plan, record)
 
 

@@ -38,9 +38,9 @@ class Distiller:
     def __init__(self, job: Job, plan: Plan | None = None) -> None:
         """`plan`: how many steps there are; None: those of the config."""
         self.job, self.config = job, job.config
-        self.plan = plan or Plan(job.config.loop.steps)
+        self.plan = plan or Plan(job.config.loop.steps, job.config.loop.restarts)
         self.context = job.context()
-        self.matcher = Matcher(self.config, self.context)
+        self.matcher = Matcher(self.config, self.context, self.plan)
         self.acquirer = Acquirer(self.config, self.context, self.matcher.interventions, self.matcher.needs)
         self.scorer = Scorer(self.matcher, self.acquirer, job.test)
         self.compiled = Compiled(self.config.loop.compile, self.matcher, self.context)
@@ -145,8 +145,7 @@ class Distiller:
         """One step of the student."""
         drawn = self.acquirer.draw()
         replayed = self.acquirer.replayed(self.matcher.student, self.step)
-        done = self.plan.done(self.step)
-        self.meter.add(self.matcher.step(drawn, replayed, self.acquirer.dictionary, self.step, done))
+        self.meter.add(self.matcher.step(drawn, replayed, self.acquirer.dictionary, self.step))
         self.step += 1
         self._behind = True
 
@@ -174,7 +173,7 @@ class Distiller:
         values = self.read() if looking else {}
         done = self.plan.done(self.step)
         if looking:
-            values |= {"rate": self.clock.lap(self.step) * loop.batch, "lr": self.matcher.rate(done)}
+            values |= {"rate": self.clock.lap(self.step) * loop.batch, "lr": self.lr()}
         if evaluating:
             tell.on_eval(self.step, scores)
         if looking:
@@ -187,6 +186,10 @@ class Distiller:
         """Describe the pool, and offer some of its images."""
         tell.on_pool(self.step, self.acquirer.describe())
         tell.on_images(self.step, self.acquirer.pool.some)
+
+    def lr(self) -> float:
+        """The student's rate after the steps that are done."""
+        return self.matcher.rate(self.plan.scheduled(self.step))
 
     def read(self) -> dict[str, float]:
         """Mean terms since the last look, with one device sync."""

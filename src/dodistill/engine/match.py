@@ -20,14 +20,17 @@ from ..interventions.shared.dictionary import ConfounderDictionary
 from ..models.taps import tapped
 from ..updates.shared.base import Update
 from .job import require_kind
+from .plan import Plan
 
 
 class Matcher:
     """Owns the student, its moving average, the optimisers, the update, the criterion and the interventions."""
 
-    def __init__(self, config: Distill, context: Context) -> None:
+    def __init__(self, config: Distill, context: Context, plan: Plan | None = None) -> None:
+        """`plan`: how many steps there are; None: those of the config."""
         assert context.student is not None
         self.config, self.context = config, context
+        self.plan = plan or Plan(config.loop.steps, config.loop.restarts)
         self.student = context.student
         self.ema = copy.deepcopy(self.student).requires_grad_(False).eval()
         #: the student by torch.compile, for its training step (see `engine.compiled`)
@@ -79,24 +82,19 @@ class Matcher:
         return rate_at(c.schedule, done, c.lr, c.floor, c.milestones)
 
     def step(
-        self,
-        drawn: Drawn,
-        replayed: Drawn | None,
-        dictionary: ConfounderDictionary | None,
-        step: int,
-        done: float | None = None,
+        self, drawn: Drawn, replayed: Drawn | None, dictionary: ConfounderDictionary | None, step: int
     ) -> dict[str, Tensor]:
         """One step of the student on a batch; its terms, detached. Nothing here waits for the device.
 
-        `step` steps are done already, a share `done` of the run (None: of the config's steps).
+        `step` steps are done already.
         """
-        done = step / self.config.loop.steps if done is None else done
+        done = self.plan.done(step)
         exactly = self.update.fp32 and replayed is not None
         acquire = Objective(self, drawn, dictionary, done, exactly)
         remember = None if replayed is None else Objective(self, replayed, dictionary, done, exactly)
         self.student.train()
         for group in self.optimizers[0].param_groups:
-            group["lr"] = self.rate(done)
+            group["lr"] = self.rate(self.plan.scheduled(step))
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         terms = self.update.backward(self.student, acquire, remember)

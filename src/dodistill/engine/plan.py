@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from ..functional.schedules import share_at
 
 #: Under a time limit the steps are adjusted this many times in the limit, to the speed in the last `WINDOW` of them.
 TIMES, WINDOW = 40, 10
@@ -17,6 +19,7 @@ class Plan:
 
     Args:
         steps: matching steps.
+        restarts: steps at which the rate's schedule begins anew, in a run that was trained longer.
         seconds: limit for the run over all its starts; infinity: the steps are fixed.
         began: the start of this process's part of the run, in time.monotonic().
         reserve: seconds that the last evaluation and the results take.
@@ -26,11 +29,13 @@ class Plan:
     def __init__(
         self,
         steps: int,
+        restarts: Sequence[int] = (),
         seconds: float = math.inf,
         began: float = 0.0,
         reserve: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.restarts = tuple(restarts)
         self.steps, self.seconds, self.began, self.reserve = steps, seconds, began, reserve
         self.end = began + seconds - reserve  #: when the last step should be done
         self._clock = clock
@@ -47,9 +52,16 @@ class Plan:
         return self._clock() - self.end + self.seconds - self.reserve
 
     def done(self, step: int) -> float:
-        """The share of the run that `step` steps are: 0 at the start, 1 at the last step. It determines the rates."""
+        """The share of the run that `step` steps are: 0 at the start, 1 at the last step, above 1 where it was trained
+        longer."""
+        if not self.limited:
+            return step / min((*self.restarts, self.steps))
         since, share = self._anchor
         return share + (1 - share) * (step - since) / max(self.steps - since, 1)
+
+    def scheduled(self, step: int) -> float:
+        """The share of the rate's schedule that is done after `step` steps."""
+        return self.done(step) if self.limited else share_at(step, self.steps, self.restarts)
 
     def adjust(self, step: int) -> bool:
         """Set the steps that still fit, from time to time, once `step` steps are done. True if they changed.

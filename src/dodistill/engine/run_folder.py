@@ -25,17 +25,11 @@ import torch
 from torch import Tensor
 
 from ..config.plugins import label
-from ..config.tree import RUNTIME, Distill, Tree, code_in, difference, grown, portable, resolve
+from ..config.tree import Distill, code_in, difference, grown, resolve
 from ..core.watch import Watcher
 from ..errors import DodistillError
 from ..files import claim, read_object, replacing, shown
-
-
-def _settings(tree: Tree) -> Tree:
-    """The settings that determine a result: all except `RUNTIME`."""
-    out = portable(tree)
-    out["loop"] = {k: v for k, v in out.get("loop", {}).items() if k not in RUNTIME}
-    return out
+from .longer import extends, set_aside, settings_of
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -210,8 +204,8 @@ class RunFolder(Watcher):
         if known.exists():
             old = read_object(known, "choose another --out")
             _require_same_code(self.path, old, tree)
-            began, mine, default = (_settings(t) for t in (old, tree, resolve(config.choices()).to_tree()))
-            if not grown(began, mine, default):
+            began, mine, default = (settings_of(t) for t in (old, tree, resolve(config.choices()).to_tree()))
+            if not grown(began, mine, default) and not extends(began, mine, default):
                 lines = difference(began, mine)
                 raise DodistillError(
                     f"run folder {self.path} belongs to another config; choose another --out, or use its config.\n  "
@@ -239,6 +233,7 @@ class RunFolder(Watcher):
         if plan is not None:
             self.write_json("plan.json", plan)
         write_atomically(known, json.dumps(tree, indent=1).encode())
+        set_aside(self.path, config.loop.steps)
 
     # ------------------------------------------------------------------------------------------- metrics
 
@@ -384,4 +379,6 @@ class RunFolder(Watcher):
         for key, kind in _SUMMARY.items():
             if not isinstance(found.get(key), kind):
                 raise DodistillError(f"{path} is damaged ({key} is {found.get(key)!r}); {fix}.")
+        if self.config.loop.restarts and found.get("steps") != self.config.loop.steps:
+            return None  # of the run before it is trained longer
         return found

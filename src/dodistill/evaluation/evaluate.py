@@ -86,6 +86,15 @@ def agreement(logits_a: Tensor, logits_b: Tensor) -> float:
     return top1(logits_a, logits_b.argmax(1))
 
 
+def class_accuracy(logits: Tensor, y: Tensor) -> list[float | None]:
+    """Accuracy in percent of each of the K classes, for logits [n, K] and labels y [n]; None for a class without
+    images."""
+    y, classes = y.to(logits.device), logits.shape[1]
+    images = torch.bincount(y, minlength=classes)
+    right = torch.bincount(y[logits.argmax(1) == y], minlength=classes)
+    return [round(100 * r / n, 2) if n else None for r, n in zip(right.tolist(), images.tolist())]
+
+
 def class_shares(logits: Tensor) -> Tensor:
     """Share [K] of each class among the predictions of logits [n, K]; sums to 1."""
     return torch.bincount(logits.argmax(1), minlength=logits.shape[1]).float() / len(logits)

@@ -11,6 +11,13 @@ def cosine(done: float, high: float = 1.0, low: float = 0.0, of: float = 1.0) ->
     return low + (high - low) * 0.5 * (1 + math.cos(math.pi * done / of))
 
 
+def share_at(step: int, steps: int, restarts: Sequence[int] = ()) -> float:
+    """The share of the schedule that is done after `step` of `steps` steps; it begins anew at each of `restarts`."""
+    start = max((r for r in restarts if r <= step), default=0)
+    end = min((r for r in restarts if r > step), default=steps)
+    return (step - start) / (end - start)
+
+
 def rate_at(
     schedule: str, t: float, lr: float, floor: float = 0.0, milestones: Sequence[float] = (), warmup: float = 0.2
 ) -> float:

@@ -43,3 +43,8 @@ def duration(seconds: object) -> str:
     if hours:
         return f"{hours} h {minutes:02d} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def sentence(text: str) -> str:
+    """`the curve still rose` -> "The curve still rose."; text that is empty stays so."""
+    return f"{text[0].upper()}{text[1:].rstrip('.')}." if text else ""

@@ -89,8 +89,9 @@ def draw_line(ax: Axes, x: Sequence[float], y: Sequence[float], i: int) -> Any:
     known = [False, *map(math.isfinite, y), False]
     alone = [j for j in range(len(y)) if known[j + 1] and not known[j] and not known[j + 2]]
     marked = alone if len(y) > 12 else [j for j in range(len(y)) if known[j + 1]]
+    size = 4.0 if sum(known) > 1 else max(8.0 - 2 * i, 4.0)  # a lone dot does not hide the dot of an earlier series
     ax.plot(
-        x, y, color=COLOURS[i % 6], ls=DASHES[i % 6], marker="o", ms=4, mew=0, markevery=marked, clip_on=False,
+        x, y, color=COLOURS[i % 6], ls=DASHES[i % 6], marker="o", ms=size, mew=0, markevery=marked, clip_on=False,
         gid="class series",
     )  # fmt: skip
     return Line2D([], [], color=COLOURS[i % 6], ls=DASHES[i % 6])

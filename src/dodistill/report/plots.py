@@ -86,12 +86,14 @@ def lines(
         if log:
             ax.set_yscale("log")
             low, high = low / 1.15, high * 1.15
+        elif x0 == x1 and "%" in unit and low >= 0 and high <= 100:  # one evaluation: nothing to enlarge
+            low, high = 0.0, 100.0
         else:
             pad = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
             top = 100.0 if "%" in unit and high <= 100 < high + pad else high + pad
             low, high = (low - pad if low < 0 or (low > pad and not zero) else 0.0), top
         ax.set_ylim(low, high)
-        ax.set_xlim(*((x0, x1) if x1 > x0 else (x0 - 1, x1 + 1)))
+        ax.set_xlim(*_across(x0, x1))
         handles: list[Any] = []
         for i, s in enumerate(series):
             xs, ys = thin(s.x, s.y)
@@ -104,6 +106,13 @@ def lines(
         add_legend(fig, handles, entries, columns)
     said = ", ".join(entries)
     return Plot(name, f"{y_label} by {x_label}: {said}", fig)
+
+
+def _across(x0: float, x1: float) -> tuple[float, float]:
+    """The ends of a horizontal axis. For one place above 0, as the only evaluation of a run: from the run's start."""
+    if x1 > x0:
+        return x0, x1
+    return (0.0, x1) if x1 > 0 else (x0 - 1, x1 + 1)
 
 
 def bars(
@@ -202,7 +211,7 @@ def spread(rows: Sequence[Seeds]) -> tuple[float, float]:
     """The ends of an axis for every seed and every published number of these rows."""
     values = [v for r in rows for v in (*r.values, r.published) if v is not None and math.isfinite(v)]
     low, high = min(values, default=0.0), max(values, default=0.0)
-    pad = (high - low) * 0.06 or 1.0
+    pad = (high - low) * 0.06 or max(1.0, 0.02 * abs(high))
     return low - pad, high + pad
 
 
@@ -222,7 +231,8 @@ def points(name: str, x: Sequence[float], y: Sequence[float], kinds: Sequence[in
         fig = new_figure(WIDTH + above)
         ax = fig.add_axes((0, 0, 1, WIDTH / (WIDTH + above)))
         ax.set_axis_off()
-        side = max(float(np.ptp(px)), float(np.ptp(py)), 1e-9) * 0.53
+        far = 1e-6 * float(max(np.abs(px).max(), np.abs(py).max()))  # of one point far from 0: no zero width
+        side = max(float(np.ptp(px)), float(np.ptp(py)), far, 1e-9) * 0.53
         ax.set_xlim((px.max() + px.min()) / 2 - side, (px.max() + px.min()) / 2 + side)
         ax.set_ylim((py.max() + py.min()) / 2 - side, (py.max() + py.min()) / 2 + side)
         for k, colour in zip(shown, _kinds(len(shown))):

@@ -12,9 +12,11 @@ from markupsafe import Markup
 
 from ..errors import DodistillError
 from ..evaluation.monitor import CURVES, UNITS, courses, read_metrics
+from ..evaluation.verdict import verdict
 from ..files import read_object
 from . import plots
 from .card import BEST, LAST, compression, delivered, name_of, part, usage
+from .classes import per_class
 from .figures import INERT, Record, curves
 from .page import render, write_figures
 from .shares import advice, shares
@@ -63,6 +65,17 @@ def _dictionary(found: Record) -> Record | None:
     }
 
 
+def _verdict(summary: Record, config: Record, metrics: Mapping[str, list[Record]], folder: Path) -> Record | None:
+    """The finding on a student far below its teacher: as recorded, else from the files of an older run."""
+    if isinstance(summary.get("verdict"), Mapping):
+        return dict(summary["verdict"])
+    try:
+        found = verdict(summary, config, metrics["eval"], metrics["log"], str(folder)) if summary and config else None
+    except (TypeError, AttributeError, KeyError, ValueError):  # a damaged summary: the page shows what is left
+        return None
+    return found.to_dict() if found is not None else None
+
+
 def write_report(run_folder: str | Path, pdf: bool = True) -> Path:
     """Write `report.html` into a run folder, finished or not, from its files. Returns its path.
 
@@ -95,6 +108,7 @@ def write_report(run_folder: str | Path, pdf: bool = True) -> Path:
     place = os.path.relpath(folder)
     place = folder.resolve().name if place.startswith("..") or place == "." else place
     python, shell = usage(place.replace(os.sep, "/"))
+    by_class = per_class(summary, folder / "student.safetensors")
     figures = curves(metrics, summary, dictionary["n"] if dictionary else 0)
     page = render(
         "report.html.j2",
@@ -114,6 +128,8 @@ def write_report(run_folder: str | Path, pdf: bool = True) -> Path:
         compression=compression(summary),
         test_delivered=summary.get("delivered_accuracy") if summary.get("delivered") == "ema" else None,
         delivered=delivered(summary),
+        verdict=_verdict(summary, config, metrics, folder),
+        by_class=by_class,
         labels={"last": LAST, "best": BEST},
         python=python,
         shell=shell,
@@ -140,5 +156,6 @@ def write_report(run_folder: str | Path, pdf: bool = True) -> Path:
     )
     if pdf:
         of_dictionary = (dictionary["bars"], dictionary["heat"]) if dictionary else ()
-        write_figures(page, (share_plot, *(f.plot for f in figures), *of_dictionary))
+        accuracies = by_class.plot if by_class is not None else None
+        write_figures(page, (share_plot, accuracies, *(f.plot for f in figures), *of_dictionary))
     return page
