@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..api import shape_of
-from ..engine.run_folder import check_writable, newest_pool
+from ..data.classes import folder_names
+from ..engine.run_folder import check_writable, names_of_run, newest_pool
 from ..errors import DodistillError
 from ..models import load_model
 from ..models.onnx import export_onnx
@@ -31,6 +32,7 @@ def run(arguments: Arguments) -> int:
     if target.exists() and not target.is_dir():
         raise DodistillError(f"{target} is a file; give a folder for the images, or FILE.onnx for the student.")
     pool = newest_pool(source)
-    n = export_images(pool["x"], target, pool["logits"].argmax(1))
+    labels, outputs = pool["logits"].argmax(1), pool["logits"].shape[1]
+    n = export_images(pool["x"], target, labels, folder_names(names_of_run(source), outputs))
     print(f"{n} images in {target}, one folder for each class that the teacher predicts")
     return 0

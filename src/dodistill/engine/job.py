@@ -31,6 +31,7 @@ class Test:
 
     x: Tensor
     y: Tensor
+    note: str = ""  #: a sentence for the user, as on classes without images
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Job:
         notes: sentences for the summary.
         choice: the choice of `--source auto`, if there was one.
         command: the command line that repeats this run.
+        classes: the names of the classes, in the order of the logits, if they are known.
     """
 
     config: Distill
@@ -64,6 +66,7 @@ class Job:
     notes: tuple[str, ...] = ()
     choice: Choice | None = None
     command: str = ""
+    classes: tuple[str, ...] = ()
 
     def context(self) -> Context:
         """The context for the run's parts: models on their device, streams, settings. Raises DodistillError for a

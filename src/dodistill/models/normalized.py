@@ -27,7 +27,8 @@ class Normalized(nn.Module):
     """`model((x - mean) / std)` for x [B, C, H, W] in [0, 1].
 
     `mean` and `std` have one value per channel, or one for all. `spec` says how to build `model` again where that is
-    known: `spec, num_classes, in_channels, image_size`. The state dict holds the network alone.
+    known: `spec, num_classes, in_channels, image_size` (a number for square images, else (height, width)), and
+    `classes`, the names of the classes. The state dict holds the network alone.
     """
 
     mean: Tensor  #: [1, C or 1, 1, 1]
@@ -50,6 +51,18 @@ class Normalized(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.model(x if self.identity else (x - self.mean) / self.std)
         return logits
+
+
+def class_names(model: nn.Module) -> tuple[str, ...]:
+    """The names of a model's classes, in the order of its logits; () where they are not known."""
+    seen: nn.Module | None = model
+    while seen is not None:
+        spec = getattr(seen, "spec", None)
+        if isinstance(spec, dict) and spec.get("classes"):
+            return tuple(map(str, spec["classes"]))
+        inner = getattr(seen, "model", None)
+        seen = inner if isinstance(inner, nn.Module) else None
+    return ()
 
 
 def normalised_space(model: nn.Module) -> Space:
