@@ -235,7 +235,7 @@ def test_evaluate_reads_bare_weights(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "--image-shape" in capsys.readouterr().err
     assert main([*told, "--image-shape", "1,16,16", "--normalise", "mnist"]) == 0
     assert "of 500 images" in capsys.readouterr().out
-    for wrong in ("1,16", "1,16,8", "1,a,a"):
+    for wrong in ("1,16", "1,0,8", "1,a,a"):
         assert main([*told, "--image-shape", wrong]) == 2
         assert repr(wrong) in capsys.readouterr().err
 

@@ -24,7 +24,9 @@ from .core.precision import emulated
 from .core.runtime import peak_memory_mb
 from .core.watch import Watcher
 from .data.accept import accept, as_labels
+from .data.classes import Given, read_names, require_count
 from .data.images import Images, contexts_of, load_images, refuse_one_class, require_fit
+from .data.labels import fitted
 from .engine import Distiller, Job, Test, budget
 from .engine.inputs import Inputs, read_inputs, sample, write_inputs
 from .engine.job import require_same
@@ -41,6 +43,7 @@ from .files import read_object
 from .interventions.shared.base import Compensated
 from .models import Normalized, load_model, save_model
 from .models.load import RANDOM, require_weights
+from .models.normalized import class_names
 from .models.teacher import Teacher
 from .models.weights import load_saved
 from .report.card import model_card
@@ -68,7 +71,8 @@ def load_teacher(part: Model, shape: Shape) -> tuple[Normalized, Shape]:
     weights = require_weights(part.spec, part.weights, "--teacher.weights")
     model = load_model(
         part.spec, num_classes=part.num_classes or None, weights=weights, mean=part.normalise or None,
-        in_channels=None if known else shape[0] or None, image_size=shape[1] or None, seed=0,
+        in_channels=None if known else shape[0] or None, image_size=shape[1:] if all(shape) else None,
+        classes=part.classes or None, seed=0,
     )  # fmt: skip
     return model, shape if all(shape) else shape_of(model)
 
@@ -82,11 +86,13 @@ def shape_of(model: nn.Module) -> Shape:
             "the teacher's weights do not contain its image shape; give --image-shape 3,32,32 "
             "(in Python image_shape=(3, 32, 32))."
         )
-    return int(channels), int(size), int(size)
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(channels), int(height), int(width)
 
 
 def load_student(part: Model, teacher: nn.Module, classes: int, shape: Shape, seed: int) -> Normalized:
-    """A fresh student for this teacher: its classes, its channels and its normalisation, unless given otherwise."""
+    """A fresh student for this teacher: its classes with their names, its channels and its normalisation, unless given
+    otherwise."""
     if not part.spec:
         raise DodistillError("no student given; use --student SPEC, as in --student wrn16_1.")
     if part.num_classes and part.num_classes != classes:
@@ -99,23 +105,30 @@ def load_student(part: Model, teacher: nn.Module, classes: int, shape: Shape, se
     if mean is None and isinstance(teacher, Normalized):
         mean, std = teacher.mean.flatten().tolist(), teacher.std.flatten().tolist()
     return load_model(
-        part.spec, num_classes=classes, in_channels=shape[0], image_size=shape[1], weights=part.weights or None,
-        mean=mean, std=std, seed=seed,
+        part.spec, num_classes=classes, in_channels=shape[0], image_size=shape[1:], weights=part.weights or None,
+        mean=mean, std=std, classes=part.classes or class_names(teacher), seed=seed,
     )  # fmt: skip
 
 
-def _test(test: Any, shape: Shape, what: str = "the test set") -> Test | None:
-    """Labelled images in any form (`data.accept`). `what` names them in errors."""
+def _test(test: Any, teacher: Teacher, names: Sequence[str], what: str = "the test set") -> Test | None:
+    """Labelled images in any form (`data.accept`), for a teacher of classes with these `names`. `what` names the images
+    in errors."""
     if test is None or isinstance(test, Test):
         return test
-    found = labelled(test, shape)
-    assert found.y is not None
+    found = labelled(test, teacher.image_shape)
     refuse_one_class(test if isinstance(test, Images) else found, what)
-    return Test(found.x, found.y)
+    found = fitted(found, names, teacher.num_classes, what)
+    assert found.y is not None
+    return Test(found.x, found.y, found.note)
 
 
 def evaluate(
-    model: nn.Module, test: Any, *, teacher: nn.Module | None = None, image_shape: Shape | None = None
+    model: nn.Module,
+    test: Any,
+    *,
+    teacher: nn.Module | None = None,
+    image_shape: Shape | None = None,
+    classes: Given | None = None,
 ) -> dict[str, Any]:
     """Measures of a classifier on labelled images.
 
@@ -124,15 +137,28 @@ def evaluate(
         test: (images, labels), a Dataset or DataLoader, what `load_images` returns, or a path or name of a data set.
         teacher: another model, for `agreement`.
         image_shape: (C, H, W); needed unless the model came from `load_model`.
+        classes: names of the model's classes, in order, by which class folders are matched (see `load_model`); needed
+            only if the model does not have them.
 
     Returns `{accuracy, ECE, class_shares, images}`, with a teacher also `{teacher, agreement}`; in percent, but for ECE
-    and shares. Raises DodistillError for images or labels that do not fit the model.
+    and shares; and `note`, a sentence, for class folders without some of the classes. Raises DodistillError for images
+    or labels that do not fit the model.
     """
     shape = image_shape or shape_of(model)
     images = labelled(test, shape)
-    classes = predict(model, images.x[:1]).shape[1]
-    require_fit(images, shape, classes, "the test set")
-    return scores(model, images, teacher)
+    outputs = predict(model, images.x[:1]).shape[1]
+    what = str(test) if isinstance(test, str | Path) else "the test set"
+    images = fitted(images, names_for(model, outputs, classes), outputs, what)
+    require_fit(images, shape, outputs, "the test set")
+    return scores(model, images, teacher) | ({"note": images.note} if images.note else {})
+
+
+def names_for(model: nn.Module, outputs: int, given: Given | None = None) -> tuple[str, ...]:
+    """The names of a model's classes: those `given`, else its own; () if they are not known. Raises DodistillError for
+    another number of names than `outputs`."""
+    names = read_names(given) or class_names(model)
+    require_count(names, outputs, "classes")
+    return names
 
 
 def distill(
@@ -146,6 +172,7 @@ def distill(
     labels: Tensor | None = None,
     test: Any = None,
     foreign: nn.Module | None = None,
+    classes: Given | None = None,
     out: str | Path | None = None,
     verbose: bool = True,
     watchers: Sequence[Watcher] = (),
@@ -176,6 +203,8 @@ def distill(
             that come with `unlabeled` are used if the source reads labels.
         test: labelled images in the same forms, or (images, labels); only reported on, never used to choose.
         foreign: another model that predicts the dictionary (KDCI Table 5).
+        classes: the names of the teacher's classes, in order, if the teacher does not have them (see `load_model`).
+            Class folders are matched by name, and the student inherits the names.
         out: the run folder; without one nothing is written, and nothing can be resumed.
         verbose: show progress on stderr.
         watchers: your own `Watcher`s; they receive every log, evaluation, pool description and warning.
@@ -220,12 +249,20 @@ def distill(
         raise DodistillError(f"source {config.source.name} reads no labels; remove `labels`, or use source data.")
     if labels is not None and unlabeled is None:
         raise DodistillError("labels are given without images; give unlabeled=images, too.")
+    teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher, shape)
+    names = names_for(teacher, teacher.num_classes, classes)
     pixels = y = None
+    notes = []
     if unlabeled is not None:
         found = accept(unlabeled, shape, "unlabelled", labels=config.source.reads_labels and labels is None)
+        found = fitted(found, names, teacher.num_classes, "the unlabelled images")
         pixels, y = found.x, found.y if labels is None else as_labels(labels, len(found))
-    tested = _test(test, shape)
-    job = Job(config, teacher, student, shape, pixels, y, tested, foreign=foreign, choice=choice)
+        notes += [found.note] if found.note else []
+    tested = _test(test, teacher, names)
+    job = Job(
+        config, teacher, student, shape, pixels, y, tested, foreign=foreign, notes=tuple(notes), choice=choice,
+        classes=names,
+    )  # fmt: skip
     return run(job, out, verbose, watchers=watchers, began=began, track=track)
 
 
@@ -279,23 +316,27 @@ def distill_config(config: Distill, out: str | Path | None, verbose: bool = True
         RunFolder(out, budget.begun(config, out), create=False)
     teacher, shape = load_teacher(config.teacher, config.data.image_shape)
     wrapped = Teacher(teacher, shape)
+    names = names_for(teacher, wrapped.num_classes)
     student = load_student(config.student, teacher, wrapped.num_classes, shape, config.loop.seed)
     unlabeled = labels = None
     notes = []
     if config.data.unlabeled and config.source.kind in ("sampler", "data"):
         found = load_images(config.data.unlabeled, labels=config.source.reads_labels, image_shape=shape)
         refuse_one_class(found, config.data.unlabeled)
+        found = fitted(found, names, wrapped.num_classes, config.data.unlabeled)
         unlabeled, labels = found.x, found.y
-        if found.skipped:
-            notes.append(found.note)
+        notes += [found.note] if found.note else []
     test = None
     if config.data.test:
         images = load_images(config.data.test, split="test", image_shape=shape, crop=config.data.crop_share)
-        test = _test(images, shape, config.data.test)
+        test = _test(images, wrapped, names, config.data.test)
     contexts = [
-        load_images(spec, split="test", image_shape=shape, crop=config.data.crop_share)
+        fitted(
+            load_images(spec, split="test", image_shape=shape, crop=config.data.crop_share),
+            names, wrapped.num_classes, spec,
+        )
         for spec in contexts_of(config.data.test)
-    ]
+    ]  # fmt: skip
     foreign = load_teacher(config.data.foreign, shape)[0] if config.data.foreign.spec else None
     job = Job(
         config,
@@ -310,6 +351,7 @@ def distill_config(config: Distill, out: str | Path | None, verbose: bool = True
         tuple(notes),
         choice,
         command,
+        names,
     )
     return run(job, out, verbose, deadline, report, began=began, track=track)
 
@@ -330,11 +372,13 @@ def run(
     """
     plan, record = None, None
     if job.config.loop.time:
-        fitted = budget.fit(job, out, monotonic() if began is None else began)
-        job, plan, record = fitted.job, fitted.plan, fitted.record
+        fit = budget.fit(job, out, monotonic() if began is None else began)
+        job, plan, record = fit.job, fit.plan, fit.record
     else:
         job = dataclasses.replace(job, config=longer(out, job.config))
     config = job.config
+    if job.classes and isinstance(job.student, Normalized):
+        job.student.spec["classes"] = job.classes
     names = f"{_name(config.teacher, job.teacher)} -> {_name(config.student, job.student)}"
     title = f"{config.source.name} + {config.intervention}: {names}"
     it = Distiller(job, plan)
@@ -358,7 +402,8 @@ def _run(
 ) -> Result:  # fmt: skip
     """Run to the end or to the deadline, and deliver. An empty title: no progress is shown."""
     job, config = it.job, it.config
-    said = [*job.notes, *config.clashes, *it.acquirer.source.notes]
+    tested = [job.test.note] if job.test is not None and job.test.note else []
+    said = [*job.notes, *tested, *config.clashes, *it.acquirer.source.notes]
     if emulated(it.context.device, config.loop.precision):
         said.append("bf16 is emulated on this CPU, about ten times slower than fp32; use --loop.precision fp32.")
     said += [text] if (text := longer_said(config)) else []
@@ -475,6 +520,8 @@ def _summary(it: Distiller, which: str, notes: list[str]) -> dict[str, Any]:
         "student_parameters": parameters(it.matcher.student),
         "teacher_parameters": parameters(job.teacher),
         "teacher_batchnorm": it.context.teacher.has_batchnorm,
+        "image_shape": list(it.context.image_shape),
+        **({"classes": list(job.classes)} if job.classes else {}),
         "steps": it.step,
         "images": acquirer.pool.seen,
         "class_shares": [round(v, 5) for v in shares.tolist()],
@@ -513,7 +560,8 @@ def _machine(device: torch.device) -> str:
 
 def _save_student(best: nn.Module, path: Path, summary: Mapping[str, Any]) -> None:
     bare = best.student if isinstance(best, Compensated) else best
-    save_model(bare, path, agreement=summary["agreement"], key=summary["key"])
+    names = {"classes": summary["classes"]} if "classes" in summary else {}
+    save_model(bare, path, agreement=summary["agreement"], key=summary["key"], **names)
 
 
 def _deliver(it: Distiller, best: nn.Module, folder: RunFolder, summary: dict[str, Any], report: bool) -> None:

@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from ..api import Shape, parameters, shape_of
-from ..config.flags import square
+from ..config import flags
 from ..core.runtime import pick_device
+from ..data.classes import titles
 from ..data.folder import crop_share
 from ..data.images import Images, contexts_of, load_images, refuse_one_class, require_fit
+from ..data.labels import fitted
 from ..engine.run_folder import check_writable
 from ..errors import DodistillError
 from ..evaluation import evaluate
@@ -21,6 +23,7 @@ from ..evaluation.probe import context_gap, linear_probe
 from ..models import Normalized, load_model, save_model
 from ..models.batchnorm import calibrate
 from ..models.load import require_weights
+from ..models.normalized import class_names
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Arguments:
     weights: Annotated[str, "FILE"] = ""  #: the weights of a model that is given by its spec
     image_shape: Annotated[str, "C,H,W"] = ""  #: the model's image shape, if its weights do not contain it
     normalise: Annotated[str, "NAME"] = ""  #: the model's normalisation, if its weights do not contain it
+    classes: Annotated[str, "FILE"] = ""  #: names of its classes, one a line, or cat,dog,...; empty: as its weights say
     test: Annotated[str, "DATA"] = ""  #: labelled images: .npz, folder, or a data set's name
     crop_share: float = 0.0  #: centre crop / short side, for images in folders; 0: 0.875 from 160 pixels on, else 1
     probe: Annotated[str, "DATA"] = ""  #: transfer: train a linear classifier on its frozen features
@@ -54,7 +58,7 @@ class Data:
 def run(arguments: Arguments) -> int:
     _check(arguments)
     model = _model(arguments)
-    data = _read(arguments, shape_of(model), model.spec.get("num_classes") or 1 << 31)
+    data = _read(arguments, shape_of(model), model)
     device = pick_device()
     model.to(device)
     teacher = _teacher(arguments).to(device) if arguments.teacher and data.test is not None else None
@@ -89,11 +93,11 @@ def _check(arguments: Arguments) -> None:
 
 
 def _model(arguments: Arguments) -> Normalized:
-    channels, size, _ = square(arguments.image_shape) or (None, None, None)
+    shape = flags.shape(arguments.image_shape)
     weights = require_weights(arguments.model, arguments.weights, "--weights")
     return load_model(
-        arguments.model, weights=weights, mean=arguments.normalise or None, in_channels=channels,
-        image_size=size,
+        arguments.model, weights=weights, mean=arguments.normalise or None, in_channels=shape[0] if shape else None,
+        image_size=shape[1:] if shape else None, classes=arguments.classes or None,
     )  # fmt: skip
 
 
@@ -102,9 +106,15 @@ def _teacher(arguments: Arguments) -> Normalized:
     return load_model(arguments.teacher, weights=weights, mean=arguments.normalise or None)
 
 
-def _read(arguments: Arguments, shape: Shape, classes: int) -> Data:
+def _read(arguments: Arguments, shape: Shape, model: Normalized) -> Data:
     """Read all images, cropped as test images."""
-    share = crop_share(arguments.crop_share, shape[1])
+    share, names, outputs = crop_share(arguments.crop_share, shape[1]), class_names(model), model.spec["num_classes"]
+
+    def own(images: Images, spec: str) -> Images:
+        """The labels as the model's classes; those of a probe are other classes."""
+        images = fitted(images, names, outputs, spec)
+        require_fit(images, shape, outputs or 1 << 31, spec)
+        return images
 
     def labelled(spec: str, split: str) -> Images:
         images = load_images(spec, split, True, shape, crop=share)
@@ -114,14 +124,11 @@ def _read(arguments: Arguments, shape: Shape, classes: int) -> Data:
         return images
 
     test, probe, plain = arguments.test, arguments.probe, arguments.calibrate
-    tested = labelled(test, "test") if test else None
-    if tested is not None:
-        require_fit(tested, shape, classes, test)
     return Data(
-        tested,
+        own(labelled(test, "test"), test) if test else None,
         (labelled(probe, "train"), labelled(probe, "test")) if probe else None,
         load_images(plain, "train", False, shape, crop=share) if plain else None,
-        [load_images(spec, "test", True, shape, crop=share) for spec in contexts_of(test)],
+        [own(labelled(spec, "test"), spec) for spec in contexts_of(test)],
     )
 
 
@@ -138,6 +145,19 @@ def _score(name: str, model: nn.Module, test: Images, teacher: nn.Module | None)
     print(f"model      {name}, {parameters(model):,} parameters")
     print(f"accuracy   {found['accuracy']:.2f} % of {found['images']:,} images")
     print(f"ECE        {found['ECE']:.4f}")
-    print(f"predicted class shares (%)  {', '.join(f'{100 * v:.1f}' for v in found['class_shares'][:20])}")
+    print(f"predicted class shares (%)  {_shares(found['class_shares'], class_names(model))}")
+    if test.note:
+        print(f"note       {test.note}")
     if teacher is not None:
         print(f"teacher    {found['teacher']:.2f} %, agreement {found['agreement']:.2f} %")
+
+
+def _shares(shares: list[float], names: tuple[str, ...], most: int = 20) -> str:
+    """The share of each class in percent, by name where the names are known; of many, the largest."""
+    if not names:
+        return ", ".join(f"{100 * v:.1f}" for v in shares[:most])
+    called, order = titles(names), list(range(len(shares)))
+    if len(shares) > most:
+        order = sorted(order, key=lambda k: -shares[k])[: most // 2]
+    said = ", ".join(f"{called[k]} {100 * shares[k]:.1f}" for k in order)
+    return said if len(shares) <= most else f"{said}, ... of {len(shares)} classes"

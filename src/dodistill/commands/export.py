@@ -11,9 +11,10 @@ from torch import nn
 from ..api import load_teacher, shape_of
 from ..config import plugins
 from ..config.tree import resolve
+from ..data.classes import folder_names
 from ..data.images import load_images
 from ..engine.inputs import read_inputs
-from ..engine.run_folder import newest_pool
+from ..engine.run_folder import names_of_run, newest_pool
 from ..errors import DodistillError
 from ..files import read_object
 from ..models import Normalized, load_model
@@ -57,7 +58,8 @@ def _images(source: Path, target: Path) -> int:
     if target.exists() and not target.is_dir():
         raise DodistillError(f"{target} is a file; give a folder for the images, or FILE.onnx for the student.")
     pool = newest_pool(source)
-    n = export_images(pool["x"], target, pool["logits"].argmax(1))
+    labels, outputs = pool["logits"].argmax(1), pool["logits"].shape[1]
+    n = export_images(pool["x"], target, labels, folder_names(names_of_run(source), outputs))
     print(f"{n} images in {target}, one folder for each class that the teacher predicts")
     return 0
 

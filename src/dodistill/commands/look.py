@@ -19,7 +19,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,13 +30,16 @@ from ..api import load_teacher
 from ..config import plugins
 from ..config.tree import Distill, resolve
 from ..core.runtime import pick_device
-from ..data.images import Images, load_images, refuse_one_class
-from ..engine.run_folder import check_writable, fingerprint, newest_pool
+from ..data.classes import require_count, titles
+from ..data.images import Images, load_images, refuse_one_class, require_fit
+from ..data.labels import fitted
+from ..engine.run_folder import check_writable, fingerprint, names_of_run, newest_pool
 from ..errors import DodistillError
 from ..evaluation.evaluate import agreement, class_shares, frechet_distance, predict, top1
 from ..evaluation.probe import features
 from ..files import read_object
 from ..models import load_model
+from ..models.normalized import class_names
 from ..report import plots
 from ..report.canvas import Plot
 from ..report.format import number
@@ -53,6 +56,7 @@ class Arguments:
     test: Annotated[str, "DATA"] = ""  #: labelled images: .npz, folder, or a data set's name; required
     teacher: Annotated[str, "FILE"] = ""  #: the teacher, if a run received it in memory
     teacher_weights: Annotated[str, "FILE"] = ""  #: its weights, if it is no .safetensors that dodistill wrote
+    classes: Annotated[str, "FILE"] = ""  #: names of its classes, one a line, or cat,dog,...; empty: as its weights say
     n: int = 1000  #: points in each map
     out: Annotated[str, "FILE"] = "look.html"  #: the page
 
@@ -61,7 +65,7 @@ def run(arguments: Arguments) -> int:
     if not arguments.runs or not arguments.test:
         raise DodistillError("look needs run folders and labelled images: dodistill look RUN [RUN ...] --test DATA.")
     a = arguments
-    found = look(a.runs, a.test, a.out, a.teacher, a.n, a.teacher_weights)
+    found = look(a.runs, a.test, a.out, a.teacher, a.n, a.teacher_weights, a.classes)
     wide = max(len(s.name) for s in found)
     print(f"{'':{wide}}  accuracy  silhouette  distance of its data (between real halves)")
     for s in found:
@@ -101,11 +105,12 @@ class Differ:
 
 
 def look(runs: Sequence[str | Path], test: str, out: str | Path, teacher: str = "", n: int = 1000,
-         weights: str = "") -> list[Seen]:  # fmt: skip
+         weights: str = "", classes: str = "") -> list[Seen]:  # fmt: skip
     """Write the page `out` about these run folders and the labelled images `test`; the maps have `n` points.
 
     Each figure is also written to `figures/` beside the page (page.py). `teacher` (and its `weights`) is needed for a
-    run that was given its teacher in memory. The teacher is first in the returned list. Raises DodistillError for
+    run that was given its teacher in memory, `classes` (a file or a list of names) if neither teacher nor run knows the
+    names of the classes. The teacher is first in the returned list. Raises DodistillError for
     missing files, for images without labels, and for runs of several teachers.
     """
     check_writable(Path(out))
@@ -119,7 +124,11 @@ def look(runs: Sequence[str | Path], test: str, out: str | Path, teacher: str = 
     else:
         _one_teacher(folders, configs)
         part = configs[0].teacher
+    part = replace(part, classes=classes or part.classes)
     model, shape = load_teacher(part, configs[0].data.image_shape)
+    outputs = model.spec["num_classes"]
+    names = class_names(model) or names_of_run(folders[0])
+    require_count(names, outputs, "classes")
     device = pick_device()
     model.to(device)
     students = [load_model(str(f / "student.safetensors")).to(device) for f in folders]
@@ -127,7 +136,11 @@ def look(runs: Sequence[str | Path], test: str, out: str | Path, teacher: str = 
     if real.y is None or len(real) < 50:
         raise DodistillError(f"{test} needs labels, and at least 50 images (it has {len(real)}).")
     refuse_one_class(real, test)
-    notes = [note for f in folders for note in _strangers(f, model)]
+    real = fitted(real, names, outputs, test)
+    require_fit(real, shape, outputs or 1 << 31, test)
+    called = titles(names)
+    notes = [real.note] if real.note else []
+    notes += [note for f in folders for note in _strangers(f, model)]
     order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
     some, real = real.select(order[:n]), real.select(order)
     assert some.y is not None
@@ -138,7 +151,7 @@ def look(runs: Sequence[str | Path], test: str, out: str | Path, teacher: str = 
         f = inner.cpu().numpy()
         flat = tsne(n_components=2, init="pca", perplexity=min(30, (len(y) - 1) / 3), random_state=0).fit_transform(f)
         label = f"t-SNE of the features of {name} on {len(y)} real images, coloured by class"
-        points = plots.points(f"map-{name}", flat[:, 0], flat[:, 1], y.tolist(), label=label)
+        points = plots.points(f"map-{name}", flat[:, 0], flat[:, 1], y.tolist(), label=label, names=called)
         return Seen(name, top1(logits, real.y), float(silhouette(f, y.numpy())), points)  # type: ignore[arg-type]
 
     with Progress(1 + len(folders), f"look at {len(folders)} runs on {len(real):,} images") as progress:
@@ -150,9 +163,9 @@ def look(runs: Sequence[str | Path], test: str, out: str | Path, teacher: str = 
             answers.append(predict(student, real.x))
             found.append(seen(folder.name, answers[-1], features(student, some.x)))
             found[-1].agreement = agreement(answers[-1], answers[0])
-            _shift(found[-1], folder, model, inside, real)
+            _shift(found[-1], folder, model, inside, real, called)
             progress.update(i)
-    differ = [_differ(f.name, real, answers[1], a) for f, a in zip(folders[1:], answers[2:])]
+    differ = [_differ(f.name, real, answers[1], a, called) for f, a in zip(folders[1:], answers[2:])]
     page = render(
         "look.html.j2", Path(out), seen=found, differ=differ, first=folders[0].name, real=_uri(real.x[:32], 8),
         test=test, count_real=len(real), points=len(y), notes=notes,
@@ -203,7 +216,7 @@ def _strangers(folder: Path, model: nn.Module) -> list[str]:
     return [f"{folder.name} was distilled from a teacher with other weights than the one shown here."]
 
 
-def _shift(it: Seen, folder: Path, teacher: nn.Module, inside: Tensor, real: Images) -> None:
+def _shift(it: Seen, folder: Path, teacher: nn.Module, inside: Tensor, real: Images, names: Sequence[str]) -> None:
     """Fill in the distance from the pool of a run to the real images, if the pool still exists."""
     try:
         pool = newest_pool(folder)
@@ -219,11 +232,12 @@ def _shift(it: Seen, folder: Path, teacher: nn.Module, inside: Tensor, real: Ima
     classes = pool["logits"].shape[1]
     true = torch.bincount(real.y, minlength=classes).float() / len(real)
     groups = [("pool", class_shares(pool["logits"]).tolist()), ("real", true.tolist())]
-    it.shares = plots.bars(f"class-shares-{it.name}", groups, x_label="class", reference=("even", 1 / classes))
+    even = ("even", 1 / classes)
+    it.shares = plots.bars(f"class-shares-{it.name}", groups, x_label="class", reference=even, names=names)
 
 
-def _differ(name: str, real: Images, a: Tensor, b: Tensor) -> Differ:
-    """a, b: logits [n, K] of two students on the same images."""
+def _differ(name: str, real: Images, a: Tensor, b: Tensor, names: Sequence[str]) -> Differ:
+    """a, b: logits [n, K] of two students on the same images; `names` of the K classes, where they are known."""
     assert real.y is not None
     y = real.y.to(a.device)
     right = [v.argmax(1) == y for v in (a, b)]
@@ -234,7 +248,9 @@ def _differ(name: str, real: Images, a: Tensor, b: Tensor) -> Differ:
         lead = torch.where(alone, sure[mine] - sure[1 - mine], -torch.inf)
         top = lead.argsort(descending=True, stable=True)[: min(SHOWN, int(alone.sum()))].tolist()
         counts.append(int(alone.sum()))
-        shown.append([(_uri(real.x[i : i + 1], 1), f"{y[i]}, not {(b, a)[mine][i].argmax()}") for i in top])
+        pairs = [(int(y[i]), int((b, a)[mine][i].argmax())) for i in top]
+        said = [f"{names[k] if names else k}, not {names[other] if names else other}" for k, other in pairs]
+        shown.append([(_uri(real.x[i : i + 1], 1), text) for i, text in zip(top, said)])
     return Differ(name, (counts[0], counts[1]), (shown[0], shown[1]))
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from ..config.flags import square
+from ..config import flags
 from ..config.tree import build
 from ..core.deadline import Deadline, stopping
 from ..core.precision import emulated
@@ -45,7 +45,7 @@ def run(arguments: Arguments, settings: Mapping[str, Any], _words: Sequence[str]
     """`settings` are fields of `Teach`."""
     at_least(0, "teach", ", as in 600", max_seconds=arguments.max_seconds)
     deadline, target = Deadline(time.monotonic() + arguments.max_seconds), Path(arguments.out)
-    shape = square(arguments.image_shape)
+    shape = flags.shape(arguments.image_shape)
     if not arguments.data:
         raise DodistillError("teach needs labelled images; give --data cifar10, a .npz, or a folder of class folders.")
     config = build(Teach, {**settings, "model": arguments.model}, "teach")

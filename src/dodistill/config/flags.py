@@ -36,7 +36,7 @@ SHORT = {
     "image_shape": "data.image_shape", "steps": "loop.steps", "batch": "loop.batch", "seed": "loop.seed",
     "time": "loop.time",
     "device": "loop.device", "precision": "loop.precision", "threads": "loop.threads",
-    "data.foreign": "data.foreign.spec",
+    "data.foreign": "data.foreign.spec", "classes": "teacher.classes",
 }  # fmt: skip
 #: Names in the tree -> the names of these flags in the help.
 LONG = {f"{axis}.name": axis for axis in registry.AXES if axis != "intervention"} | {"source.preset": "preset"}
@@ -109,14 +109,14 @@ def value(text: str) -> Any:
     return out
 
 
-def square(text: str) -> tuple[int, int, int] | None:
-    """(C, H, W) from "3,32,32", None from nothing; models here read square images."""
+def shape(text: str) -> tuple[int, int, int] | None:
+    """(C, H, W) from "3,32,48", None from nothing."""
     if not text:
         return None
     parts = text.split(",")
-    if len(parts) != 3 or not all(p.strip().isdigit() for p in parts) or int(parts[1]) != int(parts[2]):
-        raise DodistillError(f"--image-shape is {text!r}; it must be channels, height, width, as in 3,32,32 (square).")
-    return int(parts[0]), int(parts[1]), int(parts[1])
+    if len(parts) != 3 or not all(p.strip().isdigit() and int(p) for p in parts):
+        raise DodistillError(f"--image-shape is {text!r}; it must be channels, height, width, as in 3,32,32.")
+    return int(parts[0]), int(parts[1]), int(parts[2])
 
 
 # ---------------------------------------------------------------------------------------- from a dataclass

@@ -48,6 +48,7 @@ class Model:
     weights: str = ""  #: .safetensors, or .pt/.pth without code; of a teacher also `random`, if that is meant
     num_classes: int = 0  #: 0: from the weights, or from the teacher
     normalise: str = ""  #: cifar10, cifar100, imagenet, mnist, none; empty: from the weights, or from the teacher
+    classes: str = ""  #: their names, in order: a file with one a line, .json, or cat,dog,...; empty: from the weights
 
 
 @dataclass(frozen=True)

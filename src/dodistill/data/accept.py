@@ -35,9 +35,9 @@ def accept(given: Any, shape: Shape, what: str, split: str = "train", labels: bo
     """
     if isinstance(given, str | Path):
         return load_images(given, split=split, labels=labels, image_shape=shape)
-    x, y = given, None
+    x, y, classes, by_number = given, None, _classes(given), False
     if hasattr(given, "x") and hasattr(given, "y"):  # Images, and what looks like them
-        x, y = given.x, given.y
+        x, y, by_number = given.x, given.y, bool(getattr(given, "by_number", False))
     elif isinstance(given, tuple) or (isinstance(given, list) and len(given) == 2):
         if len(given) != 2:
             raise DodistillError(f"{what}: a tuple of {len(given)}; give (images, labels).")
@@ -45,7 +45,18 @@ def accept(given: Any, shape: Shape, what: str, split: str = "train", labels: bo
     elif not isinstance(given, Tensor | np.ndarray | list):
         x, y = _collected(given, what)
     pixels = as_pixels(x, shape, what)
-    return Images(pixels, as_labels(y, len(pixels)) if labels and y is not None else None)
+    if not labels or y is None:
+        return Images(pixels)
+    return Images(pixels, as_labels(y, len(pixels)), classes=classes, by_number=by_number)
+
+
+def _classes(given: Any) -> tuple[str, ...]:
+    """The names of class folders by which labels are numbered, of `Images` and of torchvision's ImageFolder."""
+    while hasattr(given, "dataset"):  # of a DataLoader, or of a part of a data set
+        given = given.dataset
+    if hasattr(given, "y") or (hasattr(given, "class_to_idx") and hasattr(given, "samples")):
+        return tuple(map(str, getattr(given, "classes", ())))
+    return ()
 
 
 def as_pixels(given: Any, shape: Shape, what: str) -> Tensor:

@@ -24,7 +24,8 @@ from PIL import Image, ImageOps
 
 from ..errors import DodistillError
 from ..files import shown
-from .layouts import in_order, listing
+from .classes import in_order
+from .layouts import listing
 
 #: Raster formats, told apart by content. Pillow reads others by running programs of the system, such as Ghostscript.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")

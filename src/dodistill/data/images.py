@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import DodistillError, nearest
+from .classes import KNOWN
 from .folder import load_folder
 from .planted import contexts, palette, plant
 
@@ -32,7 +33,8 @@ class Images:
     y: Tensor | None = None
     skipped: int = 0  #: number of files that are broken or not images
     note: str = ""  #: a sentence for the user, or ""
-    classes: tuple[str, ...] = ()  #: the names of the classes, if the images come from class folders
+    classes: tuple[str, ...] = ()  #: the names of the classes, if they are known, as of class folders
+    by_number: bool = False  #: the labels are the data set's own numbers; else they follow from the names of folders
 
     def __len__(self) -> int:
         return len(self.x)
@@ -132,6 +134,7 @@ def refuse_one_class(images: Images, what: str) -> None:
     name, fix = str(int(y[0])), "correct the labels; at least two classes are needed."
     if images.classes:
         name = images.classes[int(y[0])]
+    if images.classes and not images.by_number:
         fix = (
             "give the folder whose subfolders are the classes (for Tiny-ImageNet, the folder with wnids.txt); to use "
             "the images without labels, give their own folder."
@@ -314,12 +317,19 @@ def _named(name: str, split: str) -> Images:
         raise DodistillError(f"no {name}: DODISTILL_DATA is not set; set it to the folder of {name}.npz; {_RECIPE}")
     path = Path(root) / f"{name}.npz"
     if path.is_file():
-        return _npz(path, split)
+        return _known(_npz(path, split), name)
     kept = _torchvision(name, root, split == "train")
     if kept is None:
         also = " nor a copy by torchvision" if name in _TORCHVISION else f" nor a folder {name}"
         raise DodistillError(f"no {name}: {root} has neither {name}.npz{also}; {_RECIPE}")
-    return kept
+    return _known(kept, name)
+
+
+def _known(images: Images, name: str) -> Images:
+    """The images of a data set by name, with the names of its classes, where they are known and the labels are its."""
+    names = KNOWN.get(name, ())
+    fits = images.y is not None and len(names) == int(images.y.max()) + 1 if len(images) else False
+    return replace(images, classes=names, by_number=True) if names and fits else images
 
 
 _TORCHVISION = {"mnist": "MNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
@@ -356,7 +366,7 @@ def _digits(split: str, labels: bool, image_shape: Shape | None) -> Images:
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     part = order[:1297] if split == "train" else order[1297:]
     pixels = x.round().to(torch.uint8).expand(-1, c, -1, -1)[part].contiguous()
-    return Images(pixels, torch.from_numpy(found.target).long()[part] if labels else None)
+    return _known(Images(pixels, torch.from_numpy(found.target).long()[part] if labels else None), "digits")
 
 
 def _strokes(x: Tensor, seed: int) -> Tensor:

@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,17 +29,6 @@ class Listing:
     files: list[Path]
     names: list[str]
     classes: tuple[str, ...] = ()  #: all class names in order, including classes without a file here
-
-
-def in_order(classes: Iterable[str]) -> tuple[str, ...]:
-    """Names of classes in the order in which they are numbered: by value if all are numbers (2 before 10), else by
-    name."""
-    names = set(classes)
-    return tuple(sorted(names, key=(lambda n: (int(n), n)) if all(map(_is_number, names)) else str))
-
-
-def _is_number(name: str) -> bool:
-    return name.isascii() and name.isdigit()
 
 
 def listing(folder: Path, split: str, labels: bool) -> Listing:

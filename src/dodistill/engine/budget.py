@@ -26,7 +26,7 @@ from ..core.context import Context
 from ..core.precision import trial
 from ..evaluation.evaluate import predict
 from ..files import read_object
-from .job import Job, Test
+from .job import Job
 from .plan import Plan
 
 ACQUIRE = 0.4  #: largest share of the time for acquisitions, where they must be cut
@@ -94,7 +94,7 @@ def _fitted(job: Job, config: Distill, record: dict[str, Any], seconds: float, b
     test = job.test
     if test is not None and record["tests"] < len(test.x):
         some = torch.randperm(len(test.x), generator=torch.Generator().manual_seed(0))[: record["tests"]]
-        test = Test(test.x[some.to(test.x.device)], test.y[some.to(test.y.device)])
+        test = replace(test, x=test.x[some.to(test.x.device)], y=test.y[some.to(test.y.device)])
     plan = Plan(config.loop.steps, (), seconds, began, record["reserve"])
     return Fitted(replace(job, config=config, test=test, notes=(*job.notes, spoken(record))), plan, record)
 

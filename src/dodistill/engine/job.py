@@ -32,6 +32,7 @@ class Test:
 
     x: Tensor
     y: Tensor
+    note: str = ""  #: a sentence for the user, as on classes without images
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Job:
         notes: sentences for the summary.
         choice: the choice of `--source auto`, if there was one.
         command: the command line that repeats this run.
+        classes: the names of the classes, in the order of the logits, if they are known.
     """
 
     config: Distill
@@ -65,6 +67,7 @@ class Job:
     notes: tuple[str, ...] = ()
     choice: Choice | None = None
     command: str = ""
+    classes: tuple[str, ...] = ()
 
     def context(self) -> Context:
         """The context for the run's parts: models on their device, streams, settings. Raises DodistillError for a

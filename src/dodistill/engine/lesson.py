@@ -10,6 +10,7 @@ import torch
 
 from ..data.folder import crop_share
 from ..data.images import Images, has_test, load_images, refuse_one_class
+from ..data.labels import fitted
 from ..errors import DodistillError
 from ..models import Normalized, load_model, save_model
 from .run_folder import load_tensors, save_tensors
@@ -24,7 +25,7 @@ class Lesson:
 
     train: Images
     test: Images | None = None
-    note: str = ""  #: the reason, if there are no images for the score
+    note: str = ""  #: on the images for the score: why there are none, or which classes have none
 
     def steps(self, config: Teach) -> int:
         """About how many steps the schedule has."""
@@ -43,27 +44,32 @@ def read_lesson(data: str, test: str = "", shape: Shape | None = None, crop: flo
     if not (test or has_test(data)):
         return Lesson(train)
     try:
-        return Lesson(train, _labelled(test or data, shape, crop))
+        tested = _labelled(test or data, shape, crop, train)
+        return Lesson(train, tested, tested.note)
     except DodistillError as error:
         if test:
             raise
         return Lesson(train, note=f"test accuracy will not be measured: {error}")
 
 
-def _labelled(spec: str, shape: Shape | None, crop: float) -> Images:
+def _labelled(spec: str, shape: Shape | None, crop: float, train: Images) -> Images:
+    """Test images with labels, which are those of the training images' classes."""
     images = load_images(spec, split="test", image_shape=shape, crop=crop)
     if images.y is None:
         raise DodistillError(f"the test images of {spec} have no labels; accuracy needs them: give labelled images.")
     refuse_one_class(images, f"test images of {spec}")
-    return images
+    fix = "give a test set whose class folders have the names of those of the training images."
+    return fitted(images, train.classes, train.num_classes, f"test images of {spec}", fix)
 
 
 def fresh_model(config: Teach, images: Images, normalise: str | None = None) -> Normalized:
     """The network that the schedule names, for these images."""
-    channels, size, _ = images.image_shape
+    channels, *size = images.image_shape
+    count = config.num_classes or images.num_classes
+    names = (*images.classes, *(f"class {k}" for k in range(len(images.classes), count))) if images.classes else ()
     return load_model(
-        config.model, num_classes=config.num_classes or images.num_classes, in_channels=channels, image_size=size,
-        mean=normalise, seed=config.seed,
+        config.model, num_classes=count, in_channels=channels, image_size=size, mean=normalise,
+        classes=names[:count], seed=config.seed,
     )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from ..config.plugins import label
 from ..config.tree import Distill, code_in, difference, grown, resolve
 from ..core.watch import Watcher
+from ..data.classes import read_names
 from ..errors import DodistillError
 from ..files import claim, read_object, replacing, shown
 from .longer import extends, set_aside, settings_of
@@ -105,6 +106,13 @@ def newest_pool(path: Path) -> dict[str, Any]:
         )
     out: dict[str, Any] = load_tensors(files[-1])
     return out
+
+
+def names_of_run(path: Path) -> tuple[str, ...]:
+    """The names of the classes of a finished run's models; () where they are not known."""
+    summary = path / "summary.json"
+    found = read_object(summary, "delete it, and finish the run again").get("classes") if summary.exists() else None
+    return read_names(found, f"classes in {summary}") if found else ()
 
 
 def _require_same_code(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:

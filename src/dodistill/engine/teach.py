@@ -20,6 +20,7 @@ from ..evaluation.evaluate import accuracy
 from ..functional.augment import View, to_float
 from ..functional.memory_format import laid_out, place
 from ..functional.schedules import cosine
+from ..models import Normalized
 from ..models.normalized import logits_of
 
 
@@ -98,7 +99,8 @@ def teach(
     `on_step` gets the number of each step at its start, for a progress display.
     After each epoch `on_checkpoint` gets the state for `resume`, which is bit-identical on the CPU. After `deadline`
     (time.monotonic()) the training stops at the end of the epoch and returns `{"finished": False, "epoch": ...}`.
-    The weights are those of the last step. `test` is scored once, at the end, and chooses nothing.
+    The weights are those of the last step. `test` is scored once, at the end, and chooses nothing. A `Normalized`
+    without class names gets those of the images.
     Raises DodistillError without labels, when labels exceed the classes, and when the loss becomes NaN.
     """
     config = config or Teach()
@@ -123,7 +125,9 @@ def teach(
     assert train.y is not None
     place(model, device)
     cast = Precision(device, config.precision)
-    _check_classes(model, train, images.num_classes)
+    outputs = _check_classes(model, train, images.num_classes)
+    if isinstance(model, Normalized) and len(images.classes) == outputs:
+        model.spec.setdefault("classes", images.classes)
 
     rng = generator(device, config.seed, "teach")
     batch = min(config.batch, len(train))
@@ -211,8 +215,9 @@ def _augmented(x: Tensor, config: Teach, rng: torch.Generator) -> Tensor:
     return laid_out(x)
 
 
-def _check_classes(model: nn.Module, train: Images, classes: int) -> None:
-    """One forward pass in eval mode. Its messages replace an index error of the cross-entropy."""
+def _check_classes(model: nn.Module, train: Images, classes: int) -> int:
+    """The number of outputs, by one forward pass in eval mode. Its messages replace an index error of the
+    cross-entropy."""
     from ..evaluation.evaluate import predict
 
     try:
@@ -226,3 +231,4 @@ def _check_classes(model: nn.Module, train: Images, classes: int) -> None:
         raise DodistillError(
             f"labels go up to {classes - 1}, but the model has {outputs} classes; give num_classes={classes}."
         )
+    return outputs

@@ -12,15 +12,18 @@ from typing import Any
 
 from torch import nn
 
+from ..data.classes import Given, read_names, require_count
 from ..errors import DodistillError, at_least, nearest
 from ..functional.fresh_weights import seeding
 from ..functional.memory_format import place
 from . import zoo
 from .heads import attach
+from .names import names_of_origin
 from .normalized import NORMALISATION, Normalized, constants
 from .weights import guess_channels, guess_classes, load_state, read_metadata, read_weights
 
 Values = Sequence[float]
+Size = int | Sequence[int]  #: pixels of a side of square images, or (height, width)
 _GRAMMAR = "a zoo name, timm:NAME, torchvision:NAME, path/to/file.py:factory, or a .safetensors file saved by dodistill"
 
 
@@ -29,10 +32,11 @@ def load_model(
     *,
     num_classes: int | None = None,
     in_channels: int | None = None,
-    image_size: int | None = None,
+    image_size: Size | None = None,
     weights: str | Path | None = None,
     mean: str | Values | None = None,
     std: str | Values | None = None,
+    classes: Given | None = None,
     seed: int | None = None,
 ) -> Normalized:
     """A network with its normalisation, from images [B, C, H, W] in [0, 1] to logits [B, num_classes].
@@ -41,13 +45,17 @@ def load_model(
     the factory is called with `num_classes` and `in_channels` if it takes them), or a `.safetensors` file of
     `save_model`, which contains the rest. Nothing is downloaded: weights come from `weights` (`.safetensors`, or a
     torch file of tensors). Omitted values are read from the weights. `mean` and `std` are values per channel or a name
-    (`cifar10`); else those of the saved file, of timm, or of torchvision (ImageNet); else none. `seed` fixes the fresh
-    weights and leaves torch's global random state unchanged; without a seed they are drawn from that state. The memory
-    format is that of `memory_format.place`.
+    (`cifar10`); else those of the saved file, of timm, or of torchvision (ImageNet); else none. `image_size` is a
+    number for square images, or (height, width). `classes` are the names of the classes in the order of the logits: a
+    list, a file with one a line, "cat,dog", or Hugging Face's `id2label` (`data.classes`); else those of the saved
+    file, of timm, torchvision or Hugging Face; () for none. `seed` fixes the fresh weights and leaves torch's global
+    random state unchanged; without a seed they are drawn from that state. The memory format is that of
+    `memory_format.place`.
 
     Raises DodistillError, with the fix, for arguments that do not fit.
     """
     saved: dict[str, Any] = {}
+    named = read_names(classes)
     if not isinstance(spec, str) or not spec:
         raise DodistillError(f"a model is named by a text, not by {spec!r}: {_GRAMMAR}.")
     if spec.endswith(".safetensors"):
@@ -74,10 +82,12 @@ def load_model(
         in_weights = saved.get("num_classes") or guess_classes(state)
         num_classes = in_weights if num_classes is None else num_classes
         in_channels = saved.get("in_channels") or guess_channels(state) if in_channels is None else in_channels
-    at_least(1, "", num_classes=num_classes, in_channels=in_channels, image_size=image_size)
-    image_size = saved.get("image_size") if image_size is None else image_size
+    num_classes = len(named) or None if num_classes is None else num_classes
+    at_least(1, "", num_classes=num_classes, in_channels=in_channels)
+    image_size = _size(saved.get("image_size") if image_size is None else image_size)
     with seeding(seed):
         net, own = _build(spec, num_classes, in_channels, image_size)
+    built = net
     if isinstance(net, Normalized):  # a factory may bring its own normalisation
         own = (net.mean.flatten().tolist(), net.std.flatten().tolist())
         net = net.model
@@ -93,13 +103,25 @@ def load_model(
             wanted = constants(saved.get("mean"), saved.get("std"), in_channels)
         except DodistillError as error:
             raise DodistillError(f"{weights}: mean and std in its metadata do not fit: {error}") from error
-    known = {
+    known: dict[str, Any] = {
         "spec": spec,
         "num_classes": num_classes or guess_classes(fresh),
         "in_channels": in_channels,
         "image_size": image_size,
     }
+    if classes is None:
+        named = tuple(saved.get("classes") or ()) or names_of_origin(spec, built, known["num_classes"])
+    require_count(named, known["num_classes"], "classes" if classes is not None else str(weights))
+    known |= {"classes": named} if named else {}
     return place(Normalized(net, *(wanted or own or NORMALISATION["none"]), spec=known))
+
+
+def _size(given: Size | None) -> Size | None:
+    """A number for square images, else (height, width)."""
+    sides = () if given is None else (given,) if isinstance(given, int) else tuple(given)
+    if len(sides) > 2 or not all(isinstance(s, int) and s > 0 for s in sides) or (given is not None and not sides):
+        raise DodistillError(f"image_size is {given!r}; give pixels, as in 32, or (height, width), as in (32, 48).")
+    return None if not sides else sides[0] if len(set(sides)) == 1 else (sides[0], sides[1])
 
 
 #: In place of a file of weights: random ones are meant.
@@ -141,7 +163,7 @@ def _check_grammar(spec: str) -> None:
 
 
 def _build(
-    spec: str, num_classes: int | None, in_channels: int | None, image_size: int | None
+    spec: str, num_classes: int | None, in_channels: int | None, image_size: Size | None
 ) -> tuple[nn.Module, _Own]:
     if ".py:" in spec:
         return _from_file(spec, num_classes, in_channels), None
@@ -154,7 +176,7 @@ def _build(
     return zoo.build(spec, num_classes or 1, in_channels or zoo.default_channels(spec)), None
 
 
-def _from_timm(name: str, classes: int | None, channels: int | None, size: int | None) -> tuple[nn.Module, _Own]:
+def _from_timm(name: str, classes: int | None, channels: int | None, size: Size | None) -> tuple[nn.Module, _Own]:
     try:
         import timm
     except (ImportError, RuntimeError) as error:  # a torchvision that does not fit torch raises RuntimeError

@@ -28,7 +28,8 @@ class Normalized(nn.Module):
     them (see `logits_of`).
 
     `mean` and `std` have one value per channel, or one for all. `spec` says how to build `model` again where that is
-    known: `spec, num_classes, in_channels, image_size`. The state dict holds the network alone.
+    known: `spec, num_classes, in_channels, image_size` (a number for square images, else (height, width)), and
+    `classes`, the names of the classes. The state dict holds the network alone.
     """
 
     mean: Tensor  #: [1, C or 1, 1, 1]
@@ -76,6 +77,18 @@ def answering(model: nn.Module, out: Any, who: str) -> tuple[nn.Module, Tensor]:
     """
     logits = logits_of(out, who)
     return (model if isinstance(out, Tensor) else Normalized(model)), logits
+
+
+def class_names(model: nn.Module) -> tuple[str, ...]:
+    """The names of a model's classes, in the order of its logits; () where they are not known."""
+    seen: nn.Module | None = model
+    while seen is not None:
+        spec = getattr(seen, "spec", None)
+        if isinstance(spec, dict) and spec.get("classes"):
+            return tuple(map(str, spec["classes"]))
+        inner = getattr(seen, "model", None)
+        seen = inner if isinstance(inner, nn.Module) else None
+    return ()
 
 
 def normalised_space(model: nn.Module) -> Space:

@@ -62,6 +62,14 @@ def _values(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(v, int | float) for v in value)
 
 
+def _size(value: object) -> bool:
+    return _positive(value) or (isinstance(value, list) and len(value) == 2 and all(map(_positive, value)))
+
+
+def _names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(v, str) and v.strip() and v.isprintable() for v in value)
+
+
 def _head(value: object) -> bool:
     return isinstance(value, dict) and set(value) <= {"temperature", "weights"}
 
@@ -71,7 +79,8 @@ _METADATA: dict[str, tuple[Callable[[object], bool], str]] = {
     "spec": (lambda v: isinstance(v, str), "the name of a network"),
     "num_classes": (_positive, "a number of classes"),
     "in_channels": (_positive, "a number of channels"),
-    "image_size": (_positive, "a height in pixels"),
+    "image_size": (_size, "a height in pixels, or [height, width]"),
+    "classes": (_names, "a list of names"),
     "mean": (_values, "a list of numbers"),
     "std": (lambda v: _values(v) and all(s > 0 for s in v), "a list of positive numbers"),  # type: ignore[attr-defined]
     "head": (_head, "the settings of a context head"),
@@ -191,9 +200,9 @@ def load_saved(model: nn.Module, path: str | Path) -> None:
 def save_model(model: nn.Module, path: str | Path, **extra_metadata: Any) -> Path:
     """Write weights as `.safetensors`, atomically, with the metadata for `load_model(path)` to rebuild the network.
 
-    The keys are those of the bare network. Metadata (JSON strings): `spec, num_classes, in_channels, image_size, mean,
-    std` of a `Normalized`, `head` of a network with a context head, and `extra_metadata`. Raises DodistillError when
-    the disk is full or not writable.
+    The keys are those of the bare network. Metadata (JSON strings): `spec, num_classes, in_channels, image_size,
+    classes, mean, std` of a `Normalized`, `head` of a network with a context head, and `extra_metadata`. Raises
+    DodistillError when the disk is full or not writable.
     """
     path, net, metadata = Path(path), model, dict[str, Any]()
     if isinstance(model, Normalized):

@@ -8,9 +8,11 @@ from types import MappingProxyType
 from typing import Any
 
 from ..config.tree import code_in
+from ..data.classes import titles
 from .format import count, duration, percent
 from .front_matter import LICENCE, front_matter
 
+MOST = 100  #: classes that the card names
 LAST = "last epoch"
 BEST = "best on test (selection on the test set; as the literature reports)"
 
@@ -28,20 +30,33 @@ def name_of(config: Mapping[str, Any], summary: Mapping[str, Any], who: str) -> 
     return str(summary.get(f"{who}_name") or part(config, who, "spec") or f"the {who}")
 
 
+def names_in(summary: Mapping[str, Any], count: int | None = None) -> tuple[str, ...]:
+    """The names of the classes in a summary, as a page shows them; () without them, or if they are not `count`."""
+    found = summary.get("classes")
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        return ()
+    return titles(found) if count in (None, len(found)) else ()
+
+
 def compression(summary: Mapping[str, Any]) -> float | None:
     """Parameters of the teacher over those of the student."""
     teacher, student = summary.get("teacher_parameters"), summary.get("student_parameters")
     return teacher / student if isinstance(teacher, int) and isinstance(student, int) and student else None
 
 
-def usage(folder: str) -> tuple[str, str]:
+def usage(folder: str, summary: Mapping[str, Any] | None = None) -> tuple[str, str]:
     """(Python that loads the student, shell that scores it)."""
+    known = summary or {}
+    shape = known.get("image_shape")
+    sides = ", ".join(map(str, shape)) if isinstance(shape, list) else "C, H, W"
     file = f"{folder}/student.safetensors" if folder != "." else "student.safetensors"
     python = (
         "import dodistill\n\n"
         f'student = dodistill.load_model("{file}").eval()\n'
-        "logits = student(images)    # float in [0, 1], shape [B, C, H, W]"
+        f"logits = student(images)    # float in [0, 1], shape [B, {sides}]"
     )
+    if names_in(known):
+        python += '\nnames = [student.spec["classes"][k] for k in logits.argmax(1)]'
     return python, f"dodistill evaluate {file} --test path/to/test"
 
 
@@ -122,6 +137,9 @@ def model_card(
         f"seed {part(config, 'loop', 'seed')}, took {duration(summary.get('seconds'))}",
         f"- saved: {delivered(summary)}, chosen without test data",
     ]
+    names = names_in(summary)
+    shown = names if len(names) <= MOST else names[:MOST]
+    rest = f' and {len(names) - MOST:,} more, which `student.spec["classes"]` has' if len(names) > MOST else ""
     command = summary.get("command")
     warnings = [f"- {re.sub(r'[<>]', '', str(w))}" for w in summary.get("warnings") or []]
     return "\n".join(
@@ -152,6 +170,7 @@ def model_card(
             "",
             *table,
             untested,
+            *(["## Classes", "", f"{', '.join(map(_code, shown))}{rest}.", ""] if names else []),
             "## Limits",
             "",
             "- It repeats the teacher's mistakes and adds its own; agreement on substitution inputs says little about "
@@ -164,7 +183,7 @@ def model_card(
             *(["## Files", "", *(f"- {_code(name)}: {text}" for name, text in files.items()), ""] if files else []),
             "## Usage",
             "",
-            _block(hub_usage(repo, files) if repo else usage(folder)[0], "python"),
+            _block(hub_usage(repo, files) if repo else usage(folder, summary)[0], "python"),
             "",
             "## Licence",
             "",

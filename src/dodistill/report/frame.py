@@ -72,12 +72,14 @@ def set_ticks(ax: Axes, log: bool, most: int = 6) -> None:
         axis.set_major_formatter(lambda v, _: tick(v))
 
 
-def new_axes(legend_rows: int, height: float = HEIGHT, left: float = LEFT) -> tuple[Figure, Axes]:
-    """A figure with axes of `height`, room for `legend_rows` above and for labels to the left and below."""
+def new_axes(legend_rows: int, height: float = HEIGHT, left: float = LEFT, below: float = 0.0) -> tuple[Figure, Axes]:
+    """A figure with axes of `height`, room for `legend_rows` above and for labels to the left and below; `below` is the
+    height of labels on the x axis that are taller than a line."""
     top = 17.0 * legend_rows + 8
-    whole = top + height + BOTTOM
+    bottom = BOTTOM + max(0.0, below - FONT)
+    whole = top + height + bottom
     fig = new_figure(whole)
-    ax = fig.add_axes((left / WIDTH, BOTTOM / whole, (WIDTH - left - RIGHT) / WIDTH, height / whole))
+    ax = fig.add_axes((left / WIDTH, bottom / whole, (WIDTH - left - RIGHT) / WIDTH, height / whole))
     ax.grid(axis="x", visible=False)
     return fig, ax
 

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..data.classes import folder_names
 from ..errors import DodistillError
 from ..files import replacing
 
@@ -66,21 +67,31 @@ def save_grid(x: Tensor, path: str | Path, columns: int | None = None, scale: in
     return path
 
 
-def export_images(pool_x: Tensor, folder: str | Path, labels: Tensor | Sequence[int] | None = None) -> int:
-    """Write each image as PNG: `folder/LABEL/000012.png` with labels, `folder/000012.png` without. Returns n."""
+def export_images(
+    pool_x: Tensor,
+    folder: str | Path,
+    labels: Tensor | Sequence[int] | None = None,
+    names: Sequence[str] = (),
+) -> int:
+    """Write each image as PNG: `folder/CLASS/000012.png` with labels, `folder/000012.png` without. Returns n.
+
+    CLASS is the class's of `names`, else its number, with zeros in front (`data.classes.folder_names`): `load_images`
+    and a model of these classes read the labels back.
+    """
     folder = Path(folder)
     n = int(pool_x.shape[0])
-    names: list[int] | None = None
+    numbers: list[int] | None = None
     if labels is not None:
-        names = [int(k) for k in (labels.tolist() if isinstance(labels, Tensor) else labels)]
-        if len(names) != n:
-            raise ValueError(f"{n} images but {len(names)} labels")
+        numbers = [int(k) for k in (labels.tolist() if isinstance(labels, Tensor) else labels)]
+        if len(numbers) != n:
+            raise ValueError(f"{n} images but {len(numbers)} labels")
+        names = names or folder_names((), max(numbers, default=0) + 1)
     folder.mkdir(parents=True, exist_ok=True)
     made: set[Path] = set()
     for start in range(0, n, 512):
         grey = pool_x.shape[1] != 3
         for i, tile in enumerate(_as_rgb(pool_x[start : start + 512]), start):
-            where = folder if names is None else folder / str(names[i])
+            where = folder if numbers is None else folder / names[numbers[i]]
             if where.is_symlink():
                 raise DodistillError(f"{where} is a symbolic link; remove it, or choose another folder.")
             if where not in made:

@@ -31,6 +31,8 @@ from .frame import (
     tick,
 )  # fmt: skip
 
+NAMED = 24  #: most places of `bars` whose names fit below them
+
 
 @dataclass(frozen=True)
 class Series:
@@ -122,8 +124,12 @@ def bars(
     x_label: str,
     y_label: str = "share, %",
     reference: tuple[str, float] | None = None,
+    names: Sequence[str] = (),
 ) -> Plot:
-    """Bars of shares in [0, 1], the groups side by side; more than 64 places are drawn as a line from high to low."""
+    """Bars of shares in [0, 1], the groups side by side; more than 64 places are drawn as a line from high to low.
+
+    `names` stand below the places in place of their numbers, if there are at most `NAMED`.
+    """
     many = max((len(values) for _, values in groups), default=0)
     if many == 0:
         return Plot(name, "Nothing was logged.")
@@ -137,7 +143,8 @@ def bars(
     entries = [what for what, _ in groups] + ([f"{level[0]} {number(level[1], 3)} %"] if level else [])
     with drawing():
         rows, columns = arranged(entries)
-        fig, ax = new_axes(rows)
+        below = [shortened(text, 16) for text in names] if len(names) == many <= NAMED else []
+        fig, ax = new_axes(rows, below=max(map(len, below), default=0) * CHARACTER)
         wide = 0.8 / len(groups)
         handles: list[Any] = []
         for g, (_, values) in enumerate(groups):
@@ -152,9 +159,12 @@ def bars(
         if level:
             handles.append(draw_reference(ax, level[1]))
         set_ticks(ax, log=False, most=12)
+        if below:
+            ax.set_xticks(range(many), below, rotation=90)
         finish(fig, ax, x_label, y_label)
         add_legend(fig, handles, entries, columns)
-    return Plot(name, f"{y_label} by {x_label}: {', '.join(entries)}", fig)
+    said = ", ".join(f"{text} {number(100 * v, 3)}" for text, v in zip(below, groups[0][1]))
+    return Plot(name, f"{y_label} by {x_label}: {', '.join(entries)}" + (f"; {said}" if said else ""), fig)
 
 
 def dots(
@@ -215,8 +225,10 @@ def spread(rows: Sequence[Seeds]) -> tuple[float, float]:
     return low - pad, high + pad
 
 
-def points(name: str, x: Sequence[float], y: Sequence[float], kinds: Sequence[int], *, label: str) -> Plot:
-    """Points in the plane, coloured by kind (0, 1, ...); at most 20 kinds have their number above them.
+def points(
+    name: str, x: Sequence[float], y: Sequence[float], kinds: Sequence[int], *, label: str, names: Sequence[str] = ()
+) -> Plot:
+    """Points in the plane, coloured by kind (0, 1, ...); at most 20 kinds have their number, or name, above them.
 
     The axes have no meaning and are not drawn; both have one scale.
     """
@@ -240,9 +252,10 @@ def points(name: str, x: Sequence[float], y: Sequence[float], kinds: Sequence[in
             ax.plot(px[mine], py[mine], "o", ms=4, mew=0, alpha=0.75, color=colour, clip_on=False, gid="class points")
         for k in shown if len(shown) <= 20 else ():
             mine = py[kind == k]
+            text, middle = shortened(names[k], 12) if names else str(k), float(np.median(px[kind == k]))
             top = min(mine.max(), np.median(mine) + 1.9 * np.median(np.abs(mine - np.median(mine))))
             ax.annotate(
-                str(k), (float(np.median(px[kind == k])), float(top)), (0, 5), textcoords="offset points",
+                text, (middle, float(top)), (0, 5), textcoords="offset points",
                 ha="center", va="bottom", weight="bold",
                 bbox={"boxstyle": "round,pad=0.1", "fc": LIGHT["page"], "ec": "none", "alpha": 0.7},
             )  # fmt: skip

@@ -15,11 +15,11 @@ from ..evaluation.monitor import CURVES, UNITS, courses, read_metrics
 from ..evaluation.verdict import verdict
 from ..files import read_object
 from . import plots
-from .card import BEST, LAST, compression, delivered, name_of, part, usage
+from .card import BEST, LAST, compression, delivered, name_of, names_in, part, usage
 from .classes import per_class
 from .figures import INERT, Record, curves
 from .page import render, write_figures
-from .shares import advice, shares
+from .shares import advice, extremes, shares
 
 
 def _json(path: Path) -> Record:
@@ -97,17 +97,18 @@ def write_report(run_folder: str | Path, pdf: bool = True) -> Path:
     pool_record: Record = metrics["pool"][-1] if metrics["pool"] else {}
     pool, drawn = shares(pool_record.get("class_shares")), shares(pool_record.get("drawn_shares"))
     intervention = str(config.get("intervention") or "none")
-    tone, sentences = advice(pool, drawn, intervention)
+    names = names_in(summary, len(pool.values) if pool else 0)
+    tone, sentences = advice(pool, drawn, intervention, names)
     groups = [(name, s.values) for name, s in (("pool", pool), ("as drawn", drawn)) if s is not None]
     even = ("even", 1 / len(pool.values)) if pool else None
-    share_plot = plots.bars("class-shares", groups, x_label="class", reference=even) if pool else None
+    share_plot = plots.bars("class-shares", groups, x_label="class", reference=even, names=names) if pool else None
     dictionary = _dictionary(_json(folder / "dictionary.json"))
     agreements = [v for k in ("agreement", "agreement_ema") if isinstance(v := last_eval.get(k), int | float)]
     times = [r["seconds"] for r in metrics["log"] if isinstance(r.get("seconds"), int | float)]
     ratios = [r["kdci/F_over_S"] for r in metrics["log"] if isinstance(r.get("kdci/F_over_S"), int | float)]
     place = os.path.relpath(folder)
     place = folder.resolve().name if place.startswith("..") or place == "." else place
-    python, shell = usage(place.replace(os.sep, "/"))
+    python, shell = usage(place.replace(os.sep, "/"), summary)
     by_class = per_class(summary, folder / "student.safetensors")
     figures = curves(metrics, summary, dictionary["n"] if dictionary else 0)
     page = render(
@@ -145,6 +146,7 @@ def write_report(run_folder: str | Path, pdf: bool = True) -> Path:
         tone=tone,
         advice=sentences,
         share_plot=share_plot,
+        extremes=extremes(pool, names) if pool and names else None,
         dictionary=dictionary,
         inert=bool(ratios) and ratios[-1] < INERT,
         last_ratio=ratios[-1] if ratios else None,

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from ..core.watch import Watcher
 from ..data.accept import accept
 from ..data.images import Images
+from ..data.labels import fitted
 from ..engine.inputs import Inputs
 from ..errors import DodistillError
 from ..evaluation.evaluate import scores
 from ..evaluation.monitor import read_metrics
+from ..models.normalized import class_names
 from .canvas import LIGHT
 from .figures import curves
 from .format import number
@@ -101,9 +103,11 @@ class Result:
         """Whether the last step is done."""
         return bool(self.summary.get("finished"))
 
-    def evaluate(self, test: Any, teacher: nn.Module | None = None) -> dict[str, float]:
+    def evaluate(self, test: Any, teacher: nn.Module | None = None) -> dict[str, Any]:
         """Measures of the student on labelled images (`data.accept` has the forms): see `dodistill.evaluate`."""
-        return scores(self.student, labelled(test, self.image_shape), teacher)
+        outputs = len(self.summary.get("class_shares", ())) or None
+        images = fitted(labelled(test, self.image_shape), class_names(self.student), outputs, "the test set")
+        return scores(self.student, images, teacher) | ({"note": images.note} if images.note else {})
 
     def export(self, path: str | Path, calibrate: Any = None, verbose: bool = True) -> Path:
         """Write the student, from images in [0, 1] to logits, normalisation included, by the ending of the file.

@@ -43,14 +43,27 @@ def shares(values: object) -> Shares | None:
     return Shares(kept, ratio, math.exp(entropy), [k for k, v in enumerate(kept) if v == 0])
 
 
-def advice(pool: Shares | None, drawn: Shares | None, intervention: str) -> tuple[str, list[str]]:
-    """(tone, sentences) about the class shares of the pool and of the draws."""
+def extremes(pool: Shares, names: Sequence[str], most: int = 5) -> tuple[str, str]:
+    """(the most frequent classes, the least frequent ones), by name, with their shares; of few classes all are in the
+    first."""
+    order = sorted(range(len(pool.values)), key=lambda k: -pool.values[k])
+    said = [f"{names[k]} {number(100 * pool.values[k], 3)} %" for k in order]
+    return (", ".join(said), "") if len(said) <= 2 * most else (", ".join(said[:most]), ", ".join(said[-most:]))
+
+
+def advice(
+    pool: Shares | None, drawn: Shares | None, intervention: str, names: Sequence[str] = ()
+) -> tuple[str, list[str]]:
+    """(tone, sentences) about the class shares of the pool and of the draws; `names` of the classes, if known."""
     if pool is None:
         return "quiet", []
+    called = names or [f"class {k}" for k in range(len(pool.values))]
     seen = drawn or pool
     says: list[str] = []
     if pool.missing:
-        some = ", ".join(map(str, pool.missing[:8])) + (", …" if len(pool.missing) > 8 else "")
+        some = ", ".join(names[k] if names else str(k) for k in pool.missing[:8]) + (
+            ", …" if len(pool.missing) > 8 else ""
+        )
         which = f"{len(pool.missing)} of {len(pool.values)} classes never appear ({some})"
         which = f"Class {some} never appears" if len(pool.missing) == 1 else which
         says.append(
@@ -62,8 +75,8 @@ def advice(pool: Shares | None, drawn: Shares | None, intervention: str) -> tupl
     if ratio > SKEWED:
         most, least = seen.values.index(max(present)), seen.values.index(min(present))
         says.append(
-            f"The student's inputs are skewed: class {most} was drawn {number(ratio, 3)} times as often as class "
-            f"{least}."
+            f"The student's inputs are skewed: {called[most]} was drawn {number(ratio, 3)} times as often as "
+            f"{called[least]}."
         )
         if "stratified" not in intervention:
             also = "" if intervention in ("", "none", "plain") else intervention + "+"
