@@ -324,3 +324,35 @@ def test_longer_names_the_next_limit_that_matters() -> None:
     assert found is not None
     assert (found[0], found[1].preset) == (LONG, "wrn")
     assert longer(True, False, 7 * 3600.0, (3, 32, 32)) is None
+
+
+def test_the_command_says_where_it_stopped_and_what_would_help(
+    teacher_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "monotonic", Ticks())
+    settings = ["--source", "procedural", "--source.n", "80", "--source.candidates", "160", "--source.chunk", "8"]
+    command = [
+        "distill",
+        "--teacher",
+        str(teacher_file),
+        "--student",
+        "tiny4",
+        *settings,
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    assert main([*command, "--max-seconds", "30", "--quiet", "--threads", "1"]) == 75
+    said = capsys.readouterr().err
+    assert "stopped at step 0 of 2000, in labelling images, " in said
+    assert "give a longer --max-seconds, or --time for a student within that time; rerun the command" in said
+
+
+class Ticks:
+    """A clock that is a second later at each call."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1.0
+        return self.now

@@ -71,7 +71,10 @@ def run(arguments: Arguments, settings: Mapping[str, Any], words: Sequence[str],
     if not reached.get("finished"):
         where = f"stopped at step {reached['step']} of {reached['steps']}"
         if reached["stopped"]:
-            where += f", {reached['stopped']}, which begins anew: give --max-seconds more, if it stops there again"
+            where += (
+                f", {reached['stopped']}, which begins anew at the next start. If it stops there again, give a longer"
+            )
+            where += " --max-seconds, or --time for a student within that time"
         print(f"{where}; rerun the command to resume.", file=sys.stderr)
         return STOPPED
     _say(result.summary, Path(out))
