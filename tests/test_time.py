@@ -330,18 +330,9 @@ def test_the_command_says_where_it_stopped_and_what_would_help(
     teacher_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(time, "monotonic", Ticks())
-    settings = ["--source", "procedural", "--source.n", "80", "--source.candidates", "160", "--source.chunk", "8"]
-    command = [
-        "distill",
-        "--teacher",
-        str(teacher_file),
-        "--student",
-        "tiny4",
-        *settings,
-        "--out",
-        str(tmp_path / "run"),
-    ]
-    assert main([*command, "--max-seconds", "30", "--quiet", "--threads", "1"]) == 75
+    source = ["--source", "procedural", "--source.n", "80", "--source.candidates", "160", "--source.chunk", "8"]
+    models = ["--teacher", str(teacher_file), "--student", "tiny4", "--out", str(tmp_path / "run")]
+    assert main(["distill", *models, *source, "--max-seconds", "12", "--quiet", "--threads", "1"]) == 75
     said = capsys.readouterr().err
     assert "stopped at step 0 of 2000, in labelling images, " in said
     assert "give a longer --max-seconds, or --time for a student within that time; rerun the command" in said
