@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from dodistill.models.normalized import class_names
 from dodistill.models.weights import read_metadata
 from dodistill.report.images import export_images
 from dodistill.report.plots import bars
+from dodistill.report.report import write_report
 from dodistill.report.shares import extremes, shares
 
 ANIMALS = ("bird", "cat", "deer", "dog", "frog", "horse", "lynx", "mole", "newt", "owl")
@@ -315,6 +317,8 @@ def test_taught_on_a_folder_from_start_to_end(tmp_path: Path, capsys: pytest.Cap
     assert summary["classes"] == ["Red Panda", "cat", "dog"]
     assert summary["image_shape"] == [1, 8, 12]
     assert any("no images of one of the 3 classes: cat" in w for w in summary["warnings"])
+    shutil.copytree(run, tmp_path / "stopped", ignore=shutil.ignore_patterns("summary.json"))
+    assert ">Red Panda<" in write_report(tmp_path / "stopped").read_text()
     assert summary["student_accuracy"] > 90
     student = str(run / "student.safetensors")
     assert read_metadata(student)["classes"] == ["Red Panda", "cat", "dog"]
@@ -377,6 +381,9 @@ def test_long_lists_stay_readable(capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert ">a long name of …<" in plot
     assert "cat 25" in plot
+    for names_of_ten, turned in ((list("0123456789"), 1), (list(KNOWN["cifar10"]), 11)):  # one is the label of y
+        short = str(bars("b", [("pool", [0.1] * 10)], x_label="class", names=names_of_ten))
+        assert short.count("rotate(-90") == turned
     assert "name" not in str(bars("b", [("pool", [1 / 60] * 60)], x_label="class", names=names[:60]))
     from dodistill.commands.evaluate import _shares
 

@@ -33,7 +33,7 @@ from .engine.job import require_same
 from .engine.longer import longer
 from .engine.longer import said as longer_said
 from .engine.loop import FORMAT
-from .engine.run_folder import NoFolder, RunFolder, write_atomically
+from .engine.run_folder import NAMES, NoFolder, RunFolder, write_atomically
 from .errors import DodistillError
 from .evaluation.evaluate import predict, scores
 from .evaluation.monitor import courses, flat, read_metrics
@@ -407,6 +407,8 @@ def _run(
     if emulated(it.context.device, config.loop.precision):
         said.append("bf16 is emulated on this CPU, about ten times slower than fp32; use --loop.precision fp32.")
     said += [text] if (text := longer_said(config)) else []
+    if job.classes and isinstance(folder, RunFolder):
+        folder.write_json(NAMES, list(job.classes))
     recorder = Recorder()
     with Progress(it.plan.steps, title) if title else nullcontext(Watcher()) as progress:
         trackers = open_trackers(track, folder.path, config, progress.on_note)

@@ -2,6 +2,7 @@
 
     config.json      the resolved config        metrics.jsonl   one JSON per line: log, eval, pool
     inputs.npz       a sample of the images     (`engine/inputs.py`), which stays when the pool is deleted
+    classes.json     names of the classes       (where they are known)
     checkpoint.pt    everything but the pool    pool-N.pt       the pool's version N, written only when it changed
     previous.pt      the checkpoint before      summary.json    the outcome, once the run has ended
 
@@ -109,10 +110,9 @@ def newest_pool(path: Path) -> dict[str, Any]:
 
 
 def names_of_run(path: Path) -> tuple[str, ...]:
-    """The names of the classes of a finished run's models; () where they are not known."""
-    summary = path / "summary.json"
-    found = read_object(summary, "delete it, and finish the run again").get("classes") if summary.exists() else None
-    return read_names(found, f"classes in {summary}") if found else ()
+    """The names of the classes of a run's models, finished or not; () where they are not known."""
+    file = path / NAMES
+    return read_names(file, "the names of classes") if file.is_file() else ()
 
 
 def _require_same_code(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
@@ -134,6 +134,7 @@ def drop_checkpoints(path: Path) -> None:
             file.unlink(missing_ok=True)
 
 
+NAMES = "classes.json"
 #: Files that a folder without config.json may contain: a user's recipe, or the remains of an early kill.
 _EARLY = ("config.yaml", "plan.json", ".config.json.tmp", ".lock")
 
@@ -278,7 +279,7 @@ class RunFolder(Watcher):
         self.close()
         if not self._fresh or kept:
             return
-        for name in ("config.json", "plan.json", "metrics.jsonl", ".lock"):
+        for name in ("config.json", NAMES, "plan.json", "metrics.jsonl", ".lock"):
             (self.path / name).unlink(missing_ok=True)
         _remove_empty(self._made)
 

@@ -144,7 +144,9 @@ def bars(
     with drawing():
         rows, columns = arranged(entries)
         below = [shortened(text, 16) for text in names] if len(names) == many <= NAMED else []
-        fig, ax = new_axes(rows, below=max(map(len, below), default=0) * CHARACTER)
+        long = max(map(len, below), default=0) * CHARACTER
+        turned = long > 240 / many
+        fig, ax = new_axes(rows, below=long if turned else 0.0)
         wide = 0.8 / len(groups)
         handles: list[Any] = []
         for g, (_, values) in enumerate(groups):
@@ -160,7 +162,7 @@ def bars(
             handles.append(draw_reference(ax, level[1]))
         set_ticks(ax, log=False, most=12)
         if below:
-            ax.set_xticks(range(many), below, rotation=90)
+            ax.set_xticks(range(many), below, rotation=90 if turned else 0)
         finish(fig, ax, x_label, y_label)
         add_legend(fig, handles, entries, columns)
     said = ", ".join(f"{text} {number(100 * v, 3)}" for text, v in zip(below, groups[0][1]))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from ..engine.run_folder import names_of_run
 from ..errors import DodistillError
 from ..evaluation.monitor import CURVES, UNITS, courses, read_metrics
 from ..evaluation.verdict import verdict
@@ -28,6 +29,14 @@ def _json(path: Path) -> Record:
         return read_object(path, "") if path.exists() else {}
     except DodistillError:
         return {}
+
+
+def _names(folder: Path) -> list[str]:
+    """The names of the classes of a run that is not finished; [] if they are not known, or damaged."""
+    try:
+        return list(names_of_run(folder))
+    except DodistillError:
+        return []
 
 
 def _png(path: Path) -> Markup | None:
@@ -97,7 +106,7 @@ def write_report(run_folder: str | Path, pdf: bool = True) -> Path:
     pool_record: Record = metrics["pool"][-1] if metrics["pool"] else {}
     pool, drawn = shares(pool_record.get("class_shares")), shares(pool_record.get("drawn_shares"))
     intervention = str(config.get("intervention") or "none")
-    names = names_in(summary, len(pool.values) if pool else 0)
+    names = names_in(summary or {"classes": _names(folder)}, len(pool.values) if pool else 0)
     tone, sentences = advice(pool, drawn, intervention, names)
     groups = [(name, s.values) for name, s in (("pool", pool), ("as drawn", drawn)) if s is not None]
     even = ("even", 1 / len(pool.values)) if pool else None
