@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import dodistill
@@ -164,7 +165,7 @@ class Changed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.net(x)
-        return logits.flip(1) if torch.compiler.is_exporting() else logits
+        return logits.flip(1) if torch.compiler.is_compiling() else logits
 
 
 class Branches(Changed):
@@ -221,7 +222,7 @@ def test_pt2(made: dodistill.Result, run: Path, capsys: pytest.CaptureFixture[st
     kept = read_inputs(run)
     assert kept is not None
     assert re.search(
-        rf"s\.pt2: max \|difference\| .*, same class on 100\.00 % of {len(kept.x) + len(kept.held)} inp", said
+        rf"s\.pt2: max .*, same class on 100\.00 % of {len(kept.held)} inputs that the run held back", said
     )
     more = {"dodistill.json": ""}
     module = torch.export.load("s.pt2", extra_files=more).module()
@@ -241,8 +242,8 @@ def test_pt2(made: dodistill.Result, run: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_safetensors(made: dodistill.Result, run: Path) -> None:
-    assert main(["export", "run", "weights.safetensors"]) == 0
-    assert torch.equal(load_model("weights.safetensors").eval()(pictures(3)), made.student(pictures(3)))
+    assert main(["export", "run", "new/folder/weights.safetensors"]) == 0
+    assert torch.equal(load_model("new/folder/weights.safetensors").eval()(pictures(3)), made.student(pictures(3)))
 
 
 @pytest.fixture(scope="module")
@@ -278,6 +279,24 @@ def test_onnx(made: dodistill.Result, files: tuple[Path, str]) -> None:
     assert re.search(r"s\.onnx: max \|difference\| of logits [\d.e-]+ \(logits to .*, same class on 100\.00 %", said)
 
 
+def test_the_code_in_the_readme(
+    files: tuple[Path, str], run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a PNG that the command writes. The student of the readme reads 16 x 16 pixels, this one 8 x 8."""
+    folder, _ = files
+    text = (Path(__file__).parent.parent / "README.md").read_text().partition("## Ship it")[2]
+    code = text.partition("```python\n")[2].partition("```")[0]
+    assert main(["export", "run", "pictures"]) == 0
+    picture = next(Path("pictures").rglob("*.png"))
+    code, found = re.subn(r"pictures/\d+/\d+\.png", picture.as_posix(), code.replace("(16, 16)", "(8, 8)"))
+    assert found == 1
+    shutil.copy(folder / "s.onnx", "student.onnx")
+    capsys.readouterr()
+    exec(code, {})
+    image = torch.from_numpy(np.asarray(Image.open(picture)).copy())[None, None]
+    assert capsys.readouterr().out == f"[{predict(load_model('run/student.safetensors'), image).argmax()}]\n"
+
+
 def test_int8(made: dodistill.Result, files: tuple[Path, str]) -> None:
     onnx = pytest.importorskip("onnx")
     folder, said = files
@@ -300,9 +319,8 @@ def test_int8(made: dodistill.Result, files: tuple[Path, str]) -> None:
     (logits,) = net.run(None, {"images": (kept.held.float() / 255).numpy()})
     before = agreement(predict(made.student, kept.held), kept.held_t)
     after = agreement(torch.from_numpy(logits), kept.held_t)
-    assert (
-        f"agreement with the teacher {before:.2f} % before, {after:.2f} % after, on the {len(kept.held)} that" in said
-    )
+    assert f"of {len(kept.held)} inputs that the run held back; agreement with the teacher {before:.2f} %" in said
+    assert f" before, {after:.2f} % after" in said
     rows = re.findall(r"^(.*?) {2,}[\d.]+ +[\d.]+ +[\d.]+$", said, re.M)
     assert [Path(row).name for row in rows] == ["the student in torch", "s.onnx", "s.int8.onnx"]
 
@@ -318,7 +336,7 @@ def test_result_export_int8(made: dodistill.Result, digits: Images, tmp_path: Pa
     made.export(path, calibrate=digits.x[:40].numpy())
     said = capsys.readouterr().out
     assert "same class on" in said
-    assert "of 40 images given; agreement with the float student" in said
+    assert "of 10 images given\n" in said
     assert "the student in float ONNX" in said
     bare = dodistill.Result(made.student, made.summary, None, image_shape=SHAPE)
     with pytest.raises(DodistillError, match="calibrate=IMAGES"):
@@ -340,10 +358,9 @@ def test_images_of_the_user_replace_a_dropped_pool(
     (run / "config.json").write_text(json.dumps(config))
     assert main(["export", "run", "s.int8.onnx", "--calibrate", "digits"]) == 0
     said = capsys.readouterr().out
-    assert "images of digits; agreement with the teacher " in said
-    assert "on the 324 that did not calibrate it" in said
+    assert "of 324 images of digits; agreement with the teacher " in said
     assert main(["export", "run/student.safetensors", "s.pt2", "--calibrate", "digits"]) == 0
-    assert "same class on 100.00 % of 836 images of digits" in capsys.readouterr().out
+    assert "same class on 100.00 % of 324 images of digits" in capsys.readouterr().out
 
 
 def test_onnx_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
