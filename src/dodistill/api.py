@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import platform
 import shlex
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from .config.contracts import InterventionSettings, SourceSettings
 from .config.plugins import Allow
 from .config.tree import Distill, Model, Tree, expand, merge, resolve
 from .core.precision import emulated
-from .core.runtime import peak_memory_mb
+from .core.runtime import peak_memory_mb, pick_device
 from .core.watch import Watcher
 from .data.accept import accept, as_labels
 from .data.classes import Given, read_names, require_count
@@ -283,12 +284,18 @@ def require_one_length(given: Mapping[str, Any]) -> None:
 
 
 def settle(
-    tree: Mapping[str, Any], teacher: Teacher, unlabeled: bool, seconds: float = float("inf"), out: Any = None
+    tree: Mapping[str, Any],
+    teacher: Teacher,
+    unlabeled: bool,
+    seconds: float = float("inf"),
+    out: Any = None,
+    device: str = "auto",
 ) -> tuple[Tree, methods.Choice]:
     """The tree with source `auto` replaced by the choice for this teacher. An existing run folder keeps its source."""
+    rate = budget.answer_rate(teacher, pick_device(device)) if math.isfinite(seconds) else math.inf
     path = None if out is None else Path(out) / "config.json"
     begun = read_object(path, "choose another --out") if path is not None and path.exists() else None
-    return methods.settle(tree, teacher.has_batchnorm, unlabeled, seconds, teacher.image_shape, begun)
+    return methods.settle(tree, teacher.has_batchnorm, unlabeled, seconds, teacher.image_shape, begun, rate)
 
 
 def choose_source(
@@ -298,7 +305,7 @@ def choose_source(
     others = {k: v for k, v in expand(tree).items() if k not in ("source", "preset")}
     look = resolve(others, allow_code=allow_code)
     teacher = Teacher(*load_teacher(look.teacher, look.data.image_shape))
-    return settle(tree, teacher, bool(look.data.unlabeled), seconds, out)
+    return settle(tree, teacher, bool(look.data.unlabeled), seconds, out, look.loop.device)
 
 
 def distill_config(config: Distill, out: str | Path | None, verbose: bool = True, deadline: float = float("inf"),
@@ -471,7 +478,8 @@ def _time(it: Distiller, history: History) -> dict[str, Any]:
     longer = None
     if it.job.choice is not None:
         shape, given = it.context.image_shape, it.job.unlabeled is not None
-        longer = methods.longer(it.context.teacher.has_batchnorm, given, it.plan.seconds, shape)
+        rate = it.job.choice.rate
+        longer = methods.longer(it.context.teacher.has_batchnorm, given, it.plan.seconds, shape, rate)
     more = more_time(history.curve("agreement"), it.step, c.source, c.loop.batch, it.acquirer.pool.seen, longer)
     return {"limit": it.plan.seconds, "used": round(it.plan.used(), 1), "more": more}
 
