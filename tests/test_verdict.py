@@ -207,3 +207,24 @@ def test_a_run_says_it_at_its_end_and_in_its_report(
     assert "The student is far below its teacher" in write_report(tmp_path / "run", pdf=False).read_text()
     (tmp_path / "run" / "summary.json").write_text(json.dumps({**summary, "delivered_accuracy": 99.0}))
     assert "far below" not in write_report(tmp_path / "run", pdf=False).read_text()
+
+
+def test_a_brief_run_has_too_few_steps_whatever_its_curve() -> None:
+    brief = {
+        "steps": 54,
+        "teacher_accuracy": 90.0,
+        "student_accuracy": 12.0,
+        "agreement": 24.0,
+        "train_agreement": 26.0,
+    }
+    cfg = {"loop": {"steps": 54, "batch": 128}, "optim": {"lr": 0.1}}
+    flat = [{"step": 20, "test": 12.0}, {"step": 54, "test": 12.0}]
+    found = verdict(brief, cfg, flat)
+    assert found is not None
+    assert found.cause.name == "too few steps"
+    assert found.cause.evidence == "54 steps of 128 images are hardly any"
+    assert found.cause.changes == {"loop.steps": 162}
+    limited = verdict({**brief, "time": {"limit": 180.0}}, cfg, flat)
+    assert limited is not None
+    assert limited.cause.changes == {"loop.time": "540s"}
+    assert not limited.cause.same_folder

@@ -5,7 +5,7 @@ Pure functions of summary, config and curves. The causes are tried in this order
     collapsed source   the newest inputs have few classes, or are nearly equal (`collapse.symptoms`)
     rare classes       classes with a tiny share of the student's inputs
     too few images     the student agrees with the teacher where it trained, and less on held-back inputs
-    too few steps      the curve still rises at the end; with one evaluation, the loss still falls
+    too few steps      there were hardly any, or the curve still rises at the end (with one evaluation: the loss falls)
     foreign inputs     it agrees with the teacher on held-back inputs, but not on the test images
     small or unstable  the curve is flat, and the student does not even fit its own inputs
     unclear            none of them
@@ -30,6 +30,7 @@ TINY = 0.2  #: a class is rare below this share of an even share
 GAP = 10.0  #: points between agreement on training inputs and on held-back inputs
 DRAWS = 5.0  #: draws per image from which a pool can be learned by heart
 RISE = 1.0, 0.1  #: points, and share of what is missing, that a curve gains in its last third if it still rises
+BRIEF = 300  #: steps after which no student is near its teacher
 FALL = 0.1  #: share of the loss that is lost in the last third if it still falls
 
 
@@ -223,6 +224,8 @@ def _few_images(summary: Record, config: Record) -> Cause | None:
 
 def _longer(summary: Record, config: Record) -> tuple[str, dict[str, Any], Collection[str], bool]:
     """(what it does, the settings of a longer training, the parts that they replace, whether the run goes on)."""
+    if number(summary, "time", "limit"):
+        return "Give three times the time.", {"loop.time": f"{3 * summary['time']['limit']:.0f}s"}, (), False
     steps = int(number(config, "loop", "steps") or number(summary, "steps") or 1)
     schedule = (config.get("optim") or {}).get("schedule", "cosine")
     if schedule in ("cosine", "constant"):
@@ -233,6 +236,10 @@ def _longer(summary: Record, config: Record) -> tuple[str, dict[str, Any], Colle
 def _few_steps(
     summary: Record, config: Record, evals: Sequence[Record], logs: Sequence[Record], missing: float
 ) -> Cause | None:
+    steps, batch = number(summary, "steps"), number(config, "loop", "batch") or 0
+    if steps and steps < BRIEF:
+        said = f"{steps:.0f} steps of {batch:.0f} images are hardly any"
+        return Cause("too few steps", said, *_longer(summary, config))
     tested = number(summary, "teacher_accuracy") is not None
     key = ("test" if tested else "agreement") + ("_ema" if summary.get("delivered") == "ema" else "")
     what = "test accuracy" if tested else "agreement"
