@@ -34,7 +34,7 @@ from .engine.job import require_same
 from .engine.longer import longer
 from .engine.longer import said as longer_said
 from .engine.loop import FORMAT
-from .engine.run_folder import NAMES, NoFolder, RunFolder, write_atomically
+from .engine.run_folder import NoFolder, RunFolder, write_atomically
 from .errors import DodistillError
 from .evaluation.evaluate import predict, scores
 from .evaluation.monitor import courses, flat, read_metrics
@@ -390,7 +390,7 @@ def run(
     title = f"{config.source.name} + {config.intervention}: {names}"
     it = Distiller(job, plan)
     # After all checks, so that an error leaves no folder behind.
-    folder = NoFolder() if out is None else RunFolder(out, config, plan=record)
+    folder = NoFolder() if out is None else RunFolder(out, config, plan=record, classes=job.classes)
     try:
         if (done := folder.summary()) is not None:
             return _again(it, folder, done, report)
@@ -414,8 +414,6 @@ def _run(
     if emulated(it.context.device, config.loop.precision):
         said.append("bf16 is emulated on this CPU, about ten times slower than fp32; use --loop.precision fp32.")
     said += [text] if (text := longer_said(config)) else []
-    if job.classes and isinstance(folder, RunFolder):
-        folder.write_json(NAMES, list(job.classes))
     recorder = Recorder()
     with Progress(it.plan.steps, title) if title else nullcontext(Watcher()) as progress:
         trackers = open_trackers(track, folder.path, config, progress.on_note)

@@ -18,7 +18,7 @@ import json
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -175,17 +175,22 @@ class NoFolder(Watcher):
 class RunFolder(Watcher):
     """One run's files. Opening it again with the same config resumes; with another config it is refused.
 
-    As a watcher it writes metrics.jsonl.
+    As a watcher it writes metrics.jsonl, and at the start the names of the classes.
     """
 
     keeps = True
 
     def __init__(
-        self, path: str | Path, config: Distill, create: bool = True, plan: Mapping[str, Any] | None = None
+        self,
+        path: str | Path,
+        config: Distill,
+        create: bool = True,
+        plan: Mapping[str, Any] | None = None,
+        classes: Sequence[str] = (),
     ) -> None:
         """`create=False` only checks whether the folder is usable, and writes nothing. `plan`: the content of plan.json
-        (see `engine.budget`)."""
-        self.path, self.config = Path(path), config
+        (see `engine.budget`). `classes`: the names of the classes, where they are known."""
+        self.path, self.config, self.classes = Path(path), config, tuple(classes)
         self.notes: list[str] = []  #: sentences for the user, as on a damaged checkpoint that was skipped
         self._metrics: TextIO | None = None
         self._unlock: Callable[[], object] | None = None
@@ -260,6 +265,10 @@ class RunFolder(Watcher):
             raise DodistillError(
                 f"cannot write {self.path / 'metrics.jsonl'}: {error.strerror}; make the folder writable, then rerun."
             ) from error
+
+    def on_start(self, step: int, steps: int) -> None:
+        if self.classes:
+            self.write_json(NAMES, list(self.classes))
 
     def on_log(self, step: int, values: Mapping[str, float]) -> None:
         self.log(kind="log", step=step, **values)
