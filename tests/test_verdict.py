@@ -207,3 +207,10 @@ def test_a_run_says_it_at_its_end_and_in_its_report(
     assert "The student is far below its teacher" in write_report(tmp_path / "run", pdf=False).read_text()
     (tmp_path / "run" / "summary.json").write_text(json.dumps({**summary, "delivered_accuracy": 99.0}))
     assert "far below" not in write_report(tmp_path / "run", pdf=False).read_text()
+
+
+def test_a_run_with_a_time_limit_gets_more_time() -> None:
+    command = COMMAND.replace("--loop.steps 300 ", "--time 90s ")
+    it, next_ = named("too few steps", "still rose", evals=RISING, command=command)
+    assert (next_.loop.time, it.command.count("--time")) == ("270s", 1)
+    assert it.command.endswith("--out runs/a-too-few-steps")
