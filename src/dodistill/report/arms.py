@@ -21,10 +21,10 @@ Group = tuple[str, Sequence[Setting], Sequence[str]]  #: (label of the panel, it
 
 def evaluations(row: Setting, folder: Path) -> list[list[Mapping[str, Any]]]:
     """The eval lines of each finished run of a setting; runs whose folder is gone are left out."""
-    found = []
+    found: list[list[Mapping[str, Any]]] = []
     for run in row.runs:
         if as_number(run.get("seconds")) is not None and isinstance(run.get("folder"), str):
-            found.append(read_metrics(folder / run["folder"] / "metrics.jsonl")["eval"])
+            found.append([*read_metrics(folder / run["folder"] / "metrics.jsonl")["eval"]])
     return [lines for lines in found if lines]
 
 

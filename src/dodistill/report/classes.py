@@ -47,7 +47,7 @@ class PerClass:
 
 
 def class_names(summary: Mapping[str, Any], student: Path, classes: int) -> list[str]:
-    """The names of the classes, for a page: those in the summary, else in the metadata of the student's file; [] without."""
+    """The names of the classes, for a page: those in the summary, else those in the student's file; [] without."""
     found = summary.get("classes")
     if not _names(found, classes) and student.suffix == ".safetensors" and student.is_file():
         try:

@@ -127,10 +127,11 @@ def shortened(text: str, most: int) -> str:
 
 def arranged(entries: Sequence[str]) -> tuple[int, int]:
     """(rows, columns) of a legend: as many columns as fit."""
-    wide = [min(len(e), 50) * CHARACTER + 34 for e in entries]
+    between = 1.2 * FONT  # as in `add_legend`: columnspacing; handlelength and handletextpad are 2.8
+    wide = [min(len(e), 50) * CHARACTER + 2.8 * FONT + between for e in entries]
     for columns in range(len(entries), 1, -1):
         rows = -(-len(entries) // columns)
-        if sum(max(wide[i : i + rows]) for i in range(0, len(wide), rows)) <= WIDTH:
+        if sum(max(wide[i : i + rows]) for i in range(0, len(wide), rows)) <= WIDTH + between:
             return rows, columns
     return len(entries), 1
 
