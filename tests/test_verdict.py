@@ -224,7 +224,14 @@ def test_a_brief_run_has_too_few_steps_whatever_its_curve() -> None:
     assert found.cause.name == "too few steps"
     assert found.cause.evidence == "54 steps of 128 images are hardly any"
     assert found.cause.changes == {"loop.steps": 162}
-    limited = verdict({**brief, "time": {"limit": 180.0}}, cfg, flat)
+    limited = verdict(brief, {**cfg, "loop": {**cfg["loop"], "time": "3m"}}, flat)
     assert limited is not None
     assert limited.cause.changes == {"loop.time": "540s"}
     assert not limited.cause.same_folder
+
+
+def test_a_run_with_a_time_limit_gets_more_time() -> None:
+    command = COMMAND.replace("--loop.steps 300 ", "--time 90s ")
+    it, next_ = named("too few steps", "still rose", evals=RISING, command=command)
+    assert (next_.loop.time, it.command.count("--time")) == ("270s", 1)
+    assert it.command.endswith("--out runs/a-too-few-steps")

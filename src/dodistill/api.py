@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from . import __version__
 from .config import methods
 from .config.checks import seconds_in
+from .config.code import code_of
 from .config.contracts import InterventionSettings, SourceSettings
 from .config.plugins import Allow
 from .config.tree import Distill, Model, Tree, expand, merge, resolve
@@ -414,6 +415,7 @@ def _run(
     if emulated(it.context.device, config.loop.precision):
         said.append("bf16 is emulated on this CPU, about ten times slower than fp32; use --loop.precision fp32.")
     said += [text] if (text := longer_said(config)) else []
+    code = code_of(config)  # now, not at the end: a file may be edited meanwhile
     recorder = Recorder()
     with Progress(it.plan.steps, title) if title else nullcontext(Watcher()) as progress:
         trackers = open_trackers(track, folder.path, config, progress.on_note)
@@ -433,7 +435,7 @@ def _run(
             "student.safetensors contains the network without F(z)."
         )
     said += [f"{symptom}: {text}" for symptom, text in it.meter.warnings.items()]
-    summary = _summary(it, which, said)
+    summary = _summary(it, which, said) | {"code": code}
     if not isinstance(best, Compensated):
         summary["student_parameters"] = parameters(best)  # including a head that an intervention added
     if job.contexts:

@@ -18,6 +18,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..config.checks import seconds_in
 from ..config.retype import retyped
 from .collapse import ENOUGH, symptoms
 
@@ -199,7 +200,7 @@ def _rare(summary: Record, config: Record) -> Cause | None:
 def _few_images(summary: Record, config: Record) -> Cause | None:
     fitted, held = number(summary, "train_agreement"), number(summary, "agreement")
     images, loop, source = number(summary, "images"), config.get("loop") or {}, config.get("source") or {}
-    steps, batch = number(loop, "steps"), number(loop, "batch")
+    steps, batch = number(summary, "steps") or number(loop, "steps"), number(loop, "batch")
     if fitted is None or held is None or not images or not steps or not batch:
         return None
     draws = steps * batch / images
@@ -224,9 +225,9 @@ def _few_images(summary: Record, config: Record) -> Cause | None:
 
 def _longer(summary: Record, config: Record) -> tuple[str, dict[str, Any], Collection[str], bool]:
     """(what it does, the settings of a longer training, the parts that they replace, whether the run goes on)."""
-    if number(summary, "time", "limit"):
-        return "Give three times the time.", {"loop.time": f"{3 * summary['time']['limit']:.0f}s"}, (), False
-    steps = int(number(config, "loop", "steps") or number(summary, "steps") or 1)
+    if limit := (config.get("loop") or {}).get("time"):
+        return "Give more time.", {"loop.time": f"{3 * seconds_in(str(limit), 'loop.time'):g}s"}, (), False
+    steps = int(number(summary, "steps") or number(config, "loop", "steps") or 1)
     schedule = (config.get("optim") or {}).get("schedule", "cosine")
     if schedule in ("cosine", "constant"):
         return "Train longer, from where the student stands.", {"loop.steps": 3 * steps}, (), True
