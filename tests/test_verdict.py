@@ -79,6 +79,12 @@ def test_too_few_steps() -> None:
     assert onecycle.command.endswith("--out runs/a-too-few-steps")  # its schedule cannot begin anew
 
 
+def test_a_run_without_checkpoints_begins_again() -> None:
+    it = verdict(SUMMARY, settings(COMMAND).to_tree(), RISING, (), "runs/a", goes_on=False)
+    assert it is not None
+    assert it.command.endswith("--steps 900 --out runs/a-too-few-steps")
+
+
 def test_too_few_steps_by_the_loss_of_a_run_with_one_evaluation() -> None:
     logs = [{"step": s, "loss": 10 / s} for s in range(50, 301, 50)]
     named("too few steps", "the loss still fell at the end: from 0.05 at step 200 to 0.0333 at step 300",

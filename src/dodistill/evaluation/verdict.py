@@ -72,14 +72,16 @@ class Verdict:
 
 
 def verdict(
-    summary: Record, config: Record, evals: Sequence[Record], logs: Sequence[Record] = (), folder: str = ""
-) -> Verdict | None:
+    summary: Record, config: Record, evals: Sequence[Record], logs: Sequence[Record] = (), folder: str = "",
+    goes_on: bool = True,
+) -> Verdict | None:  # fmt: skip
     """The finding on a finished run; None if the student is not far below its teacher.
 
     Args:
         summary, config: the contents of summary.json and config.json.
         evals, logs: the lines of these kinds in metrics.jsonl, in order of step.
         folder: the run folder; empty: none was written.
+        goes_on: whether the run can be trained longer: `compare` deletes the checkpoints.
     """
     found = _distance(summary)
     if found is None:
@@ -91,10 +93,10 @@ def verdict(
             _collapsed(summary, config),
             _rare(summary, config),
             _few_images(summary, config),
-            _few_steps(summary, config, evals, logs, missing),
+            _few_steps(summary, config, evals, logs, missing, goes_on),
             _foreign(summary, config),
             _small(summary, config),
-            _unclear(summary, config),
+            _unclear(summary, config, goes_on),
         )
         if c is not None
     )
@@ -223,19 +225,24 @@ def _few_images(summary: Record, config: Record) -> Cause | None:
     return Cause("too few images", said, *_other_source(summary, config))
 
 
-def _longer(summary: Record, config: Record) -> tuple[str, dict[str, Any], Collection[str], bool]:
+def _longer(summary: Record, config: Record, goes_on: bool) -> tuple[str, dict[str, Any], Collection[str], bool]:
     """(what it does, the settings of a longer training, the parts that they replace, whether the run goes on)."""
     if limit := (config.get("loop") or {}).get("time"):
         return "Give more time.", {"loop.time": f"{3 * seconds_in(str(limit), 'loop.time'):g}s"}, (), False
     steps = int(number(summary, "steps") or number(config, "loop", "steps") or 1)
     schedule = (config.get("optim") or {}).get("schedule", "cosine")
-    if schedule in ("cosine", "constant"):
+    if goes_on and schedule in ("cosine", "constant"):
         return "Train longer, from where the student stands.", {"loop.steps": 3 * steps}, (), True
     return "Train three times as long, from the start.", {"loop.steps": 3 * steps}, (), False
 
 
 def _few_steps(
-    summary: Record, config: Record, evals: Sequence[Record], logs: Sequence[Record], missing: float
+    summary: Record,
+    config: Record,
+    evals: Sequence[Record],
+    logs: Sequence[Record],
+    missing: float,
+    goes_on: bool,
 ) -> Cause | None:
     steps, batch = number(summary, "steps"), number(config, "loop", "batch") or 0
     if steps and steps < BRIEF:
@@ -256,7 +263,7 @@ def _few_steps(
         said = f"the loss still fell at the end: from {before:.3g} at step {a:,} to {last:.3g} at step {b:,}"
     else:
         return None
-    return Cause("too few steps", said, *_longer(summary, config))
+    return Cause("too few steps", said, *_longer(summary, config, goes_on))
 
 
 def _last_third(records: Sequence[Record], key: str) -> tuple[tuple[int, float], tuple[int, float]] | None:
@@ -298,5 +305,5 @@ def _small(summary: Record, config: Record) -> Cause | None:
     return Cause("small or unstable", said, "Lower the rate first. If nothing changes, take a larger student.", changes)
 
 
-def _unclear(summary: Record, config: Record) -> Cause:
-    return Cause("unclear", "nothing that the run recorded names one cause", *_longer(summary, config))
+def _unclear(summary: Record, config: Record, goes_on: bool) -> Cause:
+    return Cause("unclear", "nothing that the run recorded names one cause", *_longer(summary, config, goes_on))

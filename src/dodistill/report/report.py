@@ -75,12 +75,13 @@ def _dictionary(found: Record) -> Record | None:
 
 
 def _verdict(summary: Record, config: Record, metrics: Mapping[str, list[Record]], folder: Path) -> Record | None:
-    """The finding on a student far below its teacher: as recorded, else from the files of an older run."""
-    if isinstance(summary.get("verdict"), Mapping):
-        return dict(summary["verdict"])
+    """The finding on a student far below its teacher, from the files: the command fits what is left of the run."""
+    goes_on = any((folder / name).exists() for name in ("checkpoint.pt", "previous.pt"))
     try:
-        found = verdict(summary, config, metrics["eval"], metrics["log"], str(folder)) if summary and config else None
-    except (TypeError, AttributeError, KeyError, ValueError):  # a damaged summary: the page shows what is left
+        if not summary or not config:
+            return None
+        found = verdict(summary, config, metrics["eval"], metrics["log"], str(folder), goes_on)
+    except (TypeError, AttributeError, KeyError, ValueError, DodistillError):  # a damaged summary
         return None
     return found.to_dict() if found is not None else None
 
