@@ -198,7 +198,7 @@ class SourceRow:
 
     name: str
     kind: str
-    batchnorm: bool
+    layers: tuple[str, ...]
     unlabeled: bool
     trains: str
     keeps: str
@@ -217,8 +217,9 @@ def rows(others: Iterable[Method] = ()) -> Iterator[SourceRow]:
         settings = build(config, {k: v for k, v in preset.get("source", {}).items() if k != "name"}, "source")
         forwards, backwards = settings.teacher_passes()
         yield SourceRow(
-            method.name, config.kind, "batchnorm" in config.needs, "unlabeled" in config.needs, config.trains,
-            config.keeps, f"{forwards:.3g} + {backwards:.3g}", _slots(preset), tuple(config.presets), _about(method),
+            method.name, config.kind, tuple(sorted(config.needs - {"unlabeled"})), "unlabeled" in config.needs,
+            config.trains, config.keeps, f"{forwards:.3g} + {backwards:.3g}", _slots(preset), tuple(config.presets),
+            _about(method),
         )  # fmt: skip
 
 
@@ -229,9 +230,10 @@ def _slots(preset: Mapping[str, Any]) -> int:
     return int(merge({"pool": {"capacity": PoolConfig().capacity}}, preset)["pool"]["capacity"])
 
 
-HEAD = ("source", "kind", "BatchNorm", "images", "trains", "keeps", "teacher", "pool", "presets")
+HEAD = ("source", "kind", "layers", "images", "trains", "keeps", "teacher", "pool", "presets")
 NOTES = (
-    "BatchNorm: the teacher must have layers with running statistics; images: unlabelled images must be given.",
+    "layers: the teacher must have BatchNorm layers with running statistics, or attention layers (a ViT); images: "
+    "unlabelled images must be given.",
     "trains: the networks trained besides the student; keeps: the objects in memory besides the pool.",
     "teacher: its forward + backward passes per image that joins the pool, labelling included, under preset desk; "
     "for a sampler, per candidate image. Matching adds one forward pass per image, unless augmentation is off.",
@@ -241,7 +243,7 @@ NOTES = (
 
 def _cells(row: SourceRow) -> tuple[str, ...]:
     return (
-        row.name, row.kind, "yes" if row.batchnorm else "-", "yes" if row.unlabeled else "-", row.trains, row.keeps,
+        row.name, row.kind, ", ".join(row.layers) or "-", "yes" if row.unlabeled else "-", row.trains, row.keeps,
         row.cost, f"{row.slots:,}".replace(",", " "), ", ".join(row.presets),
     )  # fmt: skip
 
