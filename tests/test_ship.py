@@ -384,3 +384,25 @@ def test_the_sample_is_what_was_given() -> None:
     assert sorted(torch.cat([material.x, material.held]).flatten().tolist()) == list(range(20))
     assert len(of_images(x[:1], "images given").x) == 1
     assert Inputs.__dataclass_fields__.keys() == {"x", "t", "held", "held_t"}
+
+
+@pytest.mark.parametrize("ending", ["onnx", "pt2"])
+def test_a_model_for_images_that_are_not_square(ending: str, tmp_path: Path) -> None:
+    if ending == "onnx":
+        for name in ONNX:
+            pytest.importorskip(name, reason="needs the extra `onnx`")
+    net = load_model("tiny4", num_classes=3, in_channels=1, image_size=(8, 12), seed=0)
+    kept = tmp_path / "net.safetensors"
+    dodistill.save_model(net, kept)
+    path = tmp_path / f"net.{ending}"
+    assert main(["export", str(kept), str(path)]) == 0
+    x = torch.rand(5, 1, 8, 12)
+    with torch.no_grad():
+        wanted = load_model(str(kept)).eval()(x)
+    if ending == "onnx":
+        found = session(path)
+        assert [d for d in found.get_inputs()[0].shape if isinstance(d, int)] == [1, 8, 12]
+        logits = torch.from_numpy(found.run(None, {found.get_inputs()[0].name: x.numpy()})[0])
+    else:
+        logits = torch.export.load(path).module()(x)
+    torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
