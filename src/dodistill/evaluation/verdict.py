@@ -247,7 +247,7 @@ def _few_steps(
     steps, batch = number(summary, "steps"), number(config, "loop", "batch") or 0
     if steps and steps < BRIEF:
         said = f"{steps:.0f} steps of {batch:.0f} images are hardly any"
-        return Cause("too few steps", said, *_longer(summary, config))
+        return Cause("too few steps", said, *_longer(summary, config, goes_on))
     tested = number(summary, "teacher_accuracy") is not None
     key = ("test" if tested else "agreement") + ("_ema" if summary.get("delivered") == "ema" else "")
     what = "test accuracy" if tested else "agreement"
