@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import dodistill
@@ -94,20 +95,20 @@ def test_a_run_keeps_a_sample(made: dodistill.Result, run: Path, taught: Normali
     assert read_inputs(run) is None
 
 
-@pytest.mark.parametrize("how", ["cut", "pickle", "missing", "shape"])
+@pytest.mark.parametrize("how", ["cut", "missing", "more", "shape", "type"])
 def test_a_damaged_sample(how: str, run: Path) -> None:
     path, kept = run / FILE, read_inputs(run)
     assert kept is not None
-    parts: dict[str, Any] = {k: v.numpy() for k, v in vars(kept).items()}
+    parts = dict(vars(kept))
+    changed = {
+        "missing": {"x": parts["x"]}, "more": parts | {"z": parts["x"]}, "shape": parts | {"t": parts["t"][:2]},
+        "type": parts | {"held": parts["held"].float()},
+    }  # fmt: skip
     if how == "cut":
         path.write_bytes(path.read_bytes()[:300])
-    elif how == "pickle":
-        np.savez(path, **{**parts, "x": np.array([{"a": 1}], dtype=object)})
-    elif how == "missing":
-        np.savez(path, **{k: v for k, v in parts.items() if k != "held_t"})
     else:
-        np.savez(path, **{**parts, "t": parts["t"][:2]})
-    with pytest.raises(DodistillError, match=r"inputs\.npz is damaged .* --calibrate DATA"):
+        save_file({k: v.clone() for k, v in changed[how].items()}, path)
+    with pytest.raises(DodistillError, match=r"inputs\.safetensors is damaged .* --calibrate DATA"):
         read_inputs(run)
 
 
@@ -239,6 +240,17 @@ def test_pt2(made: dodistill.Result, run: Path, capsys: pytest.CaptureFixture[st
     ]
     assert all(float(ms) > 0 for _, _, *both in rows for ms in both)
     assert re.search(r"^median on one thread of .+\(.+\)$", said, re.M)
+
+
+def test_what_a_file_tells_of_classes_and_shape(tmp_path: Path) -> None:
+    net = load_model("tiny4", num_classes=3, in_channels=1, image_size=(8, 6), classes=["a", "b", "c"], seed=0)
+    ship(net, [tmp_path / "s.pt2"], (1, 8, 6), None)
+    more = {"dodistill.json": ""}
+    module = torch.export.load(str(tmp_path / "s.pt2"), extra_files=more).module()
+    assert module(torch.rand(5, 1, 8, 6)).shape == (5, 3)
+    told = json.loads(more["dodistill.json"])
+    assert told["classes"] == ["a", "b", "c"]
+    assert told["image_shape"] == [1, 8, 6]
 
 
 def test_safetensors(made: dodistill.Result, run: Path) -> None:

@@ -1,8 +1,8 @@
 """The run folder: config, metrics, result, and a checkpoint of everything.
 
     config.json      the resolved config        metrics.jsonl   one JSON per line: log, eval, pool
-    inputs.npz       a sample of the images     (`engine/inputs.py`), which stays when the pool is deleted
     classes.json     names of the classes       (where they are known)
+    inputs.safetensors  a sample of the images (`engine/inputs.py`); it stays when the pool is deleted
     checkpoint.pt    everything but the pool    pool-N.pt       the pool's version N, written only when it changed
     previous.pt      the checkpoint before      summary.json    the outcome, once the run has ended
 

@@ -79,14 +79,11 @@ def delivered(summary: Mapping[str, Any]) -> str:
     return kinds.get(str(summary.get("delivered")), "the student's weights")
 
 
-def hub_usage(repo: str, files: Iterable[str] = ()) -> str:
+def hub_usage(repo: str, summary: Mapping[str, Any], files: Iterable[str] = ()) -> str:
     """Python that loads the student from the hub, and its ONNX file, if there is one."""
-    python = (
-        "import dodistill\n"
-        "from huggingface_hub import hf_hub_download\n\n"
-        f'student = dodistill.load_model(hf_hub_download("{repo}", "student.safetensors")).eval()\n'
-        "logits = student(images)    # float in [0, 1], shape [B, C, H, W]"
-    )
+    file = '"student.safetensors"'
+    python = usage(".", summary)[0].replace(file, f'hf_hub_download("{repo}", {file})')
+    python = python.replace("import dodistill\n", "import dodistill\nfrom huggingface_hub import hf_hub_download\n", 1)
     name = next((name for name in files if name.endswith(".onnx")), None)
     if name is None:
         return python
@@ -183,7 +180,7 @@ def model_card(
             *(["## Files", "", *(f"- {_code(name)}: {text}" for name, text in files.items()), ""] if files else []),
             "## Usage",
             "",
-            _block(hub_usage(repo, files) if repo else usage(folder, summary)[0], "python"),
+            _block(hub_usage(repo, summary, files) if repo else usage(folder, summary)[0], "python"),
             "",
             "## Licence",
             "",
