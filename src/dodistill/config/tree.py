@@ -112,14 +112,14 @@ class Loop:
     """Length, batch size, hardware, and intervals of logging, evaluation and checkpoints."""
 
     steps: int = 2000  #: matching steps of the student
-    #: limit for the whole run, as in 90s, 10m or 1h30m: steps and acquisitions are fitted to it; empty: none
     time: str = ""
+    #: limit for the whole run, as in 90s, 10m or 1h30m: steps and acquisitions are fitted to it; empty: none
     batch: int = 128
     seed: int = 0
     ema: float = 0.998  #: decay of the student's moving average
     precision: Literal["auto", "fp32", "bf16"] = "auto"  #: of forward passes; retain's exact step is always in fp32
-    #: torch.compile for the student's step and the teacher's logits; auto: if the remaining steps repay it
     compile: Literal["off", "on", "auto"] = "off"
+    #: torch.compile for the student's step and the teacher's logits; auto: if the remaining steps repay it
     device: str = "auto"
     threads: int = 0  #: CPU threads (0: PyTorch's choice); bit-identical results need the same number
     log_every: int = 50
