@@ -166,7 +166,7 @@ def other(name: str, value: Any, hint: str) -> Any:
     if isinstance(value, float):
         return value / 2 + 0.01
     if isinstance(value, list):
-        return [other(name, v, hint) for v in value]
+        return [other(name, v, hint) for v in value] or [0.5]
     return 3 if value is None else f"{value}x"
 
 

@@ -20,7 +20,7 @@ from .config import methods
 from .config.checks import seconds_in
 from .config.code import code_of
 from .config.contracts import InterventionSettings, SourceSettings
-from .config.plugins import Allow
+from .config.plugins import Allow, model_file
 from .config.tree import Distill, Model, Tree, expand, merge, resolve
 from .core.precision import emulated
 from .core.runtime import peak_memory_mb, pick_device
@@ -35,6 +35,7 @@ from .engine.job import require_same
 from .engine.longer import longer
 from .engine.longer import said as longer_said
 from .engine.loop import FORMAT
+from .engine.normalisation import doubt
 from .engine.run_folder import NoFolder, RunFolder, write_atomically
 from .errors import DodistillError
 from .evaluation.evaluate import predict, scores
@@ -44,12 +45,13 @@ from .evaluation.verdict import verdict
 from .files import read_object
 from .interventions.shared.base import Compensated
 from .models import Normalized, load_model, save_model
-from .models.load import RANDOM, require_weights
-from .models.normalized import class_names
+from .models.load import PRETRAINED, RANDOM, UnknownNetwork, refuse_random, require_weights
+from .models.normalized import UnknownNormalisation, class_names
 from .models.teacher import Teacher
 from .models.weights import load_saved
 from .report.card import model_card
 from .report.images import save_grid
+from .report.loading import described
 from .report.more_time import more_time
 from .report.progress import Progress
 from .report.report import write_report
@@ -64,19 +66,69 @@ def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def load_teacher(part: Model, shape: Shape) -> tuple[Normalized, Shape]:
+def load_teacher(
+    part: Model, shape: Shape, flag: str = "--teacher.", allow_code: Allow = False
+) -> tuple[Normalized, Shape]:
     """The model of a config's `teacher`, and its input shape (C, H, W): as given, else from its weights' metadata."""
+    model = load_trained(part, shape, flag, allow_code)
+    return model, shape if all(shape) else shape_of(model)
+
+
+def load_trained(part: Model, shape: Shape, flag: str = "--teacher.", allow_code: Allow = False) -> Normalized:
+    """A model that must be trained. `shape`: that of its images, zeros if not given.
+
+    Raises DodistillError, which names the flags that begin with `flag`, for a model without weights, and for one whose
+    normalisation is neither known nor given. `allow_code`: see `load_model`.
+    """
     if not part.spec:
         raise DodistillError("no teacher given; use --teacher SPEC [--teacher.weights FILE], as in --teacher wrn40_2.")
-    # weights determine the number of channels
-    known = part.weights not in ("", RANDOM) or part.spec.endswith(".safetensors")
-    weights = require_weights(part.spec, part.weights, "--teacher.weights")
-    model = load_model(
-        part.spec, num_classes=part.num_classes or None, weights=weights, mean=part.normalise or None,
-        in_channels=None if known else shape[0] or None, image_size=shape[1:] if all(shape) else None,
-        classes=part.classes or None, seed=0,
-    )  # fmt: skip
-    return model, shape if all(shape) else shape_of(model)
+    weights = require_weights(part.spec, part.weights, f"{flag}weights")
+    # a file of weights determines the number of channels
+    known = part.weights not in ("", RANDOM, PRETRAINED) or part.spec.endswith(".safetensors")
+
+    def load(seed: int) -> Normalized:
+        return load_model(
+            part.spec, num_classes=part.num_classes or None, weights=weights, **space_of(part, flag),
+            in_channels=None if known else shape[0] or None, image_size=shape[1:] if all(shape) else None,
+            classes=part.classes or None, seed=seed, allow_code=allow_code,
+        )  # fmt: skip
+
+    try:
+        model = load(0)
+    except UnknownNormalisation as error:
+        raise UnknownNormalisation(error.weights, flag) from error
+    except UnknownNetwork as error:
+        typed = f"{flag.rstrip('.')} {{spec}} {flag}weights {{file}}" if flag != "--" else "{spec} --weights {file}"
+        fix = f"{typed}{', or --allow-code' if error.spec else ''}"
+        raise UnknownNetwork(error.file, error.spec, error.cls, fix) from error
+    if model_file(part.spec) and not part.weights:
+        refuse_random(part.spec, model, load(1), f"{flag}weights")
+    return model
+
+
+def open_student(file: str | Path, network: str = "", allow_code: Allow = False) -> Normalized:
+    """The student in a file of weights. `network`: its spec, typed by the user, for a file that names code or nothing.
+
+    Raises DodistillError, which names the flags `--model` and `--allow-code`, for such a file without a spec.
+    """
+    if network:
+        return load_model(network, weights=file)
+    try:
+        return load_model(str(file), allow_code=allow_code)
+    except UnknownNetwork as error:
+        fix = f"--model {{spec}}{', or --allow-code' if error.spec else ''}"
+        raise UnknownNetwork(error.file, error.spec, error.cls, fix) from error
+
+
+def space_of(part: Model, flag: str) -> dict[str, Any]:
+    """The normalisation of a part of the config, as arguments of `load_model`."""
+    if part.normalise and (part.mean or part.std):
+        raise DodistillError(
+            f"{flag}normalise {part.normalise} and {flag}{'mean' if part.mean else 'std'} are both given; give a name, "
+            "or mean and std."
+        )
+    mean = part.normalise or part.mean or None
+    return {"mean": mean, "std": part.std or None, "input_range": part.input_range}
 
 
 def shape_of(model: nn.Module) -> Shape:
@@ -92,7 +144,9 @@ def shape_of(model: nn.Module) -> Shape:
     return int(channels), int(height), int(width)
 
 
-def load_student(part: Model, teacher: nn.Module, classes: int, shape: Shape, seed: int) -> Normalized:
+def load_student(
+    part: Model, teacher: nn.Module, classes: int, shape: Shape, seed: int, allow_code: Allow = False
+) -> Normalized:
     """A fresh student for this teacher: its classes with their names, its channels and its normalisation, unless given
     otherwise."""
     if not part.spec:
@@ -102,14 +156,18 @@ def load_student(part: Model, teacher: nn.Module, classes: int, shape: Shape, se
             f"student.num_classes is {part.num_classes}, but the teacher has {classes} classes; remove it, "
             f"or set it to {classes}."
         )
-    mean: Any = part.normalise or None
-    std: Any = None
-    if mean is None and isinstance(teacher, Normalized):
-        mean, std = teacher.mean.flatten().tolist(), teacher.std.flatten().tolist()
-    return load_model(
-        part.spec, num_classes=classes, in_channels=shape[0], image_size=shape[1:], weights=part.weights or None,
-        mean=mean, std=std, classes=part.classes or class_names(teacher), seed=seed,
-    )  # fmt: skip
+    space = space_of(part, "--student.")
+    given = part.normalise or part.mean or part.std or part.input_range != 1
+    if not given and part.weights != PRETRAINED and isinstance(teacher, Normalized):
+        space = {"mean": teacher.mean.flatten().tolist(), "std": teacher.std.flatten().tolist()}
+    try:
+        return load_model(
+            part.spec, num_classes=classes, in_channels=shape[0], image_size=shape[1:], **space,
+            weights=part.weights or (RANDOM if part.spec.startswith("hf:") else None),
+            classes=part.classes or class_names(teacher), seed=seed, allow_code=allow_code,
+        )  # fmt: skip
+    except UnknownNormalisation as error:
+        raise UnknownNormalisation(error.weights, "--student.") from error
 
 
 def _test(test: Any, teacher: Teacher, names: Sequence[str], what: str = "the test set") -> Test | None:
@@ -305,16 +363,18 @@ def choose_source(
     """`settle` for a tree alone, as on the command line: loads the teacher to inspect it."""
     others = {k: v for k, v in expand(tree).items() if k not in ("source", "preset")}
     look = resolve(others, allow_code=allow_code)
-    teacher = Teacher(*load_teacher(look.teacher, look.data.image_shape))
+    teacher = Teacher(*load_teacher(look.teacher, look.data.image_shape, allow_code=allow_code))
     return settle(tree, teacher, bool(look.data.unlabeled), seconds, out, look.loop.device)
 
 
 def distill_config(config: Distill, out: str | Path | None, verbose: bool = True, deadline: float = float("inf"),
                    command: str = "", report: bool = True, choice: methods.Choice | None = None,
-                   began: float | None = None, track: str | Sequence[str] = "") -> Result:  # fmt: skip
+                   began: float | None = None, track: str | Sequence[str] = "",
+                   allow_code: Allow = False) -> Result:  # fmt: skip
     """`distill` from a config alone, which names the models and data. The command line calls this function.
 
-    `began`: the start of the command in time.monotonic(), from which `loop.time` counts; None: now.
+    `began`: the start of the command in time.monotonic(), from which `loop.time` counts; None: now. `allow_code`: which
+    code may run that files of weights name as their network; see `load_model`.
     """
     track = track_names(track)
     began = monotonic() if began is None else began
@@ -322,10 +382,10 @@ def distill_config(config: Distill, out: str | Path | None, verbose: bool = True
         config = longer(out, config)
     if out is not None:  # refuse a foreign folder before anything heavy is loaded
         RunFolder(out, budget.begun(config, out), create=False)
-    teacher, shape = load_teacher(config.teacher, config.data.image_shape)
+    teacher, shape = load_teacher(config.teacher, config.data.image_shape, allow_code=allow_code)
     wrapped = Teacher(teacher, shape)
     names = names_for(teacher, wrapped.num_classes)
-    student = load_student(config.student, teacher, wrapped.num_classes, shape, config.loop.seed)
+    student = load_student(config.student, teacher, wrapped.num_classes, shape, config.loop.seed, allow_code)
     unlabeled = labels = None
     notes = []
     if config.data.unlabeled and config.source.kind in ("sampler", "data"):
@@ -345,7 +405,9 @@ def distill_config(config: Distill, out: str | Path | None, verbose: bool = True
         )
         for spec in contexts_of(config.data.test)
     ]  # fmt: skip
-    foreign = load_teacher(config.data.foreign, shape)[0] if config.data.foreign.spec else None
+    foreign = None
+    if config.data.foreign.spec:
+        foreign = load_trained(config.data.foreign, shape, "--data.foreign.", allow_code)
     job = Job(
         config,
         wrapped,
@@ -412,6 +474,7 @@ def _run(
     job, config = it.job, it.config
     tested = [job.test.note] if job.test is not None and job.test.note else []
     said = [*job.notes, *tested, *config.clashes, *it.acquirer.source.notes]
+    said += [text] if (text := doubt(it.context.teacher.model, it.context.image_shape)) else []
     if emulated(it.context.device, config.loop.precision):
         said.append("bf16 is emulated on this CPU, about ten times slower than fp32; use --loop.precision fp32.")
     said += [text] if (text := longer_said(config)) else []
@@ -436,6 +499,7 @@ def _run(
         )
     said += [f"{symptom}: {text}" for symptom, text in it.meter.warnings.items()]
     summary = _summary(it, which, said) | {"code": code}
+    summary["student"] = described(best.student if isinstance(best, Compensated) else best)
     if not isinstance(best, Compensated):
         summary["student_parameters"] = parameters(best)  # including a head that an intervention added
     if job.contexts:
@@ -570,8 +634,14 @@ def _machine(device: torch.device) -> str:
 
 def _save_student(best: nn.Module, path: Path, summary: Mapping[str, Any]) -> None:
     bare = best.student if isinstance(best, Compensated) else best
-    names = {"classes": summary["classes"]} if "classes" in summary else {}
-    save_model(bare, path, agreement=summary["agreement"], key=summary["key"], **names)
+    known: dict[str, Any] = {"classes": summary["classes"]} if "classes" in summary else {}
+    if not (isinstance(bare, Normalized) and bare.spec.get("spec")) and "image_shape" in summary:
+        channels, height, width = summary["image_shape"]  # for whoever builds the network again
+        known |= {"class": described(bare)["class"], "num_classes": len(summary["class_shares"])}
+        known |= {"in_channels": channels, "image_size": height if height == width else [height, width]}
+        if not isinstance(bare, Normalized):
+            known |= {"mean": [0.0], "std": [1.0]}
+    save_model(bare, path, agreement=summary["agreement"], key=summary["key"], **known)
 
 
 def _deliver(it: Distiller, best: nn.Module, folder: RunFolder, summary: dict[str, Any], report: bool) -> None:

@@ -44,10 +44,15 @@ C = TypeVar("C")
 class Model:
     """A network, in the grammar of `load_model`."""
 
-    spec: str = ""  #: wrn40_2, timm:NAME, torchvision:NAME, file.py:factory, or a .safetensors that dodistill wrote
-    weights: str = ""  #: .safetensors, or .pt/.pth without code; of a teacher also `random`, if that is meant
+    spec: str = ""  #: wrn40_2, timm:NAME, torchvision:NAME, hf:OWNER/NAME, file.py:factory, or a .safetensors file
+    #: that dodistill wrote
+    weights: str = ""  #: .safetensors, or .pt/.pth without code; pretrained: those published for timm:, torchvision:
+    #: or hf:; random: if that is meant
     num_classes: int = 0  #: 0: from the weights, or from the teacher
     normalise: str = ""  #: cifar10, cifar100, imagenet, mnist, none; empty: from the weights, or from the teacher
+    mean: tuple[float, ...] = ()  #: in place of a name: of each channel, or one for all, as in 0.5,0.5,0.5
+    std: tuple[float, ...] = ()  #: likewise, with mean
+    input_range: float = 1.0  #: the model's value for white, 1 or 255; mean and std are in this range
     classes: str = ""  #: their names, in order: a file with one a line, .json, or cat,dog,...; empty: from the weights
 
 

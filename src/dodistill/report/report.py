@@ -118,7 +118,7 @@ def write_report(run_folder: str | Path, pdf: bool = True) -> Path:
     ratios = [r["kdci/F_over_S"] for r in metrics["log"] if isinstance(r.get("kdci/F_over_S"), int | float)]
     place = os.path.relpath(folder)
     place = folder.resolve().name if place.startswith("..") or place == "." else place
-    python, shell = usage(place.replace(os.sep, "/"), summary)
+    python, shell = usage(place.replace(os.sep, "/"), summary, part(config, "student", "spec"))
     by_class = per_class(summary, folder / "student.safetensors")
     figures = curves(metrics, summary, dictionary["n"] if dictionary else 0)
     page = render(
