@@ -22,6 +22,7 @@ from dodistill.data.images import Images, load_images
 from dodistill.data.labels import fitted
 from dodistill.errors import DodistillError
 from dodistill.models import Normalized, load_model, save_model
+from dodistill.models.configured import shape_of
 from dodistill.models.normalized import class_names
 from dodistill.models.weights import read_metadata
 from dodistill.report.images import export_images
@@ -259,7 +260,7 @@ def test_a_non_square_model(tmp_path: Path) -> None:
     file = save_model(net, tmp_path / "a.safetensors")
     assert read_metadata(file)["image_size"] == [8, 12]
     back = load_model(str(file))
-    assert dodistill.api.shape_of(back) == (3, 8, 12)
+    assert shape_of(back) == (3, 8, 12)
     with pytest.raises(DodistillError, match=r"reads \(3, 8, 12\)"):
         dodistill.evaluate(back, (torch.rand(4, 3, 12, 8), torch.arange(4) % 3))
     square = save_model(load_model("tiny4", num_classes=3, image_size=(8, 8)), tmp_path / "b.safetensors")

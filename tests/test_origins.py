@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-from dodistill.api import load_student, load_trained
 from dodistill.commands.cli import main
 from dodistill.config.grid import content
 from dodistill.config.tree import Model, resolve
 from dodistill.errors import DodistillError
 from dodistill.models import NORMALISATION, Normalized, load_model, read_metadata, save_model
+from dodistill.models.configured import load_student, load_trained
 from dodistill.models.onnx import export_onnx
 from helpers import tree
 

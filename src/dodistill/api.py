@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import platform
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -12,31 +11,28 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from . import __version__
 from .config import methods
 from .config.checks import seconds_in
 from .config.code import code_of
 from .config.contracts import InterventionSettings, SourceSettings
-from .config.plugins import Allow, model_file
-from .config.tree import Distill, Model, Tree, expand, merge, resolve
+from .config.plugins import Allow
+from .config.tree import Distill, Tree, expand, merge, resolve
 from .core.precision import emulated
-from .core.runtime import peak_memory_mb, pick_device
+from .core.runtime import pick_device
 from .core.watch import Watcher
 from .data.accept import accept, as_labels
-from .data.classes import Given, read_names, require_count
+from .data.classes import Given
 from .data.images import Images, contexts_of, load_images, refuse_one_class, require_fit
 from .data.labels import fitted
 from .engine import Distiller, Job, Test, budget
-from .engine.inputs import Inputs, read_inputs, sample, write_inputs
 from .engine.job import require_same
 from .engine.longer import longer
 from .engine.longer import said as longer_said
 from .engine.loop import FORMAT
 from .engine.normalisation import doubt
-from .engine.run_folder import NoFolder, RunFolder, write_atomically
+from .engine.run_folder import NoFolder, RunFolder
 from .errors import DodistillError
 from .evaluation.evaluate import predict, scores
 from .evaluation.monitor import courses, flat, read_metrics
@@ -44,130 +40,16 @@ from .evaluation.probe import context_gap
 from .evaluation.verdict import verdict
 from .files import read_object
 from .interventions.shared.base import Compensated
-from .models import Normalized, load_model, save_model
-from .models.load import PRETRAINED, RANDOM, UnknownNetwork, refuse_random, require_weights
-from .models.normalized import UnknownNormalisation, class_names
+from .models import Normalized
+from .models.configured import Shape, load_student, load_teacher, load_trained, names_for, shape_of
 from .models.teacher import Teacher
 from .models.weights import load_saved
-from .report.card import model_card
-from .report.images import save_grid
+from .report.delivery import deliver, model_name, parameters, result_of, save_student, summary_of, time_used
 from .report.loading import described
-from .report.more_time import more_time
 from .report.progress import Progress
 from .report.report import write_report
 from .report.result import History, Recorder, Result, labelled, read_history
 from .report.trackers import open_trackers, track_names
-
-Shape = tuple[int, int, int]
-
-
-def parameters(model: nn.Module) -> int:
-    """The number of parameters of a model, trainable and frozen."""
-    return sum(p.numel() for p in model.parameters())
-
-
-def load_teacher(
-    part: Model, shape: Shape, flag: str = "--teacher.", allow_code: Allow = False
-) -> tuple[Normalized, Shape]:
-    """The model of a config's `teacher`, and its input shape (C, H, W): as given, else from its weights' metadata."""
-    model = load_trained(part, shape, flag, allow_code)
-    return model, shape if all(shape) else shape_of(model)
-
-
-def load_trained(part: Model, shape: Shape, flag: str = "--teacher.", allow_code: Allow = False) -> Normalized:
-    """A model that must be trained. `shape`: that of its images, zeros if not given.
-
-    Raises DodistillError, which names the flags that begin with `flag`, for a model without weights, and for one whose
-    normalisation is neither known nor given. `allow_code`: see `load_model`.
-    """
-    if not part.spec:
-        raise DodistillError("no teacher given; use --teacher SPEC [--teacher.weights FILE], as in --teacher wrn40_2.")
-    weights = require_weights(part.spec, part.weights, f"{flag}weights")
-    # a file of weights determines the number of channels
-    known = part.weights not in ("", RANDOM, PRETRAINED) or part.spec.endswith(".safetensors")
-
-    def load(seed: int) -> Normalized:
-        return load_model(
-            part.spec, num_classes=part.num_classes or None, weights=weights, **space_of(part, flag),
-            in_channels=None if known else shape[0] or None, image_size=shape[1:] if all(shape) else None,
-            classes=part.classes or None, seed=seed, allow_code=allow_code,
-        )  # fmt: skip
-
-    try:
-        model = load(0)
-    except UnknownNormalisation as error:
-        raise UnknownNormalisation(error.weights, flag) from error
-    except UnknownNetwork as error:
-        typed = f"{flag.rstrip('.')} {{spec}} {flag}weights {{file}}" if flag != "--" else "{spec} --weights {file}"
-        fix = f"{typed}{', or --allow-code' if error.spec else ''}"
-        raise UnknownNetwork(error.file, error.spec, error.cls, fix) from error
-    if model_file(part.spec) and not part.weights:
-        refuse_random(part.spec, model, load(1), f"{flag}weights")
-    return model
-
-
-def open_student(file: str | Path, network: str = "", allow_code: Allow = False) -> Normalized:
-    """The student in a file of weights. `network`: its spec, typed by the user, for a file that names code or nothing.
-
-    Raises DodistillError, which names the flags `--model` and `--allow-code`, for such a file without a spec.
-    """
-    if network:
-        return load_model(network, weights=file)
-    try:
-        return load_model(str(file), allow_code=allow_code)
-    except UnknownNetwork as error:
-        fix = f"--model {{spec}}{', or --allow-code' if error.spec else ''}"
-        raise UnknownNetwork(error.file, error.spec, error.cls, fix) from error
-
-
-def space_of(part: Model, flag: str) -> dict[str, Any]:
-    """The normalisation of a part of the config, as arguments of `load_model`."""
-    if part.normalise and (part.mean or part.std):
-        raise DodistillError(
-            f"{flag}normalise {part.normalise} and {flag}{'mean' if part.mean else 'std'} are both given; give a name, "
-            "or mean and std."
-        )
-    mean = part.normalise or part.mean or None
-    return {"mean": mean, "std": part.std or None, "input_range": part.input_range}
-
-
-def shape_of(model: nn.Module) -> Shape:
-    """(C, H, W) from the metadata of a model. Raises DodistillError if the metadata lack it."""
-    spec = getattr(model, "spec", {}) or {}
-    channels, size = spec.get("in_channels"), spec.get("image_size")
-    if not channels or not size:
-        raise DodistillError(
-            "the teacher's weights do not contain its image shape; give --image-shape 3,32,32 "
-            "(in Python image_shape=(3, 32, 32))."
-        )
-    height, width = (size, size) if isinstance(size, int) else size
-    return int(channels), int(height), int(width)
-
-
-def load_student(
-    part: Model, teacher: nn.Module, classes: int, shape: Shape, seed: int, allow_code: Allow = False
-) -> Normalized:
-    """A fresh student for this teacher: its classes with their names, its channels and its normalisation, unless given
-    otherwise."""
-    if not part.spec:
-        raise DodistillError("no student given; use --student SPEC, as in --student wrn16_1.")
-    if part.num_classes and part.num_classes != classes:
-        raise DodistillError(
-            f"student.num_classes is {part.num_classes}, but the teacher has {classes} classes; remove it, "
-            f"or set it to {classes}."
-        )
-    space = space_of(part, "--student.")
-    given = part.normalise or part.mean or part.std or part.input_range != 1
-    if not given and part.weights != PRETRAINED and isinstance(teacher, Normalized):
-        space = {"mean": teacher.mean.flatten().tolist(), "std": teacher.std.flatten().tolist()}
-    try:
-        return load_model(
-            part.spec, num_classes=classes, in_channels=shape[0], image_size=shape[1:], **space,
-            weights=part.weights or (RANDOM if part.spec.startswith("hf:") else None),
-            classes=part.classes or class_names(teacher), seed=seed, allow_code=allow_code,
-        )  # fmt: skip
-    except UnknownNormalisation as error:
-        raise UnknownNormalisation(error.weights, "--student.") from error
 
 
 def _test(test: Any, teacher: Teacher, names: Sequence[str], what: str = "the test set") -> Test | None:
@@ -211,14 +93,6 @@ def evaluate(
     images = fitted(images, names_for(model, outputs, classes), outputs, what)
     require_fit(images, shape, outputs, "the test set")
     return scores(model, images, teacher) | ({"note": images.note} if images.note else {})
-
-
-def names_for(model: nn.Module, outputs: int, given: Given | None = None) -> tuple[str, ...]:
-    """The names of a model's classes: those `given`, else its own; () if they are not known. Raises DodistillError for
-    another number of names than `outputs`."""
-    names = read_names(given) or class_names(model)
-    require_count(names, outputs, "classes")
-    return names
 
 
 def distill(
@@ -449,7 +323,7 @@ def run(
     config = job.config
     if job.classes and isinstance(job.student, Normalized):
         job.student.spec["classes"] = job.classes
-    names = f"{_name(config.teacher, job.teacher)} -> {_name(config.student, job.student)}"
+    names = f"{model_name(config.teacher, job.teacher)} -> {model_name(config.student, job.student)}"
     title = f"{config.source.name} + {config.intervention}: {names}"
     it = Distiller(job, plan)
     # After all checks, so that an error leaves no folder behind.
@@ -489,7 +363,7 @@ def _run(
     said += [*folder.notes, *(part.failure for part in trackers if part.failure)]
     if not finished:
         reached = {"finished": False, "step": it.step, "steps": it.plan.steps, "stopped": it.stopped}
-        return _result(it, it.matcher.student, reached, folder, recorder.history)
+        return result_of(it, it.matcher.student, reached, folder, recorder.history)
     which, best = it.scorer.delivered()
     best.eval()
     if isinstance(best, Compensated):
@@ -498,7 +372,7 @@ def _run(
             "student.safetensors contains the network without F(z)."
         )
     said += [f"{symptom}: {text}" for symptom, text in it.meter.warnings.items()]
-    summary = _summary(it, which, said) | {"code": code}
+    summary = summary_of(it, which, said) | {"code": code}
     summary["student"] = described(best.student if isinstance(best, Compensated) else best)
     if not isinstance(best, Compensated):
         summary["student_parameters"] = parameters(best)  # including a head that an intervention added
@@ -508,44 +382,16 @@ def _run(
             summary["log"] |= {f"{name}/{k}": round(v, 4) for k, v in gap.items()}
     history = recorder.history if folder.path is None else read_history(folder.path)
     if it.plan.limited:
-        summary["time"] = _time(it, history)
+        summary["time"] = time_used(it, history)
     if isinstance(folder, RunFolder):
         summary["course"] = courses(read_metrics(folder.path / "metrics.jsonl")["eval"])
         summary["log"] |= flat(summary["course"])
-    history = recorder.history if folder.path is None else read_history(folder.path)
     found = verdict(summary, config.to_tree(), history.of("eval"), history.of("log"), str(folder.path or ""))
     if found is not None:
         summary["verdict"] = found.to_dict()
     if isinstance(folder, RunFolder):
-        _deliver(it, best, folder, summary, report)
-    return _result(it, best, summary, folder, recorder.history)
-
-
-def _result(
-    it: Distiller, student: nn.Module, summary: dict[str, Any], folder: RunFolder | NoFolder, recorded: History
-) -> Result:
-    pool = it.acquirer.pool
-    some = torch.randperm(len(pool), generator=torch.Generator().manual_seed(0))[:64].to(pool.device)
-    history = recorded if folder.path is None else read_history(folder.path)
-    kept = _kept(it) if len(pool) else None if folder.path is None else read_inputs(folder.path)
-    return Result(student, summary, folder.path, history, pool.x[some].cpu(), it.context.image_shape, kept)
-
-
-def _kept(it: Distiller) -> Inputs:
-    pool, held = it.acquirer.pool, it.acquirer.holdout
-    return sample(pool.x, pool.logits, held.x, held.logits)
-
-
-def _time(it: Distiller, history: History) -> dict[str, Any]:
-    """The time limit of a run, the time that it used, and what more time would change."""
-    c = it.config
-    longer = None
-    if it.job.choice is not None:
-        shape, given = it.context.image_shape, it.job.unlabeled is not None
-        rate = it.job.choice.rate
-        longer = methods.longer(it.context.teacher.has_batchnorm, given, it.plan.seconds, shape, rate)
-    more = more_time(history.curve("agreement"), it.step, c.source, c.loop.batch, it.acquirer.pool.seen, longer)
-    return {"limit": it.plan.seconds, "used": round(it.plan.used(), 1), "more": more}
+        deliver(it, best, folder, summary, report)
+    return result_of(it, best, summary, folder, recorder.history)
 
 
 def _again(it: Distiller, folder: RunFolder | NoFolder, done: dict[str, Any], report: bool) -> Result:
@@ -556,108 +402,14 @@ def _again(it: Distiller, folder: RunFolder | NoFolder, done: dict[str, Any], re
     if saved is not None and saved[0].get("format") == FORMAT:
         it.load_state_dict(*saved)
         if not kept.exists():
-            _save_student(it.scorer.complete(done["delivered"]).eval(), kept, done)
+            save_student(it.scorer.complete(done["delivered"]).eval(), kept, done)
         if report and not (folder.path / "report.html").exists():  # stopped while it was written
             write_report(folder.path, pdf=False)
-        return _result(it, it.scorer.complete(done["delivered"]).eval(), done, folder, History())
+        return result_of(it, it.scorer.complete(done["delivered"]).eval(), done, folder, History())
     if kept.exists():  # its checkpoints were deleted, or an older version of dodistill wrote them
         load_saved(it.matcher.student, kept)
-        return _result(it, it.matcher.student.eval(), done, folder, History())
+        return result_of(it, it.matcher.student.eval(), done, folder, History())
     raise DodistillError(f"the run in {folder.path} is finished, but has no student.safetensors; choose another --out.")
-
-
-def _name(part: Model, model: nn.Module) -> str:
-    """The name of a model: its spec if known (a saved file contains it), else its class."""
-    while True:
-        known = getattr(model, "spec", None) or {}
-        if known.get("spec"):
-            return str(known["spec"])
-        inner = getattr(model, "model", None)
-        if not isinstance(inner, nn.Module):
-            return part.spec or type(model).__name__
-        model = inner
-
-
-def _summary(it: Distiller, which: str, notes: list[str]) -> dict[str, Any]:
-    job, config, acquirer = it.job, it.config, it.acquirer
-    device, score, shares = it.context.device, it.scorer.last, acquirer.pool.class_shares()
-    summary: dict[str, Any] = {
-        "agreement": score["agreement_ema" if which == "ema" else "agreement"],
-        "agreement_last": score["agreement"],
-        "delivered": which,
-        "view": str(it.context.view),
-        "views": acquirer.views.reason,
-        "precision": it.context.autocast.reason,
-        "compiled": it.compiled.reason,
-        "teacher_name": _name(config.teacher, job.teacher),
-        "student_name": _name(config.student, it.matcher.student),
-        "student_parameters": parameters(it.matcher.student),
-        "teacher_parameters": parameters(job.teacher),
-        "teacher_batchnorm": it.context.teacher.has_batchnorm,
-        "image_shape": list(it.context.image_shape),
-        **({"classes": list(job.classes)} if job.classes else {}),
-        "steps": it.step,
-        "images": acquirer.pool.seen,
-        "class_shares": [round(v, 5) for v in shares.tolist()],
-        "drawn_shares": [round(v, 5) for v in acquirer.sampler.shares(acquirer.pool).tolist()],
-        "seconds": round(it.clock.seconds, 2),
-        "acquire_seconds": round(acquirer.seconds, 2),
-        "match_seconds": round(it.clock.seconds - acquirer.seconds, 2),
-        "peak_memory_mb": peak_memory_mb(device),
-        **({} if config.replay.name == "none" else {"replay_memory_mb": round(acquirer.replay.memory / 2**20, 3)}),
-        "log": {k: float(f"{v:.6g}") for k, v in it.meter.last.items()},
-        "command": job.command,
-        "key": config.key(),
-        "made_of": it.made_of,
-        "versions": {"dodistill": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "machine": _machine(device),
-        "warnings": notes,
-        "finished": True,
-    }
-    summary |= it.scorer.explained(which)
-    if it.scorer.test is not None:
-        summary["student_accuracy"] = score["test"]
-        summary["delivered_accuracy"] = score["test_ema" if which == "ema" else "test"]
-        summary["best_on_test"] = it.scorer.best_on_test
-    if config.loop.restarts:
-        summary["restarts"] = list(config.loop.restarts)
-    if job.choice is not None:
-        summary["choice"] = str(job.choice)
-    return summary
-
-
-def _machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU ({platform.machine()}), {torch.get_num_threads()} thread(s)"
-
-
-def _save_student(best: nn.Module, path: Path, summary: Mapping[str, Any]) -> None:
-    bare = best.student if isinstance(best, Compensated) else best
-    known: dict[str, Any] = {"classes": summary["classes"]} if "classes" in summary else {}
-    if not (isinstance(bare, Normalized) and bare.spec.get("spec")) and "image_shape" in summary:
-        channels, height, width = summary["image_shape"]  # for whoever builds the network again
-        known |= {"class": described(bare)["class"], "num_classes": len(summary["class_shares"])}
-        known |= {"in_channels": channels, "image_size": height if height == width else [height, width]}
-        if not isinstance(bare, Normalized):
-            known |= {"mean": [0.0], "std": [1.0]}
-    save_model(bare, path, agreement=summary["agreement"], key=summary["key"], **known)
-
-
-def _deliver(it: Distiller, best: nn.Module, folder: RunFolder, summary: dict[str, Any], report: bool) -> None:
-    path, config = folder.path, it.config.to_tree()
-    pool, dictionary = it.acquirer.pool, it.acquirer.dictionary
-    _save_student(best, path / "student.safetensors", summary)
-    n = min(64, len(pool))
-    index = torch.randperm(len(pool), generator=torch.Generator().manual_seed(0))[:n]
-    save_grid(pool.x[index.to(pool.device)].cpu(), path / "samples.png")
-    write_inputs(path, _kept(it))
-    if dictionary is not None:
-        folder.write_json("dictionary.json", {"P": dictionary.P.tolist(), "Z": dictionary.Z.tolist()})
-    write_atomically(path / "README.md", model_card(config, summary).encode())
-    folder.write_json("summary.json", summary)
-    if report:
-        write_report(path, pdf=False)
 
 
 def shell_command(arguments: list[str]) -> str:

@@ -10,7 +10,6 @@ from typing import Annotated
 import torch
 from torch import nn
 
-from ..api import Shape, load_trained, parameters, shape_of
 from ..config import flags
 from ..config.tree import Model
 from ..core.runtime import pick_device
@@ -25,7 +24,9 @@ from ..evaluation import evaluate
 from ..evaluation.probe import context_gap, linear_probe
 from ..models import Normalized, save_model
 from ..models.batchnorm import calibrate
+from ..models.configured import Shape, load_trained, shape_of
 from ..models.normalized import class_names
+from ..report.delivery import parameters
 
 
 @dataclass(frozen=True)

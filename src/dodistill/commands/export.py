@@ -8,7 +8,6 @@ from typing import Annotated
 
 from torch import nn
 
-from ..api import load_teacher, open_student, shape_of
 from ..config import plugins
 from ..config.tree import resolve
 from ..data.classes import folder_names
@@ -18,6 +17,7 @@ from ..engine.run_folder import names_of_run, newest_pool
 from ..errors import DodistillError
 from ..files import read_object
 from ..models import Normalized
+from ..models.configured import load_teacher, open_student, shape_of
 from ..report.front_matter import LICENCE
 from ..report.hub import connect, content, push
 from ..report.images import export_images

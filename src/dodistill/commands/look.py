@@ -26,7 +26,6 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from ..api import load_teacher, open_student
 from ..config import plugins
 from ..config.tree import Distill, Model, resolve
 from ..core.runtime import pick_device
@@ -39,6 +38,7 @@ from ..errors import DodistillError
 from ..evaluation.evaluate import agreement, class_shares, frechet_distance, predict, top1
 from ..evaluation.probe import features
 from ..files import read_object
+from ..models.configured import load_teacher, open_student
 from ..models.normalized import class_names
 from ..report import plots
 from ..report.canvas import Plot

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from ..api import space_of
 from ..config import flags
 from ..config.tree import Model, build
 from ..core.deadline import Deadline, stopping
@@ -22,6 +21,7 @@ from ..engine.run_folder import check_writable
 from ..engine.teach import Log, Teach
 from ..errors import STOPPED, DodistillError, at_least
 from ..files import claimed, shown
+from ..models.configured import space_of
 from ..report.progress import Progress
 
 
