@@ -23,6 +23,8 @@ AUTO = "auto"
 MINUTE, HOUR = 60.0, 3600.0
 SHORT = 3 * MINUTE  #: a shorter run cannot warm a generator up
 PASSES = 400_000  #: images that the teacher must be able to answer in the time: 500 steps of `fast`, preset desk
+#: For the table's readers.
+SLOW = "A time also counts as below 3 minutes if the teacher can answer fewer than 400 000 images in it (measured)."
 LONG = 6 * HOUR  #: suffices for a published schedule of 80 000 steps on a GPU of its kind
 
 
@@ -57,11 +59,11 @@ def choose(
         no                  no          any                   >= 6 h      procedural  study
         no                  no          any                   less, none  procedural  desk
         no                  yes         no                    as the two lines above
-        no                  yes         yes                   < 3 min *   procedural  desk
+        no                  yes         yes                   < 3 min     procedural  desk
         no                  yes         yes                   >= 6 h      fast        wrn
         no                  yes         yes                   else, none  fast        desk
-        * or fewer than 400 000 images that the teacher can answer in the time
 
+    A time also counts as below 3 minutes if the teacher can answer fewer than 400 000 images in it.
     `none`: no limit was given (infinity); the run should then end within minutes. For a published schedule, give its
     preset, or a limit of hours.
 
@@ -327,7 +329,7 @@ def _overview(cards: Path) -> str:
         name, *rest = _cells(row)
         lines.append("| " + " | ".join([link("source", name), *rest, row.about]) + " |")
     lines += ["", *(f"* {note}" for note in NOTES), "", "## `--source auto`", ""]
-    lines += ["The first line that applies:", "", "```", *_choose_table(), "```"]
+    lines += ["The first line that applies:", "", "```", *_choose_table(), "```", "", SLOW]
     titles = {
         "intervention": "Interventions: how to cut the confounder's path to the student",
         "criterion": "Criteria: the distance between student and teacher",
@@ -350,4 +352,5 @@ def _choose_table() -> list[str]:
 
 def choosing() -> str:
     """How `--source auto` chooses, for the help."""
-    return "source auto takes the first line that applies:\n\n" + "\n".join(f"  {line}" for line in _choose_table())
+    table = "\n".join(f"  {line}" for line in _choose_table())
+    return f"source auto takes the first line that applies:\n\n{table}\n\n{SLOW}"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -109,7 +110,7 @@ def spoken(record: Mapping[str, Any]) -> str:
 
 def _record(config: Distill, folder: str | Path | None) -> dict[str, Any] | None:
     path = None if folder is None else Path(folder) / FILE
-    if path is None or not path.exists():
+    if path is None or not os.path.exists(path):
         return None
     record = read_object(path, "choose another --out")
     return record if record.get("given") == config.to_tree() else None

@@ -168,6 +168,8 @@ class Distiller:
             tell.on_steps(self.step, self.plan.steps)
         last = self.step == self.plan.steps
         evaluating = last or self.step % loop.eval_every == 0
+        if evaluating:
+            self.meter.check()
         # under a time limit the test images count once, at the end
         scores = self.scorer.evaluate(tests=last or not self.plan.limited) if evaluating else {}
         looking = last or self.step % loop.log_every == 0
