@@ -14,12 +14,12 @@ import pytest
 from torch import Tensor, nn
 
 from dodistill import DodistillError, distill, engine
-from dodistill.api import require_one_length
+from dodistill.api import distill_config, require_one_length
 from dodistill.commands.cli import main
 from dodistill.config import registry
 from dodistill.config.checks import seconds_in
 from dodistill.config.methods import LONG, SHORT, choose, longer
-from dodistill.config.tree import Distill
+from dodistill.config.tree import Distill, resolve
 from dodistill.core.deadline import Deadline
 from dodistill.core.watch import Watcher
 from dodistill.data.images import Images
@@ -366,3 +366,30 @@ class Ticks:
     def __call__(self) -> float:
         self.now += 1.0
         return self.now
+
+
+def test_a_stopped_run_goes_on_with_its_fit_and_what_is_left_of_its_time(teacher_file: Path, tmp_path: Path) -> None:
+    given = tree("fast", loop={"time": "6s"}) | {"teacher": str(teacher_file), "student": "tiny4"}
+    cfg = resolve(given, {"data.image_shape": list(SHAPE)})
+    out = tmp_path / "run"
+
+    class AfterTwoSteps:
+        """A deadline that comes once the first checkpoint could hold two steps."""
+
+        asked = 0
+
+        def __lt__(self, _now: float) -> bool:
+            self.asked += 1
+            return self.asked > 6
+
+    first = distill_config(cfg, out, verbose=False, report=False, deadline=AfterTwoSteps())  # type: ignore[arg-type]
+    assert not first.finished
+    reached, plan = first.summary["step"], (out / "plan.json").read_bytes()
+    assert reached > 0
+    second = distill_config(cfg, out, verbose=False, report=False)
+    assert second.finished
+    assert (out / "plan.json").read_bytes() == plan, "it is not fitted again"
+    assert second.summary["steps"] > reached
+    assert second.summary["time"]["used"] < 6 + 3, "the time counts over both starts"
+    with pytest.raises(DodistillError, match="belongs to another config"):
+        distill_config(resolve(given, {"data.image_shape": list(SHAPE), "loop.time": "7s"}), out, verbose=False)
