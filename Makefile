@@ -1,16 +1,16 @@
-# Targets: demo (the main job in minutes), test (everything CI checks), bench, soak (random kills and bad inputs), clean. Each makes its own environment.
+# Targets: demo (the main job in minutes), test (everything CI checks), docs (the site, in build/docs), notebooks (runs them), wheel (in dist), bench, soak (random kills and bad inputs), clean. Each makes its own environment.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: help demo test lint bench soak clean
+.PHONY: help demo test lint docs notebooks wheel bench soak clean
 help:
 	@grep -E '^# Targets' Makefile
 
 $(BIN)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e '.[demo,dev]'
+	$(BIN)/python -m pip install --quiet -e '.[demo,dev,onnx,hub]'
 	@touch $@
 
 demo: $(BIN)/.installed
@@ -23,6 +23,19 @@ lint: $(BIN)/.installed
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+$(BIN)/.docs: $(BIN)/.installed
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	@touch $@
+
+docs: $(BIN)/.docs
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
+
+notebooks: $(BIN)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_notebooks.py
+
+wheel: $(BIN)/.installed
+	$(BIN)/python -m build
 
 bench: $(BIN)/.installed
 	$(BIN)/python benchmarks/step.py
@@ -41,4 +54,4 @@ soak: $(BIN)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python soak/inputs.py
 
 clean:
-	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) runs build dist docs/made docs/index.md .mypy_cache .ruff_cache .pytest_cache

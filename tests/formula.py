@@ -86,6 +86,55 @@ def net(phase: float = 0.0, classes: int = 10, width: int = 6, channels: int = 3
     return fill(Net(width, classes, channels), phase).eval()
 
 
+class Attention(nn.Module):
+    """Self-attention of two heads over tokens [B, N, 12]. The layers have timm's names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.scale = 2, 6**-0.5
+        self.qkv, self.proj = nn.Linear(12, 36), nn.Linear(12, 12)
+        self.attn_drop, self.proj_drop = nn.Identity(), nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, C = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, 2, 6).permute(2, 0, 3, 1, 4).unbind(0)
+        weights = (q @ k.transpose(-2, -1) * self.scale).softmax(-1)
+        out: Tensor = self.proj((weights @ v).transpose(1, 2).reshape(B, N, C))
+        return out
+
+
+class Block(nn.Module):
+    """Attention beside a shortcut, and a layer with a nonlinearity beside another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(12), Attention()
+        self.norm2, self.fc = nn.LayerNorm(12), nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + F.gelu(self.fc(self.norm2(x)))
+
+
+class Vit(nn.Module):
+    """A transformer of two blocks: [B, 3, 16, 16] -> 16 patches and a class token -> logits [B, 10]."""
+
+    num_prefix_tokens = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cls_token, self.pos_embed = nn.Parameter(torch.empty(1, 1, 12)), nn.Parameter(torch.empty(1, 17, 12))
+        self.patch = nn.Conv2d(3, 12, 4, 4)
+        self.blocks = nn.Sequential(Block(), Block())
+        self.norm, self.head = nn.LayerNorm(12), nn.Linear(12, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
+        logits: Tensor = self.head(self.norm(self.blocks(x))[:, 0])
+        return logits
+
+
 def digest(tensors: Tensor | Iterable[Tensor]) -> list[float]:
     """Two numbers that stand for tensors: their norm, and their product with `wave`, divided by the wave's norm.
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dodistill import engine
+from dodistill.config import registry
 from dodistill.config.tree import Distill, Tree, merge, resolve
 from dodistill.core.context import Context
 from dodistill.engine import Distiller, Job
@@ -44,6 +45,7 @@ SOURCES: dict[str, Tree] = {
     },
     "noise": {"name": "noise", "n": 60, "candidates": 80, "batch": 20},
     "pre": {"name": "pre", "batch": 16, "width": 4, "latent": 8, "every": 2, "fresh": 2},
+    "psaq": {"name": "psaq", "iterations": 2, "lr_warmup": 1, "batch": 32, "every": 4},
     "procedural": {"name": "procedural", "n": 80, "candidates": 160},
 }  # fmt: skip
 
@@ -67,6 +69,16 @@ def config(*args: Any, **more: Any) -> Distill:
 
 def student(seed: int = 1, width: int = 4, classes: int = 10) -> nn.Module:
     return load_model(f"tiny{width}", num_classes=classes, in_channels=1, image_size=8, seed=seed)
+
+
+def vit(seed: int = 0) -> nn.Module:
+    """An untrained transformer for the same images."""
+    return load_model("tinyvit32", num_classes=10, in_channels=1, image_size=8, mean=[0.3], std=[0.4], seed=seed)
+
+
+def fitting(source: str, teacher: nn.Module) -> nn.Module:
+    """`teacher`, or `vit` for a source that needs attention."""
+    return vit() if "attention" in registry.config("source", source).needs else teacher
 
 
 def context(teacher: nn.Module, seed: int = 0, unlabeled: Tensor | None = None, pad: int = 1) -> Context:
@@ -166,8 +178,12 @@ class Page(HTMLParser):
 def assert_offline(text: str) -> None:
     page = Page(text)
     assert not any(tag in ("script", "link", "iframe", "object", "base") for tag, _ in page.tags)
-    for _, attributes in page.tags:
+    for tag, attributes in page.tags:
         assert not any(name.startswith("on") for name in attributes)
         for name in ("src", "href", "xlink:href", "action", "data"):
-            assert (attributes.get(name) or "data:").startswith(("data:", "#"))
+            value = attributes.get(name) or "data:"
+            beside = (
+                tag == "a" and name == "href" and re.match(r"(?!/)[^:]*$", value)
+            )  # a link to a file below the page
+            assert beside or value.startswith(("data:", "#"))
     assert not re.search(r"https?://|url\(|@import|//[a-z]+\.", re.sub(r"base64,[A-Za-z0-9+/=]+", "", text))

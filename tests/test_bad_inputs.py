@@ -483,7 +483,7 @@ def test_weights_of_another_network_of_the_zoo(place: Path, capsys: pytest.Captu
     [
         (["distill", "--teacher", "tiny8", "--teacher.num_classes", "10", *STUDENT], "--teacher.weights FILE"),
         (["evaluate", "tiny8", "--test", "digits"], "--weights FILE"),
-        (["evaluate", "t.safetensors", "--test", "digits", "--teacher", "tiny8"], "--teacher-weights FILE"),
+        (["evaluate", "t.safetensors", "--test", "digits", "--teacher", "tiny8"], "--teacher.weights FILE"),
         (["look", "run", "--test", "digits", "--teacher", "tiny8"], "FILE (or"),
     ],
 )

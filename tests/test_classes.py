@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,12 @@ from dodistill.data.images import Images, load_images
 from dodistill.data.labels import fitted
 from dodistill.errors import DodistillError
 from dodistill.models import Normalized, load_model, save_model
+from dodistill.models.configured import shape_of
 from dodistill.models.normalized import class_names
 from dodistill.models.weights import read_metadata
 from dodistill.report.images import export_images
 from dodistill.report.plots import bars
+from dodistill.report.report import write_report
 from dodistill.report.shares import extremes, shares
 
 ANIMALS = ("bird", "cat", "deer", "dog", "frog", "horse", "lynx", "mole", "newt", "owl")
@@ -257,7 +260,7 @@ def test_a_non_square_model(tmp_path: Path) -> None:
     file = save_model(net, tmp_path / "a.safetensors")
     assert read_metadata(file)["image_size"] == [8, 12]
     back = load_model(str(file))
-    assert dodistill.api.shape_of(back) == (3, 8, 12)
+    assert shape_of(back) == (3, 8, 12)
     with pytest.raises(DodistillError, match=r"reads \(3, 8, 12\)"):
         dodistill.evaluate(back, (torch.rand(4, 3, 12, 8), torch.arange(4) % 3))
     square = save_model(load_model("tiny4", num_classes=3, image_size=(8, 8)), tmp_path / "b.safetensors")
@@ -315,11 +318,13 @@ def test_taught_on_a_folder_from_start_to_end(tmp_path: Path, capsys: pytest.Cap
     assert summary["classes"] == ["Red Panda", "cat", "dog"]
     assert summary["image_shape"] == [1, 8, 12]
     assert any("no images of one of the 3 classes: cat" in w for w in summary["warnings"])
+    shutil.copytree(run, tmp_path / "stopped", ignore=shutil.ignore_patterns("summary.json"))
+    assert ">Red Panda<" in write_report(tmp_path / "stopped").read_text()
     assert summary["student_accuracy"] > 90
     student = str(run / "student.safetensors")
     assert read_metadata(student)["classes"] == ["Red Panda", "cat", "dog"]
     report, card = html.unescape((run / "report.html").read_text()), (run / "README.md").read_text()
-    assert ">Red Panda<" in report
+    assert report.count(">Red Panda<") == 2  # class shares, and accuracy of each class
     assert "`Red Panda`, `cat`, `dog`." in card
     for page in (report, card):
         assert "shape [B, 1, 8, 12]" in page
@@ -377,6 +382,9 @@ def test_long_lists_stay_readable(capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert ">a long name of …<" in plot
     assert "cat 25" in plot
+    for names_of_ten, turned in ((list("0123456789"), 1), (list(KNOWN["cifar10"]), 11)):  # one is the label of y
+        short = str(bars("b", [("pool", [0.1] * 10)], x_label="class", names=names_of_ten))
+        assert short.count("rotate(-90") == turned
     assert "name" not in str(bars("b", [("pool", [1 / 60] * 60)], x_label="class", names=names[:60]))
     from dodistill.commands.evaluate import _shares
 

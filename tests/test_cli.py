@@ -232,8 +232,11 @@ def test_evaluate_reads_bare_weights(tmp_path: Path, capsys: pytest.CaptureFixtu
     save_file({k: v.contiguous() for k, v in state.items()}, file)
     told = ["evaluate", "tiny4", "--weights", str(file), "--test", "digits"]
     assert main(told) == 2
+    assert "give --normalise NAME" in capsys.readouterr().err
+    told += ["--normalise", "mnist"]
+    assert main(told) == 2
     assert "--image-shape" in capsys.readouterr().err
-    assert main([*told, "--image-shape", "1,16,16", "--normalise", "mnist"]) == 0
+    assert main([*told, "--image-shape", "1,16,16"]) == 0
     assert "of 500 images" in capsys.readouterr().out
     for wrong in ("1,16", "1,0,8", "1,a,a"):
         assert main([*told, "--image-shape", wrong]) == 2

@@ -164,7 +164,8 @@ def test_a_setting_that_came_later_does_not_throw_results_away(recipe: Path, tmp
 
 
 @pytest.mark.parametrize(
-    "name", ["mnist", "skew", "methods", "cifar10_sources", "cid", "lra", "planted", "skew_cifar10", "table1_small"]
+    "name",
+    ["mnist", "skew", "methods", "cifar10_sources", "cid", "lra", "planted", "skew_cifar10", "table1_small", "vit"],
 )
 def test_the_committed_results_are_those_of_the_committed_recipes(name: str) -> None:
     """docs/results.md says that `--table` prints its tables from results/, without data."""

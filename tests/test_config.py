@@ -152,7 +152,7 @@ def other(name: str, value: Any, hint: str) -> Any:
     """A legal value that is not `value`."""
     special = {
         "data.image_shape": [1, 2, 3], "optim.schedule": "steps", "pool.eviction": "reservoir", "dictionary.of": "pool",
-        "loop.precision": "bf16", "loop.compile": "on", "loop.restarts": [100],
+        "loop.precision": "bf16", "loop.compile": "on", "loop.restarts": [100], "loop.time": "10m",
         "source.meta": "reptile", "kdci.weights": "constant", "stratified.by": "cluster",
         "stratified.prior": [1.0, 2.0], "preset": "wrn", "view.crop": "resized", "view.padding": "reflect",
         "view.flip": True, "augment.padding": "reflect", "view.scale": [0.2, 0.9],
@@ -166,7 +166,7 @@ def other(name: str, value: Any, hint: str) -> Any:
     if isinstance(value, float):
         return value / 2 + 0.01
     if isinstance(value, list):
-        return [other(name, v, hint) for v in value]
+        return [other(name, v, hint) for v in value] or [0.5]
     return 3 if value is None else f"{value}x"
 
 

@@ -20,7 +20,7 @@ from dodistill.data.images import Images
 from dodistill.engine import Distiller, Job
 from dodistill.engine.teach import Teach, teach
 from dodistill.evaluation.probe import linear_probe
-from helpers import SHAPE, SOURCES, config, same, student
+from helpers import SHAPE, SOURCES, config, fitting, same, student
 from pretend import THERE, Stream, There, bare, pretended
 
 
@@ -53,7 +53,8 @@ def run(
         cfg = config(source, intervention, steps=4, **more)
         assert test.y is not None
         shown = engine.Test(test.x[:40], test.y[:40])
-        return Distiller(Job(cfg, teacher, student(), SHAPE, digits.x[:200], test=shown, labels=labels))
+        its = fitting(source, teacher)
+        return Distiller(Job(cfg, its, student(), SHAPE, digits.x[:200], test=shown, labels=labels))
 
     first = made()
     while first.step < 2:

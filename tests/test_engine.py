@@ -355,7 +355,7 @@ def test_it_looks_when_it_was_told_to(teacher: nn.Module, digits: Images) -> Non
     looked: list[tuple[str, int]] = []
     for part, name in ((it, "read"), (it.scorer, "evaluate")):
         inner = getattr(part, name)
-        setattr(part, name, lambda inner=inner, name=name: (looked.append((name, it.step)), inner())[1])
+        setattr(part, name, lambda *a, inner=inner, name=name, **k: (looked.append((name, it.step)), inner(*a, **k))[1])
     run(it)
     assert [s for n, s in looked if n == "read"] == [4, 8, 11]
     assert [s for n, s in looked if n == "evaluate"] == [3, 6, 9, 11]

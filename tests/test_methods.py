@@ -24,7 +24,7 @@ from dodistill.config.tree import resolve
 from dodistill.data.images import Images
 from dodistill.errors import DodistillError
 from dodistill.functional.augment import to_float
-from helpers import SHAPE, context, student
+from helpers import SHAPE, context, fitting, student
 
 RGB = (3, 32, 32)
 
@@ -179,6 +179,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "nayer": {"iterations": 3, "batch": 20, "width": 2, "noise": 4, "loops": 2, "warmup": 0},
     "noise": {"n": 20, "candidates": 30, "batch": 10},
     "pre": {"batch": 8, "width": 2, "latent": 4, "fresh": 2},
+    "psaq": {"iterations": 2, "batch": 8},
     "procedural": {"n": 40, "candidates": 100},
     "real": {"n": 50},
 }
@@ -191,6 +192,7 @@ def test_every_source_is_checked() -> None:
 @pytest.mark.parametrize("name", sorted(SMALL))
 def test_the_passes_are_counted_right(name: str, teacher: nn.Module, digits: Images) -> None:
     config: Any = registry.config("source", name)(**SMALL[name])
+    teacher = fitting(name, teacher)
     source = config.build(context(teacher, 0, digits.x[:50]))
     forwards = backwards = 0
 
@@ -220,7 +222,7 @@ def test_the_rows_say_what_the_code_says() -> None:
     assert set(every) == set(registry.names("source"))
     for name, row in every.items():
         config: Any = registry.config("source", name)
-        assert (row.batchnorm, row.unlabeled) == ("batchnorm" in config.needs, "unlabeled" in config.needs)
+        assert {*row.layers, *(["unlabeled"] if row.unlabeled else [])} == config.needs
         assert row.slots == resolve({"source": name, "preset": "desk"}).pool.capacity
         assert len(row.about) > 30
     assert every["fast"].cost == "6 + 5"

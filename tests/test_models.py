@@ -27,6 +27,7 @@ COUNTS = {  # at 10 and at 100 classes
     "resnet56": (853_018, 858_868),
     "resnet110": (1_727_962, 1_733_812),
     "mobilenetv2": (2_236_682, 2_351_972),
+    "tinyvit48": (116_026, 120_436),
 }
 BATCHNORMS = {  # layers, channels in all
     "resnet18": (20, 4800),
@@ -58,6 +59,7 @@ KEYS = {
         "classifier.1.bias",
     ],
     "tiny8": ["conv1.weight", "bn3.bias", "fc.weight"],
+    "tinyvit48": ["patch_embed.proj.weight", "blocks.3.attn.qkv.bias", "blocks.0.mlp.fc2.weight", "norm.bias"],
 }
 
 

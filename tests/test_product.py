@@ -14,7 +14,7 @@ from dodistill.config import registry
 from dodistill.core.watch import Watcher
 from dodistill.data.images import Images
 from dodistill.engine import Distiller
-from helpers import SOURCES, config, job, same
+from helpers import SOURCES, config, fitting, job, same
 
 LEARNED = ("kdci", "cid")  #: interventions with parameters
 CALM = ("nothing", "pixels")  #: what sources without a network say that they train
@@ -30,7 +30,7 @@ def moved(module: nn.Module, before: dict[str, Any]) -> set[str]:
 
 
 def made(teacher: nn.Module, digits: Images, source: str, intervention: str, **more: Any) -> Distiller:
-    return job(teacher, config(source, intervention, steps=3, **more), digits.x[:200])
+    return job(fitting(source, teacher), config(source, intervention, steps=3, **more), digits.x[:200])
 
 
 def test_every_source_has_its_tiny_settings() -> None:

@@ -22,7 +22,7 @@ from dodistill.replay.bank import Bank
 from dodistill.replay.generative import Generative, balance
 from dodistill.replay.none import Config as NoReplay
 from dodistill.replay.shared.vae import Decoder, Encoder, kl_to_normal
-from helpers import SHAPE, config, context, job, metrics, same, student, untimed
+from helpers import SHAPE, config, context, fitting, job, metrics, same, student, untimed
 
 SMALL: dict[str, dict[str, Any]] = {
     "bank": {"capacity": 3, "size": 4, "every": 2, "first": 2},
@@ -363,7 +363,7 @@ def test_sources_without_a_lasting_generator_are_refused(teacher: nn.Module) -> 
         job(teacher, cfg)
     for name in registry.names("source"):
         cfg = config(name)
-        source = cfg.source.build(context(teacher, unlabeled=torch.zeros(60, *SHAPE, dtype=torch.uint8)))
+        source = cfg.source.build(context(fitting(name, teacher), unlabeled=torch.zeros(60, *SHAPE, dtype=torch.uint8)))
         assert (source.makes_with() is not None) == cfg.source.generates, name
 
 

@@ -17,9 +17,10 @@ from dodistill.report.card import model_card
 from dodistill.report.compare_page import write_compare
 from dodistill.report.format import count, duration, number, percent
 from dodistill.report.images import save_grid
+from dodistill.report.paired import paired_table
 from dodistill.report.report import write_report
 from dodistill.report.shares import advice, shares
-from dodistill.report.tables import markdown_table, paired_table
+from dodistill.report.tables import markdown_table
 from helpers import assert_offline
 
 CONFIG: dict[str, Any] = {

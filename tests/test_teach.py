@@ -78,6 +78,41 @@ def test_one_step_is_nesterov_sgd() -> None:
         assert torch.allclose(p, q - lr * 1.9 * d, atol=1e-5)
 
 
+def test_adamw_steps_as_pytorchs_and_resumes_in_the_same_bits() -> None:
+    train, _ = digits()
+    train = train.select(torch.arange(64))
+    config = dataclasses.replace(QUICK, optimizer="adamw", lr=1e-3, weight_decay=0.05, epochs=2, pad=0, minival=0)
+    start = load_model("tinyvit16", num_classes=10, seed=0)
+    whole, by_hand, half = (copy.deepcopy(start) for _ in range(3))
+    teach(whole, train, config=config)
+    assert train.y is not None
+    optimizer = torch.optim.AdamW(by_hand.parameters(), weight_decay=0.05)
+    by_hand.train()
+    for step in range(2):
+        optimizer.param_groups[0]["lr"] = lr_at(config, step, 2)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(by_hand(train.x.float() / 255), train.y).backward()
+        optimizer.step()
+    for name in ("head.weight", "patch_embed.proj.weight"):  # biases of keys have no gradient but rounding
+        mine, other = (net.model.state_dict()[name] for net in (whole, by_hand))
+        assert torch.allclose(mine, other, atol=1e-4), name
+        assert not torch.allclose(mine, start.model.state_dict()[name], atol=1e-4), name
+    states: list[dict] = []
+    stopped = teach(half, train, config=config, on_checkpoint=lambda s: states.append(copy.deepcopy(s)), deadline=0.0)
+    assert stopped == {"finished": False, "epoch": 1}
+    teach(half, train, config=config, resume=states[0])
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), half.parameters()))
+
+
+def test_a_checkpoint_from_before_the_optimizer_had_a_name_resumes() -> None:
+    train, _ = digits()
+    train, config, states = train.select(torch.arange(64)), dataclasses.replace(QUICK, epochs=2), list[dict]()
+    net = load_model("tiny4", num_classes=10, seed=0)
+    teach(net, train, config=config, on_checkpoint=lambda s: states.append(copy.deepcopy(s)), deadline=0.0)
+    del states[0]["config"]["optimizer"]
+    assert "finished" not in teach(net, train, config=config, resume=states[0])
+
+
 @pytest.mark.parametrize("schedule", ["onecycle", "cosine"])
 def test_schedules(schedule: str) -> None:
     config = Teach(lr=2.0, schedule=schedule, warmup=0.2)
@@ -103,6 +138,8 @@ def test_what_cannot_work_is_refused() -> None:
         teach(net, train, config=dataclasses.replace(QUICK, pad=9))
     with pytest.raises(DodistillError, match="loss became"):
         teach(net, train, config=dataclasses.replace(QUICK, lr=1e30))
+    with pytest.raises(DodistillError, match="use sgd or adamw"):
+        Teach(optimizer="adam")
     with pytest.raises(DodistillError, match="onecycle or cosine"):
         Teach(schedule="step")
 

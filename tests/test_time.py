@@ -18,7 +18,7 @@ from dodistill.api import require_one_length
 from dodistill.commands.cli import main
 from dodistill.config import registry
 from dodistill.config.checks import seconds_in
-from dodistill.config.methods import LONG, SHORT, longer
+from dodistill.config.methods import LONG, SHORT, choose, longer
 from dodistill.config.tree import Distill
 from dodistill.core.deadline import Deadline
 from dodistill.core.watch import Watcher
@@ -117,6 +117,14 @@ def test_the_last_step_falls_at_the_limit_whatever_was_planned(planned: int, sec
     assert done[-1] == pytest.approx(1.0, abs=0.02)
     assert all(0 < b - a < 0.5 for a, b in itertools.pairwise(done)), "the share done only grows, and without a jump"
     assert len(done) == steps + 1
+
+
+def test_the_reserve_grows_on_a_slower_machine() -> None:
+    """Steps were expected to take 1 s, and take 2 s: so will the evaluation for which 20 s were kept."""
+    clock = Clock()
+    plan = Plan(100, (), 120.0, began=clock.now, reserve=20.0, pace=1.0, clock=clock)
+    walk(plan, clock, lambda _: 2.0)
+    assert 76.0 <= clock.now - 100.0 <= 82.0
 
 
 def test_the_plan_of_a_resumed_run_goes_on_with_what_is_left() -> None:
@@ -219,7 +227,7 @@ def test_there_is_always_a_student_a_report_and_a_sentence(
         assert summary["steps"] > 20
     assert "From 3 min 00 s on, --source auto takes fast" in summary["time"]["more"]
     assert any(line.startswith(f"time {seconds}: ") for line in summary["warnings"])
-    assert "give more time" in (tmp_path / "run" / "report.html").read_text() or seconds > 5
+    assert "more time should help" in (tmp_path / "run" / "report.html").read_text() or seconds > 5
     shown = json.loads((tmp_path / "run" / "config.json").read_text())
     assert shown["loop"]["time"] == str(seconds)
     assert (tmp_path / "run" / "student.safetensors").exists()
@@ -304,16 +312,16 @@ def test_max_seconds_stops_inside_an_evaluation(
 
 def test_what_more_time_would_change() -> None:
     source = config("procedural").source
-    rising, flat = [(100, 40.0), (200, 60.0), (300, 70.0)], [(100, 90.0), (200, 91.0), (300, 91.2)]
+    rising, flat = [(200, 40.0), (400, 60.0), (600, 70.0)], [(200, 90.0), (400, 91.0), (600, 91.2)]
     assert "rose by 10.0 points in the last 33 % of the steps: more time should help" in more_time(
-        rising, 300, source, 16, 1000
+        rising, 600, source, 16, 1000
     )
-    said = more_time(flat, 300, source, 128, 20_000, longer(True, False, 60.0, (3, 32, 32)))
+    said = more_time(flat, 600, source, 128, 40_000, longer(True, False, 60.0, (3, 32, 32)))
     assert "changed by +0.2 points" in said
-    assert "Each of the 20,000 images was drawn 1.9 times" in said
+    assert "Each of the 40,000 images was drawn 1.9 times" in said
     assert said.endswith("From 3 min 00 s on, --source auto takes fast, preset desk.")
     assert "Only 3 steps fitted" in more_time([(3, 5.0)], 3, source, 16, 1000)
-    assert more_time(flat, 300, config("fast").source, 128, 2000).count(".") == 2
+    assert more_time(flat, 600, config("fast").source, 128, 2000).count(".") == 2
 
 
 def test_longer_names_the_next_limit_that_matters() -> None:
@@ -324,6 +332,17 @@ def test_longer_names_the_next_limit_that_matters() -> None:
     assert found is not None
     assert (found[0], found[1].preset) == (LONG, "wrn")
     assert longer(True, False, 7 * 3600.0, (3, 32, 32)) is None
+
+
+def test_a_slow_machine_takes_the_source_that_needs_no_training() -> None:
+    """400 000 answers of a teacher that gives 1000 in a second take 400 s, more than the 3 minutes that are usual."""
+    shape = (3, 32, 32)
+    assert choose(True, False, 200.0, shape, passes=200.0 * 1000).source == "procedural"
+    assert "can answer about 200,000 images in the time" in choose(True, False, 200.0, shape, passes=200_000).reason
+    assert choose(True, False, 500.0, shape, passes=500.0 * 1000).source == "fast"
+    found = longer(True, False, 200.0, shape, rate=1000.0)
+    assert found is not None
+    assert (found[0], found[1].source) == (420.0, "fast")
 
 
 def test_the_command_says_where_it_stopped_and_what_would_help(

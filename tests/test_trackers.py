@@ -14,7 +14,7 @@ import pytest
 from torch import nn
 
 from dodistill.api import distill, run
-from dodistill.commands import compare
+from dodistill.commands import cell_runs
 from dodistill.commands.cli import main
 from dodistill.config.grid import cells
 from dodistill.core.watch import Watcher
@@ -263,11 +263,11 @@ def test_the_flags(capsys: pytest.CaptureFixture[str], tmp_path: Path, teacher_f
 
 def test_a_comparison_tracks_each_cell(tmp_path: Path, teacher_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[list[str]] = []
-    monkeypatch.setattr(compare.subprocess, "Popen", lambda command, **_: started.append(command))
+    monkeypatch.setattr(cell_runs.subprocess, "Popen", lambda command, **_: started.append(command))
     recipe = {"base": {"teacher": str(teacher_file), "student": "tiny4"}, "grid": {"seed": [0]}}
     (cell,) = cells(recipe, tmp_path)
     for track in ("", "tensorboard,wandb"):
-        compare._start(cell, tmp_path, 1, math.inf, track)
+        cell_runs._start(cell_runs.Task(cell), tmp_path, 1, math.inf, track)
     assert "--track" not in started[0]
     assert started[1] == [*started[0], "--track", "tensorboard,wandb"]
     assert "track" not in json.dumps(cell.config.to_tree())  # no part of a cell's identity

@@ -381,8 +381,8 @@ def test_a_refused_run_leaves_no_folder(teacher: nn.Module, tmp_path: Path, monk
 
 
 def test_class_folders_that_are_numbers_are_in_order_of_value(tmp_path: Path) -> None:
+    from dodistill.data.classes import in_order
     from dodistill.data.images import load_images
-    from dodistill.data.layouts import in_order
 
     for k in range(11):
         (tmp_path / str(k)).mkdir()

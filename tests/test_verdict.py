@@ -79,6 +79,12 @@ def test_too_few_steps() -> None:
     assert onecycle.command.endswith("--out runs/a-too-few-steps")  # its schedule cannot begin anew
 
 
+def test_a_run_without_checkpoints_begins_again() -> None:
+    it = verdict(SUMMARY, settings(COMMAND).to_tree(), RISING, (), "runs/a", goes_on=False)
+    assert it is not None
+    assert it.command.endswith("--steps 900 --out runs/a-too-few-steps")
+
+
 def test_too_few_steps_by_the_loss_of_a_run_with_one_evaluation() -> None:
     logs = [{"step": s, "loss": 10 / s} for s in range(50, 301, 50)]
     named("too few steps", "the loss still fell at the end: from 0.05 at step 200 to 0.0333 at step 300",
@@ -207,3 +213,31 @@ def test_a_run_says_it_at_its_end_and_in_its_report(
     assert "The student is far below its teacher" in write_report(tmp_path / "run", pdf=False).read_text()
     (tmp_path / "run" / "summary.json").write_text(json.dumps({**summary, "delivered_accuracy": 99.0}))
     assert "far below" not in write_report(tmp_path / "run", pdf=False).read_text()
+
+
+def test_a_brief_run_has_too_few_steps_whatever_its_curve() -> None:
+    brief = {
+        "steps": 54,
+        "teacher_accuracy": 90.0,
+        "student_accuracy": 12.0,
+        "agreement": 24.0,
+        "train_agreement": 26.0,
+    }
+    cfg = {"loop": {"steps": 54, "batch": 128}, "optim": {"lr": 0.1}}
+    flat = [{"step": 20, "test": 12.0}, {"step": 54, "test": 12.0}]
+    found = verdict(brief, cfg, flat)
+    assert found is not None
+    assert found.cause.name == "too few steps"
+    assert found.cause.evidence == "54 steps of 128 images are hardly any"
+    assert found.cause.changes == {"loop.steps": 162}
+    limited = verdict(brief, {**cfg, "loop": {**cfg["loop"], "time": "3m"}}, flat)
+    assert limited is not None
+    assert limited.cause.changes == {"loop.time": "540s"}
+    assert not limited.cause.same_folder
+
+
+def test_a_run_with_a_time_limit_gets_more_time() -> None:
+    command = COMMAND.replace("--loop.steps 300 ", "--time 90s ")
+    it, next_ = named("too few steps", "still rose", evals=RISING, command=command)
+    assert (next_.loop.time, it.command.count("--time")) == ("270s", 1)
+    assert it.command.endswith("--out runs/a-too-few-steps")

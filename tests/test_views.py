@@ -19,7 +19,7 @@ from dodistill.engine.meter import Diverged
 from dodistill.engine.run_folder import RunFolder
 from dodistill.errors import DodistillError
 from dodistill.functional.augment import shift_flip, to_float
-from helpers import SHAPE, SOURCES, config, job, same, student, tree
+from helpers import SHAPE, SOURCES, config, fitting, job, same, student, tree
 from test_resume import stopped_at
 
 CPU = torch.device("cpu")
@@ -236,7 +236,7 @@ def steps_ask(it: Distiller, counter: Counter) -> int:
 @pytest.mark.parametrize("source", sorted(SOURCES))
 def test_no_step_asks_the_teacher(source: str, intervention: str, teacher: nn.Module, digits: Images) -> None:
     """Not in any source, with walks (small pools) and weighted draws."""
-    counter = Counter(teacher)
+    counter = Counter(fitting(source, teacher))
     given = digits.x[:300]
     for V, asked in ((0, 3 * 512), (1, 0)):
         cfg = config(source, intervention, steps=60, augment={"views": V, "flip": True}, source={"every": 60},

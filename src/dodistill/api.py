@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -11,29 +11,28 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from . import __version__
 from .config import methods
 from .config.checks import seconds_in
+from .config.code import code_of
 from .config.contracts import InterventionSettings, SourceSettings
 from .config.plugins import Allow
-from .config.tree import Distill, Model, Tree, expand, merge, resolve
+from .config.tree import Distill, Tree, expand, merge, resolve
 from .core.precision import emulated
-from .core.runtime import peak_memory_mb
+from .core.runtime import pick_device
 from .core.watch import Watcher
 from .data.accept import accept, as_labels
-from .data.classes import Given, read_names, require_count
+from .data.classes import Given
 from .data.images import Images, contexts_of, load_images, refuse_one_class, require_fit
 from .data.labels import fitted
 from .engine import Distiller, Job, Test, budget
-from .engine.inputs import Inputs, read_inputs, sample, write_inputs
 from .engine.job import require_same
 from .engine.longer import longer
 from .engine.longer import said as longer_said
 from .engine.loop import FORMAT
-from .engine.run_folder import NoFolder, RunFolder, write_atomically
+from .engine.normalisation import doubt
+from .engine.run_folder import NoFolder, RunFolder
 from .errors import DodistillError
 from .evaluation.evaluate import predict, scores
 from .evaluation.monitor import courses, flat, read_metrics
@@ -41,73 +40,16 @@ from .evaluation.probe import context_gap
 from .evaluation.verdict import verdict
 from .files import read_object
 from .interventions.shared.base import Compensated
-from .models import Normalized, load_model, save_model
-from .models.load import RANDOM, require_weights
-from .models.normalized import class_names
+from .models import Normalized
+from .models.configured import Shape, load_student, load_teacher, load_trained, names_for, shape_of
 from .models.teacher import Teacher
 from .models.weights import load_saved
-from .report.card import model_card
-from .report.images import save_grid
-from .report.more_time import more_time
+from .report.delivery import deliver, model_name, parameters, result_of, save_student, summary_of, time_used
+from .report.loading import described
 from .report.progress import Progress
 from .report.report import write_report
 from .report.result import History, Recorder, Result, labelled, read_history
 from .report.trackers import open_trackers, track_names
-
-Shape = tuple[int, int, int]
-
-
-def parameters(model: nn.Module) -> int:
-    """The number of parameters of a model, trainable and frozen."""
-    return sum(p.numel() for p in model.parameters())
-
-
-def load_teacher(part: Model, shape: Shape) -> tuple[Normalized, Shape]:
-    """The model of a config's `teacher`, and its input shape (C, H, W): as given, else from its weights' metadata."""
-    if not part.spec:
-        raise DodistillError("no teacher given; use --teacher SPEC [--teacher.weights FILE], as in --teacher wrn40_2.")
-    # weights determine the number of channels
-    known = part.weights not in ("", RANDOM) or part.spec.endswith(".safetensors")
-    weights = require_weights(part.spec, part.weights, "--teacher.weights")
-    model = load_model(
-        part.spec, num_classes=part.num_classes or None, weights=weights, mean=part.normalise or None,
-        in_channels=None if known else shape[0] or None, image_size=shape[1:] if all(shape) else None,
-        classes=part.classes or None, seed=0,
-    )  # fmt: skip
-    return model, shape if all(shape) else shape_of(model)
-
-
-def shape_of(model: nn.Module) -> Shape:
-    """(C, H, W) from the metadata of a model. Raises DodistillError if the metadata lack it."""
-    spec = getattr(model, "spec", {}) or {}
-    channels, size = spec.get("in_channels"), spec.get("image_size")
-    if not channels or not size:
-        raise DodistillError(
-            "the teacher's weights do not contain its image shape; give --image-shape 3,32,32 "
-            "(in Python image_shape=(3, 32, 32))."
-        )
-    height, width = (size, size) if isinstance(size, int) else size
-    return int(channels), int(height), int(width)
-
-
-def load_student(part: Model, teacher: nn.Module, classes: int, shape: Shape, seed: int) -> Normalized:
-    """A fresh student for this teacher: its classes with their names, its channels and its normalisation, unless given
-    otherwise."""
-    if not part.spec:
-        raise DodistillError("no student given; use --student SPEC, as in --student wrn16_1.")
-    if part.num_classes and part.num_classes != classes:
-        raise DodistillError(
-            f"student.num_classes is {part.num_classes}, but the teacher has {classes} classes; remove it, "
-            f"or set it to {classes}."
-        )
-    mean: Any = part.normalise or None
-    std: Any = None
-    if mean is None and isinstance(teacher, Normalized):
-        mean, std = teacher.mean.flatten().tolist(), teacher.std.flatten().tolist()
-    return load_model(
-        part.spec, num_classes=classes, in_channels=shape[0], image_size=shape[1:], weights=part.weights or None,
-        mean=mean, std=std, classes=part.classes or class_names(teacher), seed=seed,
-    )  # fmt: skip
 
 
 def _test(test: Any, teacher: Teacher, names: Sequence[str], what: str = "the test set") -> Test | None:
@@ -151,14 +93,6 @@ def evaluate(
     images = fitted(images, names_for(model, outputs, classes), outputs, what)
     require_fit(images, shape, outputs, "the test set")
     return scores(model, images, teacher) | ({"note": images.note} if images.note else {})
-
-
-def names_for(model: nn.Module, outputs: int, given: Given | None = None) -> tuple[str, ...]:
-    """The names of a model's classes: those `given`, else its own; () if they are not known. Raises DodistillError for
-    another number of names than `outputs`."""
-    names = read_names(given) or class_names(model)
-    require_count(names, outputs, "classes")
-    return names
 
 
 def distill(
@@ -283,12 +217,18 @@ def require_one_length(given: Mapping[str, Any]) -> None:
 
 
 def settle(
-    tree: Mapping[str, Any], teacher: Teacher, unlabeled: bool, seconds: float = float("inf"), out: Any = None
+    tree: Mapping[str, Any],
+    teacher: Teacher,
+    unlabeled: bool,
+    seconds: float = float("inf"),
+    out: Any = None,
+    device: str = "auto",
 ) -> tuple[Tree, methods.Choice]:
     """The tree with source `auto` replaced by the choice for this teacher. An existing run folder keeps its source."""
+    rate = budget.answer_rate(teacher, pick_device(device)) if math.isfinite(seconds) else math.inf
     path = None if out is None else Path(out) / "config.json"
     begun = read_object(path, "choose another --out") if path is not None and path.exists() else None
-    return methods.settle(tree, teacher.has_batchnorm, unlabeled, seconds, teacher.image_shape, begun)
+    return methods.settle(tree, teacher.has_batchnorm, unlabeled, seconds, teacher.image_shape, begun, rate)
 
 
 def choose_source(
@@ -297,16 +237,18 @@ def choose_source(
     """`settle` for a tree alone, as on the command line: loads the teacher to inspect it."""
     others = {k: v for k, v in expand(tree).items() if k not in ("source", "preset")}
     look = resolve(others, allow_code=allow_code)
-    teacher = Teacher(*load_teacher(look.teacher, look.data.image_shape))
-    return settle(tree, teacher, bool(look.data.unlabeled), seconds, out)
+    teacher = Teacher(*load_teacher(look.teacher, look.data.image_shape, allow_code=allow_code))
+    return settle(tree, teacher, bool(look.data.unlabeled), seconds, out, look.loop.device)
 
 
 def distill_config(config: Distill, out: str | Path | None, verbose: bool = True, deadline: float = float("inf"),
                    command: str = "", report: bool = True, choice: methods.Choice | None = None,
-                   began: float | None = None, track: str | Sequence[str] = "") -> Result:  # fmt: skip
+                   began: float | None = None, track: str | Sequence[str] = "",
+                   allow_code: Allow = False) -> Result:  # fmt: skip
     """`distill` from a config alone, which names the models and data. The command line calls this function.
 
-    `began`: the start of the command in time.monotonic(), from which `loop.time` counts; None: now.
+    `began`: the start of the command in time.monotonic(), from which `loop.time` counts; None: now. `allow_code`: which
+    code may run that files of weights name as their network; see `load_model`.
     """
     track = track_names(track)
     began = monotonic() if began is None else began
@@ -314,10 +256,10 @@ def distill_config(config: Distill, out: str | Path | None, verbose: bool = True
         config = longer(out, config)
     if out is not None:  # refuse a foreign folder before anything heavy is loaded
         RunFolder(out, budget.begun(config, out), create=False)
-    teacher, shape = load_teacher(config.teacher, config.data.image_shape)
+    teacher, shape = load_teacher(config.teacher, config.data.image_shape, allow_code=allow_code)
     wrapped = Teacher(teacher, shape)
     names = names_for(teacher, wrapped.num_classes)
-    student = load_student(config.student, teacher, wrapped.num_classes, shape, config.loop.seed)
+    student = load_student(config.student, teacher, wrapped.num_classes, shape, config.loop.seed, allow_code)
     unlabeled = labels = None
     notes = []
     if config.data.unlabeled and config.source.kind in ("sampler", "data"):
@@ -337,7 +279,9 @@ def distill_config(config: Distill, out: str | Path | None, verbose: bool = True
         )
         for spec in contexts_of(config.data.test)
     ]  # fmt: skip
-    foreign = load_teacher(config.data.foreign, shape)[0] if config.data.foreign.spec else None
+    foreign = None
+    if config.data.foreign.spec:
+        foreign = load_trained(config.data.foreign, shape, "--data.foreign.", allow_code)
     job = Job(
         config,
         wrapped,
@@ -379,11 +323,11 @@ def run(
     config = job.config
     if job.classes and isinstance(job.student, Normalized):
         job.student.spec["classes"] = job.classes
-    names = f"{_name(config.teacher, job.teacher)} -> {_name(config.student, job.student)}"
+    names = f"{model_name(config.teacher, job.teacher)} -> {model_name(config.student, job.student)}"
     title = f"{config.source.name} + {config.intervention}: {names}"
     it = Distiller(job, plan)
     # After all checks, so that an error leaves no folder behind.
-    folder = NoFolder() if out is None else RunFolder(out, config, plan=record)
+    folder = NoFolder() if out is None else RunFolder(out, config, plan=record, classes=job.classes)
     try:
         if (done := folder.summary()) is not None:
             return _again(it, folder, done, report)
@@ -404,9 +348,11 @@ def _run(
     job, config = it.job, it.config
     tested = [job.test.note] if job.test is not None and job.test.note else []
     said = [*job.notes, *tested, *config.clashes, *it.acquirer.source.notes]
+    said += [text] if (text := doubt(it.context.teacher.model, it.context.image_shape)) else []
     if emulated(it.context.device, config.loop.precision):
         said.append("bf16 is emulated on this CPU, about ten times slower than fp32; use --loop.precision fp32.")
     said += [text] if (text := longer_said(config)) else []
+    code = code_of(config)  # now, not at the end: a file may be edited meanwhile
     recorder = Recorder()
     with Progress(it.plan.steps, title) if title else nullcontext(Watcher()) as progress:
         trackers = open_trackers(track, folder.path, config, progress.on_note)
@@ -417,7 +363,7 @@ def _run(
     said += [*folder.notes, *(part.failure for part in trackers if part.failure)]
     if not finished:
         reached = {"finished": False, "step": it.step, "steps": it.plan.steps, "stopped": it.stopped}
-        return _result(it, it.matcher.student, reached, folder, recorder.history)
+        return result_of(it, it.matcher.student, reached, folder, recorder.history)
     which, best = it.scorer.delivered()
     best.eval()
     if isinstance(best, Compensated):
@@ -426,7 +372,8 @@ def _run(
             "student.safetensors contains the network without F(z)."
         )
     said += [f"{symptom}: {text}" for symptom, text in it.meter.warnings.items()]
-    summary = _summary(it, which, said)
+    summary = summary_of(it, which, said) | {"code": code}
+    summary["student"] = described(best.student if isinstance(best, Compensated) else best)
     if not isinstance(best, Compensated):
         summary["student_parameters"] = parameters(best)  # including a head that an intervention added
     if job.contexts:
@@ -435,43 +382,16 @@ def _run(
             summary["log"] |= {f"{name}/{k}": round(v, 4) for k, v in gap.items()}
     history = recorder.history if folder.path is None else read_history(folder.path)
     if it.plan.limited:
-        summary["time"] = _time(it, history)
+        summary["time"] = time_used(it, history)
     if isinstance(folder, RunFolder):
         summary["course"] = courses(read_metrics(folder.path / "metrics.jsonl")["eval"])
         summary["log"] |= flat(summary["course"])
-    history = recorder.history if folder.path is None else read_history(folder.path)
     found = verdict(summary, config.to_tree(), history.of("eval"), history.of("log"), str(folder.path or ""))
     if found is not None:
         summary["verdict"] = found.to_dict()
     if isinstance(folder, RunFolder):
-        _deliver(it, best, folder, summary, report)
-    return _result(it, best, summary, folder, recorder.history)
-
-
-def _result(
-    it: Distiller, student: nn.Module, summary: dict[str, Any], folder: RunFolder | NoFolder, recorded: History
-) -> Result:
-    pool = it.acquirer.pool
-    some = torch.randperm(len(pool), generator=torch.Generator().manual_seed(0))[:64].to(pool.device)
-    history = recorded if folder.path is None else read_history(folder.path)
-    kept = _kept(it) if len(pool) else None if folder.path is None else read_inputs(folder.path)
-    return Result(student, summary, folder.path, history, pool.x[some].cpu(), it.context.image_shape, kept)
-
-
-def _kept(it: Distiller) -> Inputs:
-    pool, held = it.acquirer.pool, it.acquirer.holdout
-    return sample(pool.x, pool.logits, held.x, held.logits)
-
-
-def _time(it: Distiller, history: History) -> dict[str, Any]:
-    """The time limit of a run, the time that it used, and what more time would change."""
-    c = it.config
-    longer = None
-    if it.job.choice is not None:
-        shape, given = it.context.image_shape, it.job.unlabeled is not None
-        longer = methods.longer(it.context.teacher.has_batchnorm, given, it.plan.seconds, shape)
-    more = more_time(history.curve("agreement"), it.step, c.source, c.loop.batch, it.acquirer.pool.seen, longer)
-    return {"limit": it.plan.seconds, "used": round(it.plan.used(), 1), "more": more}
+        deliver(it, best, folder, summary, report)
+    return result_of(it, best, summary, folder, recorder.history)
 
 
 def _again(it: Distiller, folder: RunFolder | NoFolder, done: dict[str, Any], report: bool) -> Result:
@@ -482,102 +402,14 @@ def _again(it: Distiller, folder: RunFolder | NoFolder, done: dict[str, Any], re
     if saved is not None and saved[0].get("format") == FORMAT:
         it.load_state_dict(*saved)
         if not kept.exists():
-            _save_student(it.scorer.complete(done["delivered"]).eval(), kept, done)
+            save_student(it.scorer.complete(done["delivered"]).eval(), kept, done)
         if report and not (folder.path / "report.html").exists():  # stopped while it was written
             write_report(folder.path, pdf=False)
-        return _result(it, it.scorer.complete(done["delivered"]).eval(), done, folder, History())
+        return result_of(it, it.scorer.complete(done["delivered"]).eval(), done, folder, History())
     if kept.exists():  # its checkpoints were deleted, or an older version of dodistill wrote them
         load_saved(it.matcher.student, kept)
-        return _result(it, it.matcher.student.eval(), done, folder, History())
+        return result_of(it, it.matcher.student.eval(), done, folder, History())
     raise DodistillError(f"the run in {folder.path} is finished, but has no student.safetensors; choose another --out.")
-
-
-def _name(part: Model, model: nn.Module) -> str:
-    """The name of a model: its spec if known (a saved file contains it), else its class."""
-    while True:
-        known = getattr(model, "spec", None) or {}
-        if known.get("spec"):
-            return str(known["spec"])
-        inner = getattr(model, "model", None)
-        if not isinstance(inner, nn.Module):
-            return part.spec or type(model).__name__
-        model = inner
-
-
-def _summary(it: Distiller, which: str, notes: list[str]) -> dict[str, Any]:
-    job, config, acquirer = it.job, it.config, it.acquirer
-    device, score, shares = it.context.device, it.scorer.last, acquirer.pool.class_shares()
-    summary: dict[str, Any] = {
-        "agreement": score["agreement_ema" if which == "ema" else "agreement"],
-        "agreement_last": score["agreement"],
-        "delivered": which,
-        "view": str(it.context.view),
-        "views": acquirer.views.reason,
-        "precision": it.context.autocast.reason,
-        "compiled": it.compiled.reason,
-        "teacher_name": _name(config.teacher, job.teacher),
-        "student_name": _name(config.student, it.matcher.student),
-        "student_parameters": parameters(it.matcher.student),
-        "teacher_parameters": parameters(job.teacher),
-        "teacher_batchnorm": it.context.teacher.has_batchnorm,
-        "image_shape": list(it.context.image_shape),
-        **({"classes": list(job.classes)} if job.classes else {}),
-        "steps": it.step,
-        "images": acquirer.pool.seen,
-        "class_shares": [round(v, 5) for v in shares.tolist()],
-        "drawn_shares": [round(v, 5) for v in acquirer.sampler.shares(acquirer.pool).tolist()],
-        "seconds": round(it.clock.seconds, 2),
-        "acquire_seconds": round(acquirer.seconds, 2),
-        "match_seconds": round(it.clock.seconds - acquirer.seconds, 2),
-        "peak_memory_mb": peak_memory_mb(device),
-        **({} if config.replay.name == "none" else {"replay_memory_mb": round(acquirer.replay.memory / 2**20, 3)}),
-        "log": {k: float(f"{v:.6g}") for k, v in it.meter.last.items()},
-        "command": job.command,
-        "key": config.key(),
-        "made_of": it.made_of,
-        "versions": {"dodistill": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "machine": _machine(device),
-        "warnings": notes,
-        "finished": True,
-    }
-    summary |= it.scorer.explained(which)
-    if it.scorer.test is not None:
-        summary["student_accuracy"] = score["test"]
-        summary["delivered_accuracy"] = score["test_ema" if which == "ema" else "test"]
-        summary["best_on_test"] = it.scorer.best_on_test
-    if config.loop.restarts:
-        summary["restarts"] = list(config.loop.restarts)
-    if job.choice is not None:
-        summary["choice"] = str(job.choice)
-    return summary
-
-
-def _machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU ({platform.machine()}), {torch.get_num_threads()} thread(s)"
-
-
-def _save_student(best: nn.Module, path: Path, summary: Mapping[str, Any]) -> None:
-    bare = best.student if isinstance(best, Compensated) else best
-    names = {"classes": summary["classes"]} if "classes" in summary else {}
-    save_model(bare, path, agreement=summary["agreement"], key=summary["key"], **names)
-
-
-def _deliver(it: Distiller, best: nn.Module, folder: RunFolder, summary: dict[str, Any], report: bool) -> None:
-    path, config = folder.path, it.config.to_tree()
-    pool, dictionary = it.acquirer.pool, it.acquirer.dictionary
-    _save_student(best, path / "student.safetensors", summary)
-    n = min(64, len(pool))
-    index = torch.randperm(len(pool), generator=torch.Generator().manual_seed(0))[:n]
-    save_grid(pool.x[index.to(pool.device)].cpu(), path / "samples.png")
-    write_inputs(path, _kept(it))
-    if dictionary is not None:
-        folder.write_json("dictionary.json", {"P": dictionary.P.tolist(), "Z": dictionary.Z.tolist()})
-    write_atomically(path / "README.md", model_card(config, summary).encode())
-    folder.write_json("summary.json", summary)
-    if report:
-        write_report(path, pdf=False)
 
 
 def shell_command(arguments: list[str]) -> str:

@@ -23,7 +23,7 @@ import tyro
 from .. import __version__
 from ..config import choices, outline
 from ..config.flags import Part, form, parse, part, typed
-from ..config.tree import build
+from ..config.tree import build, expand
 from ..errors import STOPPED, Busy, DodistillError, nearest
 from ..files import shown
 
@@ -112,7 +112,7 @@ def call(command: str, words: Sequence[str], start: float) -> int:
     """Run a command. `start`: when it began, in time.monotonic(), before torch was imported."""
     given, settings = read(command, words)
     module = importlib.import_module(f".{command}", __package__)
-    arguments = build(module.Arguments, given, command)
+    arguments = build(module.Arguments, expand(given), command)
     status: int = module.run(arguments, settings, words, start) if command in SETTINGS else module.run(arguments)
     return status
 

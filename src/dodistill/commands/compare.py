@@ -14,34 +14,35 @@
       - {where: {source: fast, intervention: plain}, value: 89.29}
 
 The key of a cell is a hash of its resolved config and its weights. A finished cell is not run again; an interrupted
-cell resumes. Each cell runs in its own process and writes one JSON to `cells/`.
+cell resumes. Each cell runs in its own process and writes one JSON to `cells/` (cell_runs.py). A record has a hash of
+the code of its methods (`config/code.py`): a cell of older code is marked, and runs again with `--rerun changed`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
-
-import yaml
+from typing import Annotated, Literal
 
 from ..config import plugins
-from ..config.grid import Cell, cells, read_recipe, stored, weights_of
+from ..config.code import changed, code_of
+from ..config.grid import Cell, Records, cells, read_recipe, stored
 from ..config.tree import Tree
 from ..core.deadline import Deadline, stopping
-from ..engine.run_folder import check_writable, drop_checkpoints, write_atomically
+from ..engine.run_folder import check_writable, write_atomically
 from ..errors import STOPPED, Busy, DodistillError, at_least
-from ..files import claimed, read_object
+from ..files import claimed
+from .cell_runs import DODISTILL, Task, run_all
+from .cell_runs import record_of as record_of
+from .cell_runs import record_of_summary as record_of_summary
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,9 @@ class Arguments:
     against: Annotated[str, "AXIS=LABEL,..."] = ""  #: add the differences from this arm, paired by seed
     show: Annotated[list[str], "NAME"] = dataclasses.field(default_factory=list)  #: add a logged value: kdci/F_over_S
     dry_run: bool = False  #: list the cells and which are done, run nothing
+    rerun: Literal["none", "changed"] = "none"  #: changed: run cells again that were run with older code of a method
+    csv: Annotated[str, "FILE"] = ""  #: also write the table as CSV; the paired one as FILE-paired.csv
+    latex: Annotated[str, "FILE"] = ""  #: also write the tables as LaTeX, for the package booktabs
     allow_code: bool = False  #: allow code files that the recipe names to run
     track: Annotated[str, "NAMES"] = ""  #: log each cell to tensorboard, wandb, trackio, or several, joined by commas
 
@@ -69,12 +73,8 @@ def run(arguments: Arguments) -> int:
     out = Path(a.out) if a.out else None
     return compare(
         Path(a.recipe), out, a.jobs, a.budget or None, a.only, a.table, a.dry_run, a.against, a.show, a.allow_code,
-        a.track,
+        a.track, a.rerun, a.csv, a.latex,
     )  # fmt: skip
-
-
-#: A child process. -P keeps the current folder off its import path: a yaml.py that lies there is not imported.
-DODISTILL = (sys.executable, "-P", "-m", "dodistill")
 
 
 def seconds_of(text: str | None) -> float:
@@ -92,24 +92,39 @@ def seconds_of(text: str | None) -> float:
 
 def compare(path: Path, out: Path | None, jobs: int = 1, budget: str | None = None, only: list[str] | None = None,
             table: bool = False, dry_run: bool = False, against: str = "",
-            show: Sequence[str] = (), allow_code: bool = False, track: str = "") -> int:  # fmt: skip
+            show: Sequence[str] = (), allow_code: bool = False, track: str = "", rerun: str = "none", csv: str = "",
+            latex: str = "") -> int:  # fmt: skip
     """Run the unfinished cells within the budget, and print the table. Returns 0, or 75 when cells are left.
 
     `against`, as in intervention=plain or replay=none,update=plain, adds the differences from that arm, paired by seed;
     `show` adds columns to both. `allow_code`: code files that the recipe names may run.
-    `track`: trackers for each cell's run; no part of a cell's identity.
+    `track`: trackers for each cell's run; no part of a cell's identity. `rerun`: none, or changed: also the cells that
+    were run with older code. `csv`, `latex`: files for the tables.
     """
     recipe = read_recipe(path)
     out = out or Path("runs") / str(recipe.get("name", path.stem))
     deadline = Deadline(time.monotonic() + seconds_of(budget))
     at_least(1, "compare", jobs=jobs)
-    check_writable(out / "compare.html")
+    for file in (out / "compare.html", *(Path(name) for name in (csv, latex) if name)):
+        check_writable(file)
+    shown = Shown(against, show, csv, latex, path.read_text(encoding="utf-8", errors="replace"))
     with stopping(deadline):
-        return _compare(recipe, out, jobs, deadline, only or [], table, dry_run, against, show, allow_code, track)
+        return _compare(recipe, out, jobs, deadline, only or [], table, dry_run, shown, allow_code, track, rerun)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What the table and the page have; see `compare`. `text`: the recipe's."""
+
+    against: str = ""
+    show: Sequence[str] = ()
+    csv: str = ""
+    latex: str = ""
+    text: str = ""
 
 
 def _compare(recipe: Tree, out: Path, jobs: int, deadline: Deadline, only: list[str], table: bool, dry_run: bool,
-             against: str, show: Sequence[str], allow_code: bool, track: str) -> int:  # fmt: skip
+             shown: Shown, allow_code: bool, track: str, rerun: str) -> int:  # fmt: skip
     if track:
         from ..report.trackers import track_names
 
@@ -119,14 +134,29 @@ def _compare(recipe: Tree, out: Path, jobs: int, deadline: Deadline, only: list[
         return STOPPED
     chosen = [c for c in cells(recipe, out / "teachers", allow_code) if _chosen(c, only)]
     known = stored(out)
-    todo = [c for c in chosen if known.find(c) is None]
+    todo = _tasks(chosen, known, rerun == "changed")
     if dry_run:
+        of = {task.cell.key: "changed" if task.again else "todo" for task in todo}
         for cell in chosen:
-            print(f"{'todo' if cell in todo else 'done'}  {cell.key}  {cell.label}")
+            print(f"{of.get(cell.key, 'done')}  {cell.key}  {cell.label}")
         return 0
     if not table:
-        _run_all(todo, out, jobs, deadline, track)
-    return _report(recipe, chosen, out, against, show)
+        run_all(todo, out, jobs, deadline, track)
+    return _report(recipe, chosen, out, shown)
+
+
+def _tasks(chosen: Sequence[Cell], known: Records, again: bool) -> list[Task]:
+    """The cells to run: those without a record, and with `again` those that were run with older code."""
+    out, seconds = [], dict[str, list[float]]()
+    for cell in chosen:
+        record = known.find(cell)
+        old = record is not None and bool(changed(record, code_of(cell.config)))
+        if record is not None and isinstance(record.get("seconds"), int | float):
+            seconds.setdefault(cell.config.source.name, []).append(record["seconds"])
+        if record is None or (again and old):
+            out.append((cell, old))
+    typical = {name: sum(took) / len(took) for name, took in seconds.items()}
+    return [Task(cell, old, typical.get(cell.config.source.name)) for cell, old in out]
 
 
 def _chosen(cell: Cell, only: list[str]) -> bool:
@@ -186,123 +216,44 @@ def _status(command: Sequence[str], deadline: Deadline) -> int:
     return STOPPED if process.returncode == -signal.SIGTERM else process.returncode
 
 
-def _run_all(todo: list[Cell], out: Path, jobs: int, deadline: Deadline, track: str = "") -> None:
-    """Run at most `jobs` processes at a time. They share the cores evenly."""
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    running: list[tuple[Cell, subprocess.Popen[bytes]]] = []
-    waiting = list(todo)
-    try:
-        while waiting or running:
-            while waiting and len(running) < jobs and not deadline.passed:
-                running.append(_start(waiting.pop(0), out, threads, deadline, track))
-            for item in list(running):
-                if item[1].poll() is not None:
-                    running.remove(item)
-                    _finish(*item, out, len(todo) - len(waiting) - len(running), len(todo))
-            if deadline.stopped:  # by a signal: the children save, and exit 75
-                for _, process in running:
-                    process.terminate()
-            if not running and deadline.passed:
-                print(f"budget spent: {len(waiting)} cells left; rerun the command to resume.", file=sys.stderr)
-                return
-            time.sleep(0.2)
-    finally:
-        for _, process in running:
-            process.terminate()
-        for _, process in running:
-            process.wait()
-
-
-def _start(
-    cell: Cell, out: Path, threads: int, deadline: float, track: str = ""
-) -> tuple[Cell, subprocess.Popen[bytes]]:
-    run = out / "runs" / cell.slug
-    run.mkdir(parents=True, exist_ok=True)
-    recipe = run.with_suffix(".yaml")
-    tree = cell.config.to_tree()
-    recipe.write_text(yaml.safe_dump(tree), encoding="utf-8")
-    command = [*DODISTILL, "distill", str(recipe), "--out", str(run), "--quiet", "--no-report",
-               "--loop.threads", str(cell.config.loop.threads or threads)]  # fmt: skip
-    if plugins.paths(tree):  # this process has run the same code to read the config, and `code` has its hash
-        command.append("--allow-code")
-    if track:
-        command += ["--track", track]
-    if math.isfinite(deadline):
-        command += ["--max-seconds", f"{max(1.0, deadline - time.monotonic()):.1f}"]
-    with open(run.with_suffix(".log"), "ab") as log:
-        return cell, subprocess.Popen(
-            command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": str(threads)}
-        )
-
-
-def _finish(cell: Cell, process: subprocess.Popen[bytes], out: Path, n: int, total: int) -> None:
-    run, where = out / "runs" / cell.slug, " ".join(cell.label.values())
-    if process.returncode in (STOPPED, -signal.SIGTERM):
-        print(
-            f"[{n}/{total}] {where}: stopped at the budget, or used by another process; rerun to resume",
-            file=sys.stderr,
-        )
-        return
-    if process.returncode:
-        tail = run.with_suffix(".log").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-        print(f"[{n}/{total}] {where}: FAILED (exit status {process.returncode}) {' '.join(tail)}", file=sys.stderr)
-        return
-    record = record_of(cell, read_object(run / "summary.json", "delete the run's folder, and rerun the command"))
-    (out / "cells").mkdir(parents=True, exist_ok=True)
-    text = json.dumps(record, indent=1).replace(str(out / "teachers"), "{teachers}")  # no machine's path in a cell
-    write_atomically(out / "cells" / f"{cell.key}.json", text.encode())
-    drop_checkpoints(run)  # a finished cell is never resumed
-    last = record["last"]
-    score = f"{last:.2f} %" if last is not None else f"agreement {record['agreement']:.2f} %"
-    print(f"[{n}/{total}] {where}: {score} in {record['seconds']:.0f} s", file=sys.stderr)
-
-
-def record_of(cell: Cell, summary: Mapping[str, Any]) -> dict[str, Any]:
-    """One cell's JSON: the measures that `tables` reads, the key and the config."""
-    record = record_of_summary(cell.label, summary)
-    return record | {
-        "key": cell.key,
-        "published": cell.published,
-        "config": cell.config.to_tree(),
-        "weights": weights_of(cell.config),
-    }
-
-
-def record_of_summary(label: Mapping[str, str], summary: Mapping[str, Any]) -> dict[str, Any]:
-    """The measures of one finished run, under its label."""
-    shares = summary["class_shares"]
-    return {
-        "label": dict(label),
-        "last": summary.get("student_accuracy"),
-        "best": summary.get("best_on_test"),
-        "delivered": summary.get("delivered_accuracy"),
-        "teacher": summary.get("teacher_accuracy"),
-        "agreement": summary["agreement"],
-        "seconds": summary["seconds"],
-        "share_ratio": max(shares) / max(min(shares), 0.5 / max(summary["images"], 1)),
-        "summary": {k: v for k, v in summary.items() if k != "command"},
-    }
-
-
-def _report(recipe: Tree, chosen: list[Cell], out: Path, against: str = "", show: Sequence[str] = ()) -> int:
+def _report(recipe: Tree, chosen: list[Cell], out: Path, shown: Shown) -> int:
     from ..report.compare_page import write_compare
-    from ..report.tables import markdown_table, paired_table
+    from ..report.paired import paired, paired_table
+    from ..report.table_files import csv_table, latex_tables, paired_csv
+    from ..report.tables import group, markdown_table
 
     known = stored(out)
     records: list[Tree] = []
     for cell in chosen:
         record = known.find(cell) or {"key": cell.key}
-        records.append({**record, "label": cell.label, "published": cell.published})
-    print(markdown_table(records, show))
-    if against:
-        axes = "|".join(re.escape(axis) for axis in recipe["grid"])
-        pairs = re.split(rf",(?=(?:{axes})=)", against)  # a label may contain commas
-        base = {axis: wanted for axis, _, wanted in (pair.partition("=") for pair in pairs)}
-        try:
-            print(f"\n{paired_table(records, base, show)}")
-        except ValueError as error:
-            raise DodistillError(f"--against {against}: {error}.") from error
-    page = write_compare(records, out / "compare.html", str(recipe.get("name", "comparison")))
+        more = {"label": cell.label, "published": cell.published, "changed": changed(record, code_of(cell.config))}
+        records.append({"folder": f"runs/{cell.slug}", **record, **more})
+    print(markdown_table(records, shown.show))
+    base = _arm(shown.against, list(recipe["grid"])) if shown.against else None
+    try:
+        pairs = paired(records, base, shown.show)
+        if base is not None:
+            print(f"\n{paired_table(records, base, shown.show)}")
+    except ValueError as error:
+        raise DodistillError(f"--against {shown.against}: {error}.") from error
+    page = write_compare(
+        records, out / "compare.html", str(recipe.get("name", "comparison")), recipe=shown.text, base=base,
+        show=shown.show,
+    )  # fmt: skip
+    if shown.csv:
+        write_atomically(Path(shown.csv), csv_table(group(records, shown.show)).encode())
+        if pairs.rows:
+            beside = Path(shown.csv)
+            write_atomically(beside.with_name(f"{beside.stem}-paired{beside.suffix}"), paired_csv(pairs).encode())
+    if shown.latex:
+        write_atomically(Path(shown.latex), latex_tables(group(records, shown.show), pairs).encode())
     left = sum("seconds" not in r for r in records)
     print(f"\n{len(records) - left} of {len(records)} cells; {page}")
     return STOPPED if left else 0
+
+
+def _arm(against: str, axes: Sequence[str]) -> dict[str, str]:
+    """axis -> label, from AXIS=LABEL,AXIS=LABEL."""
+    known = "|".join(re.escape(axis) for axis in axes)
+    pairs = re.split(rf",(?=(?:{known})=)", against)  # a label may contain commas
+    return {axis: wanted for axis, _, wanted in (pair.partition("=") for pair in pairs)}

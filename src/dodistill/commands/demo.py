@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from ..api import distill, parameters
+from ..api import distill
 from ..data.images import load_images
 from ..engine.run_folder import check_writable
 from ..engine.teach import Teach, teach
@@ -24,6 +24,7 @@ from ..errors import at_least
 from ..evaluation.evaluate import predict, top1
 from ..models import load_model, save_model
 from ..report.compare_page import write_compare
+from ..report.delivery import parameters
 from ..report.progress import Progress
 from .compare import record_of_summary
 

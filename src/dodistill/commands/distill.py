@@ -40,7 +40,8 @@ class Arguments:
     no_report: bool = False  #: write no report.html
     track: Annotated[str, "NAMES"] = ""  #: log to tensorboard, wandb, trackio, or several, joined by commas
     max_seconds: float = math.inf  #: stop cleanly after this many seconds; rerun the command to resume. See --time
-    allow_code: bool = False  #: allow code files that the recipe names to run; those named by a flag always may
+    allow_code: bool = False  #: allow code files that the recipe, or a file of weights, names to run; those named by a
+    #: flag always may
 
 
 def run(arguments: Arguments, settings: Mapping[str, Any], words: Sequence[str], start: float) -> int:
@@ -64,6 +65,7 @@ def run(arguments: Arguments, settings: Mapping[str, Any], words: Sequence[str],
         result = distill_config(
             config, out, verbose=not arguments.quiet, deadline=deadline,
             command=shell_command(["distill", *words]), report=not arguments.no_report, choice=choice,
+            allow_code=allowed,
             began=start,
             track=arguments.track,
         )  # fmt: skip

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import torch
 from torch import nn
 
-from ..api import Shape, parameters, shape_of
 from ..config import flags
+from ..config.tree import Model
 from ..core.runtime import pick_device
 from ..data.classes import titles
 from ..data.folder import crop_share
 from ..data.images import Images, contexts_of, load_images, refuse_one_class, require_fit
 from ..data.labels import fitted
+from ..engine.normalisation import doubt
 from ..engine.run_folder import check_writable
 from ..errors import DodistillError
 from ..evaluation import evaluate
 from ..evaluation.probe import context_gap, linear_probe
-from ..models import Normalized, load_model, save_model
+from ..models import Normalized, save_model
 from ..models.batchnorm import calibrate
-from ..models.load import require_weights
+from ..models.configured import Shape, load_trained, shape_of
 from ..models.normalized import class_names
+from ..report.delivery import parameters
 
 
 @dataclass(frozen=True)
@@ -31,15 +34,19 @@ class Arguments:
     """Score a model on labelled images, by agreement with a teacher, or by a linear probe on other data."""
 
     model: str  #: a .safetensors that dodistill wrote, or a model spec with --weights
-    weights: Annotated[str, "FILE"] = ""  #: the weights of a model that is given by its spec
+    weights: Annotated[str, "FILE"] = ""  #: the weights of a model that is given by its spec; or pretrained, or random
     image_shape: Annotated[str, "C,H,W"] = ""  #: the model's image shape, if its weights do not contain it
+    num_classes: int = 0  #: 0: from the weights
     normalise: Annotated[str, "NAME"] = ""  #: the model's normalisation, if its weights do not contain it
+    mean: tuple[float, ...] = ()  #: in place of a name: of each channel, or one for all, as in 0.5,0.5,0.5
+    std: tuple[float, ...] = ()  #: likewise, with mean
+    input_range: float = 1.0  #: the model's value for white, 1 or 255; mean and std are in this range
+    allow_code: bool = False  #: allow the code that a .safetensors names as its network to run
     classes: Annotated[str, "FILE"] = ""  #: names of its classes, one a line, or cat,dog,...; empty: as its weights say
     test: Annotated[str, "DATA"] = ""  #: labelled images: .npz, folder, or a data set's name
     crop_share: float = 0.0  #: centre crop / short side, for images in folders; 0: 0.875 from 160 pixels on, else 1
     probe: Annotated[str, "DATA"] = ""  #: transfer: train a linear classifier on its frozen features
-    teacher: Annotated[str, "MODEL"] = ""  #: another model; report the agreement with its predictions
-    teacher_weights: Annotated[str, "FILE"] = ""  #: its weights, if it is no .safetensors that dodistill wrote
+    teacher: Model = field(default_factory=Model)  #: another model; report the agreement with its predictions
     calibrate: Annotated[str, "DATA"] = ""  #: first compute BatchNorm's statistics on these unlabelled images
     n: int = 1000  #: number of calibration images
     out: Annotated[str, "FILE"] = ""  #: write the calibrated model, .safetensors
@@ -61,7 +68,12 @@ def run(arguments: Arguments) -> int:
     data = _read(arguments, shape_of(model), model)
     device = pick_device()
     model.to(device)
-    teacher = _teacher(arguments).to(device) if arguments.teacher and data.test is not None else None
+    teacher = None
+    if arguments.teacher.spec and data.test is not None:
+        teacher = load_trained(arguments.teacher, shape_of(model), allow_code=arguments.allow_code).to(device)
+    for name, network in (("the model", model), ("the teacher", teacher)):
+        if network is not None and (text := doubt(network, shape_of(model))):
+            print(f"warning: {name}: {text}", file=sys.stderr)
     if data.calibrate is not None:
         _calibrate(arguments, model, data.calibrate)
     if data.probe is not None:
@@ -93,17 +105,12 @@ def _check(arguments: Arguments) -> None:
 
 
 def _model(arguments: Arguments) -> Normalized:
-    shape = flags.shape(arguments.image_shape)
-    weights = require_weights(arguments.model, arguments.weights, "--weights")
-    return load_model(
-        arguments.model, weights=weights, mean=arguments.normalise or None, in_channels=shape[0] if shape else None,
-        image_size=shape[1:] if shape else None, classes=arguments.classes or None,
+    a = arguments
+    named = Model(
+        spec=a.model, weights=a.weights, num_classes=a.num_classes, normalise=a.normalise, mean=a.mean, std=a.std,
+        input_range=a.input_range, classes=a.classes,
     )  # fmt: skip
-
-
-def _teacher(arguments: Arguments) -> Normalized:
-    weights = require_weights(arguments.teacher, arguments.teacher_weights, "--teacher-weights")
-    return load_model(arguments.teacher, weights=weights, mean=arguments.normalise or None)
+    return load_trained(named, flags.shape(a.image_shape) or (0, 0, 0), "--", a.allow_code)
 
 
 def _read(arguments: Arguments, shape: Shape, model: Normalized) -> Data:

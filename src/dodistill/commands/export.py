@@ -8,7 +8,6 @@ from typing import Annotated
 
 from torch import nn
 
-from ..api import load_teacher, shape_of
 from ..config import plugins
 from ..config.tree import resolve
 from ..data.classes import folder_names
@@ -17,7 +16,8 @@ from ..engine.inputs import read_inputs
 from ..engine.run_folder import names_of_run, newest_pool
 from ..errors import DodistillError
 from ..files import read_object
-from ..models import Normalized, load_model
+from ..models import Normalized
+from ..models.configured import load_teacher, open_student, shape_of
 from ..report.front_matter import LICENCE
 from ..report.hub import connect, content, push
 from ..report.images import export_images
@@ -30,6 +30,8 @@ class Arguments:
 
     run: str  #: a run folder; for a student, also a .safetensors
     targets: Annotated[tuple[str, ...], "[OUT ...]"] = ()  #: files .onnx, .int8.onnx, .pt2, .safetensors, or a folder
+    model: Annotated[str, "FILE.py:FACTORY"] = ""  #: the student's network, if its weights name code, or nothing
+    allow_code: bool = False  #: allow the code that the weights name as their network to run
     calibrate: Annotated[str, "DATA"] = ""  #: unlabelled images for .int8.onnx, in place of those that the run kept
     push: Annotated[str, "OWNER/NAME"] = ""  #: upload weights, OUT files, config and model card to the Hugging Face hub
     private: bool = False  #: with --push: a private repository
@@ -47,7 +49,7 @@ def run(arguments: Arguments) -> int:
     hub = connect(arguments.push, arguments.private) if arguments.push else None
     if hub is not None:
         content(source, hub.repo, {}, arguments.licence)  # a folder without a finished run is refused now
-    files = _student(source, targets, arguments.calibrate) if targets else {}
+    files = _student(source, targets, arguments) if targets else {}
     if hub is not None:
         uploaded = content(source, hub.repo, files, arguments.licence)
         print(f"{push(hub, uploaded)}: {', '.join(sorted(uploaded))}")
@@ -64,40 +66,41 @@ def _images(source: Path, target: Path) -> int:
     return 0
 
 
-def student_of(source: Path) -> tuple[Normalized, Path]:
-    """The student of a run folder, or the model of a .safetensors; and its file."""
+def student_of(source: Path, network: str = "", allow_code: bool = False) -> tuple[Normalized, Path]:
+    """The student of a run folder, or the model of a .safetensors; and its file. See `api.open_student`."""
     file = source / "student.safetensors" if source.is_dir() else source
-    return load_model(str(file)), file
+    return open_student(file, network, allow_code), file
 
 
-def _student(source: Path, targets: list[Path], calibrate: str) -> dict[Path, str]:
+def _student(source: Path, targets: list[Path], arguments: Arguments) -> dict[Path, str]:
     """Write the files. Returns a sentence on each."""
     for target in targets:
         if target.suffix == ".safetensors" and target.exists():
             raise DodistillError(f"{target} is there already; choose another file, or delete it.")
-    model, file = student_of(source)
+    model, file = student_of(source, arguments.model, arguments.allow_code)
     shape = shape_of(model)
-    said = ship(model, targets, shape, _material(source, shape, calibrate), weights=file)
+    said = ship(model, targets, shape, _material(source, shape, arguments), weights=file)
     print(said.text)
     return said.notes
 
 
-def _material(source: Path, shape: Shape, calibrate: str) -> Material | None:
+def _material(source: Path, shape: Shape, arguments: Arguments) -> Material | None:
     """The images given, else those that the run kept; None without any."""
-    if calibrate:
+    if calibrate := arguments.calibrate:
         images = load_images(calibrate, "train", False, shape)
-        return of_images(images.x, f"images of {calibrate}", _teacher(source, shape))
+        return of_images(images.x, f"images of {calibrate}", _teacher(source, shape, arguments.allow_code))
     inputs = read_inputs(source) if source.is_dir() else None
     return None if inputs is None else of_run(inputs)
 
 
-def _teacher(source: Path, shape: Shape) -> nn.Module | None:
+def _teacher(source: Path, shape: Shape, allow_code: bool) -> nn.Module | None:
     """The teacher that the config of a run names; None for one that was given in memory, that is gone, or that needs
     code to run."""
     try:
         tree = read_object(source / "config.json", "give a run folder")
-        if plugins.model_file(tree["teacher"]["spec"]):
+        if plugins.model_file(tree["teacher"]["spec"]) and not allow_code:
             return None
-        return load_teacher(resolve({"teacher": tree["teacher"]}).teacher, shape)[0]
+        part = resolve({"teacher": tree["teacher"]}, allow_code=allow_code).teacher
+        return load_teacher(part, shape, allow_code=allow_code)[0]
     except (DodistillError, KeyError, TypeError):
         return None

@@ -19,26 +19,26 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..api import load_teacher
 from ..config import plugins
-from ..config.tree import Distill, resolve
+from ..config.tree import Distill, Model, resolve
 from ..core.runtime import pick_device
 from ..data.classes import require_count, titles
 from ..data.images import Images, load_images, refuse_one_class, require_fit
 from ..data.labels import fitted
+from ..engine.normalisation import doubt
 from ..engine.run_folder import check_writable, fingerprint, names_of_run, newest_pool
 from ..errors import DodistillError
 from ..evaluation.evaluate import agreement, class_shares, frechet_distance, predict, top1
 from ..evaluation.probe import features
 from ..files import read_object
-from ..models import load_model
+from ..models.configured import load_teacher, open_student
 from ..models.normalized import class_names
 from ..report import plots
 from ..report.canvas import Plot
@@ -54,8 +54,9 @@ class Arguments:
 
     runs: Annotated[tuple[str, ...], "[RUN ...]"] = ()  #: run folders of one teacher
     test: Annotated[str, "DATA"] = ""  #: labelled images: .npz, folder, or a data set's name; required
-    teacher: Annotated[str, "FILE"] = ""  #: the teacher, if a run received it in memory
-    teacher_weights: Annotated[str, "FILE"] = ""  #: its weights, if it is no .safetensors that dodistill wrote
+    teacher: Model = field(default_factory=Model)  #: the teacher, if a run received it in memory
+    model: Annotated[str, "FILE.py:FACTORY"] = ""  #: the students' network, if their weights name code, or nothing
+    allow_code: bool = False  #: allow the code that the runs name as their networks to run
     classes: Annotated[str, "FILE"] = ""  #: names of its classes, one a line, or cat,dog,...; empty: as its weights say
     n: int = 1000  #: points in each map
     out: Annotated[str, "FILE"] = "look.html"  #: the page
@@ -65,7 +66,7 @@ def run(arguments: Arguments) -> int:
     if not arguments.runs or not arguments.test:
         raise DodistillError("look needs run folders and labelled images: dodistill look RUN [RUN ...] --test DATA.")
     a = arguments
-    found = look(a.runs, a.test, a.out, a.teacher, a.n, a.teacher_weights, a.classes)
+    found = look(a.runs, a.test, a.out, a.teacher, a.n, a.classes, a.model, a.allow_code)
     wide = max(len(s.name) for s in found)
     print(f"{'':{wide}}  accuracy  silhouette  distance of its data (between real halves)")
     for s in found:
@@ -104,34 +105,36 @@ class Differ:
     images: tuple[list[tuple[str, str]], list[tuple[str, str]]]  #: (data URI, caption), the clearest cases first
 
 
-def look(runs: Sequence[str | Path], test: str, out: str | Path, teacher: str = "", n: int = 1000,
-         weights: str = "", classes: str = "") -> list[Seen]:  # fmt: skip
+def look(
+    runs: Sequence[str | Path], test: str, out: str | Path, teacher: str | Model = "", n: int = 1000, classes: str = "",
+    network: str = "", allow_code: bool = False,
+) -> list[Seen]:  # fmt: skip
     """Write the page `out` about these run folders and the labelled images `test`; the maps have `n` points.
 
-    Each figure is also written to `figures/` beside the page (page.py). `teacher` (and its `weights`) is needed for a
-    run that was given its teacher in memory, `classes` (a file or a list of names) if neither teacher nor run knows the
-    names of the classes. The teacher is first in the returned list. Raises DodistillError for
-    missing files, for images without labels, and for runs of several teachers.
+    Each figure is also written to `figures/` beside the page (page.py). `teacher` is needed for a run that was given
+    its teacher in memory, `classes` (a file or a list of names) if neither teacher nor run knows the
+    names of the classes, `network` (a spec) for students whose weights name code or nothing, unless `allow_code` lets
+    the code that runs name run. The teacher is first in the returned list. Raises DodistillError for missing files, for
+    images without labels, and for runs of several teachers.
     """
     check_writable(Path(out))
     tsne, silhouette = _sklearn()
     folders = [Path(r) for r in runs]
     if n < 50:
         raise DodistillError(f"--n is {n}; a map needs at least 50 points.")
-    configs = [_config(f, bool(teacher)) for f in folders]
-    if teacher:
-        part = resolve({"teacher": {"spec": teacher, "weights": weights}}, allow_code=True).teacher  # the user typed it
-    else:
+    part = Model(spec=teacher) if isinstance(teacher, str) else teacher
+    configs = [_config(f, bool(part.spec), allow_code) for f in folders]
+    if not part.spec:
         _one_teacher(folders, configs)
         part = configs[0].teacher
     part = replace(part, classes=classes or part.classes)
-    model, shape = load_teacher(part, configs[0].data.image_shape)
+    model, shape = load_teacher(part, configs[0].data.image_shape, allow_code=allow_code)
     outputs = model.spec["num_classes"]
     names = class_names(model) or names_of_run(folders[0])
     require_count(names, outputs, "classes")
     device = pick_device()
     model.to(device)
-    students = [load_model(str(f / "student.safetensors")).to(device) for f in folders]
+    students = [open_student(f / "student.safetensors", network, allow_code).to(device) for f in folders]
     real = load_images(test, split="test", image_shape=shape, crop=configs[0].data.crop_share)
     if real.y is None or len(real) < 50:
         raise DodistillError(f"{test} needs labels, and at least 50 images (it has {len(real)}).")
@@ -141,6 +144,7 @@ def look(runs: Sequence[str | Path], test: str, out: str | Path, teacher: str = 
     called = titles(names)
     notes = [real.note] if real.note else []
     notes += [note for f in folders for note in _strangers(f, model)]
+    notes += [text] if (text := doubt(model, shape)) else []
     order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
     some, real = real.select(order[:n]), real.select(order)
     assert some.y is not None
@@ -183,16 +187,16 @@ def _sklearn() -> tuple[Any, Any]:
     return TSNE, silhouette_score
 
 
-def _config(folder: Path, typed: bool) -> Distill:
+def _config(folder: Path, typed: bool, allow_code: bool) -> Distill:
     """The teacher and the data in a run's config. The code of its methods does not run. The code of its teacher's file
-    runs only if the user typed the teacher."""
+    runs only if the user typed the teacher, or allowed it."""
     if not (folder / "student.safetensors").is_file():
         raise DodistillError(f"{folder} holds no student.safetensors; give the folder of a finished run.")
     tree = read_object(folder / "config.json", "give the folder of a finished run")
-    if not typed and plugins.model_file(tree["teacher"]["spec"]):
+    if not (typed or allow_code) and plugins.model_file(tree["teacher"]["spec"]):
         raise DodistillError(
             f"the config of {folder} names code, {tree['teacher']['spec']}; code runs only if you name it yourself: "
-            f"--teacher {tree['teacher']['spec']}."
+            f"--teacher {tree['teacher']['spec']}, or --allow-code."
         )
     return resolve({"teacher": {} if typed else tree["teacher"], "data": tree["data"]}, allow_code=True)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from ..config import flags
-from ..config.tree import build
+from ..config.tree import Model, build
 from ..core.deadline import Deadline, stopping
 from ..core.precision import emulated
 from ..core.runtime import pick_device
@@ -21,6 +21,7 @@ from ..engine.run_folder import check_writable
 from ..engine.teach import Log, Teach
 from ..errors import STOPPED, DodistillError, at_least
 from ..files import claimed, shown
+from ..models.configured import space_of
 from ..report.progress import Progress
 
 
@@ -37,6 +38,9 @@ class Arguments:
     image_shape: Annotated[str, "C,H,W"] = ""  #: images in folders are resized to this shape
     crop_share: float = 0.0  #: centre crop / short side, for test images in folders; 0: 0.875 from 160 pixels, else 1
     normalise: Annotated[str, "NAME"] = ""  #: cifar10, cifar100, imagenet, mnist or none
+    mean: tuple[float, ...] = ()  #: in place of a name: of each channel, or one for all, as in 0.5,0.5,0.5
+    std: tuple[float, ...] = ()  #: likewise, with mean
+    input_range: float = 1.0  #: the model's value for white, 1 or 255; mean and std are in this range
     out: Annotated[str, "FILE"] = "teacher.safetensors"  #: the weights
     max_seconds: float = math.inf  #: stop cleanly after this many seconds; rerun the command to resume
 
@@ -55,7 +59,9 @@ def run(arguments: Arguments, settings: Mapping[str, Any], _words: Sequence[str]
         raise DodistillError(f"{shown(target)} is there already; choose another --out, or delete it to train again.")
     check_writable(target)
     lesson = read_lesson(arguments.data, arguments.test, shape, arguments.crop_share)
-    model, device = fresh_model(config, lesson.train, arguments.normalise or None), pick_device()
+    a = arguments
+    space = space_of(Model(normalise=a.normalise, mean=a.mean, std=a.std, input_range=a.input_range), "--")
+    model, device = fresh_model(config, lesson.train, **space), pick_device()
     lock = target.with_name(f".{target.name}.lock")
     with (
         claimed(lock, str(target)),

@@ -131,6 +131,7 @@ def _run(config: Distill) -> None:
         )
     for part, model in (("teacher", config.teacher), ("student", config.student)):
         at_least(0, part, " (0: from the weights)", num_classes=model.num_classes)
+        positive(part, ", as in 255", input_range=model.input_range)
     positive("optim", ", as in 0.1", lr=optim.lr)
     if not 0 <= optim.momentum < 1 or (optim.nesterov and not optim.momentum):
         raise DodistillError(f"optim.momentum is {optim.momentum}; it must lie in [0, 1), and above 0 for nesterov.")

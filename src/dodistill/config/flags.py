@@ -17,7 +17,7 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, cast, get_args, get_origin
 
@@ -82,6 +82,8 @@ class Flag:
         found = value(words[0])
         if get_origin(self.type) is tuple and isinstance(found, str) and found:
             return [value(word.strip()) for word in found.split(",")]
+        if get_origin(self.type) is tuple and isinstance(found, int | float):
+            return [found]
         return found
 
 
@@ -206,7 +208,9 @@ def parse(parts: Sequence[Part], words: Sequence[str], program: str, about: str 
 
     Raises DodistillError for a flag that is unknown or given under two names, and for an extra word.
     """
-    _refuse_twins(words)
+    names = {flag.name for part in parts for flag in part.flags}
+    words = _dotted(words, names)
+    _refuse_twins(words, names)
     form = cast(Callable[..., object], _form(parts))
     plain = [_shortened(word) for word in words]
     filled, unknown = tyro.cli(form, args=plain, prog=program, description=about, return_unknown_args=True)
@@ -229,8 +233,9 @@ def form(parts: Sequence[Part], about: str = "") -> type:
 def _form(parts: Sequence[Part], closed: bool = False) -> type:
     """The dataclass that tyro fills in: fields f0, f1, ... for flags without a prefix, and one for each other part."""
     fields: list[tuple[str, Any, Any]] = []
+    names = {flag.name for part in parts for flag in part.flags}
     for i, part in enumerate(parts):
-        mine = [(f"f{i}_{k}", *_field(flag, part.prefix, closed)) for k, flag in enumerate(part.flags)]
+        mine = [(f"f{i}_{k}", *_field(flag, part.prefix, closed, names)) for k, flag in enumerate(part.flags)]
         if not part.prefix:
             fields += mine
         elif mine:
@@ -246,14 +251,14 @@ def _annotated(kind: Any, *more: Any) -> Any:
     return Annotated[(kind, *more)]
 
 
-def _field(flag: Flag, prefix: str, closed: bool) -> tuple[Any, Any]:
+def _field(flag: Flag, prefix: str, closed: bool, names: Collection[str]) -> tuple[Any, Any]:
     """The type and the default of a field that stands for a flag."""
     said = "" if flag.default in ("", (), [], REQUIRED) or flag.switch else f"(default: {shown(flag.default)})"
     # help is never None: for None, tyro would search the source for a comment
     told: dict[str, Any] = {"help": flag.help or said, "help_behavior_hint": said if flag.help else ""}
     if not flag.word:
         told["name"] = flag.name.removeprefix(f"{prefix}.") if prefix else flag.name
-        told["aliases"] = [f"--{other.replace('_', '-')}" for other in flag.others] or None
+        told["aliases"] = [f"--{other.replace('_', '-')}" for other in flag.others if other not in names] or None
     if flag.switch:
         return _annotated(bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(**told)), False
     if get_origin(flag.type) is list:
@@ -281,19 +286,32 @@ def spelled(token: str) -> str:
     return token.removeprefix("--").partition("=")[0].replace("-", "_")
 
 
+def _dotted(words: Sequence[str], names: Collection[str]) -> list[str]:
+    """The words with each flag of a part by its name there: --teacher-weights and --teacher_weights are
+    --teacher.weights, unless another flag has that name."""
+    others = {name.replace(".", "_"): name for name in names if "." in name}
+    out = []
+    for word in words:
+        name = spelled(word)
+        dotted = others.get(name) if word.startswith("--") and name not in names and name not in SHORT else None
+        out.append(f"--{dotted}{word[len(name) + 2 :]}" if dotted else word)
+    return out
+
+
 def _shortened(word: str) -> str:
     """--source.name=fast -> --source=fast"""
     name = spelled(word)
     return f"--{LONG[name]}{word[len(name) + 2 :]}" if word.startswith("--") and name in LONG else word
 
 
-def _refuse_twins(words: Sequence[str]) -> None:
-    """Refuse two spellings of one setting."""
+def _refuse_twins(words: Sequence[str], names: Collection[str]) -> None:
+    """Refuse two spellings of one setting. `names`: of the flags; a short name among them stands for itself."""
+    short = {name: full for name, full in SHORT.items() if name not in names}
     given = {spelled(word) for word in words if word.startswith("--")}
     for name in sorted(given):
-        full = SHORT.get(name, name)
+        full = short.get(name, name)
         for other in sorted(given - {name}):
-            if SHORT.get(other, other) == full:
+            if short.get(other, other) == full:
                 raise DodistillError(f"--{name} and --{other} are the same setting; give one of them.")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -151,12 +152,34 @@ def _fill(tree: Any, teachers: Path) -> Any:
 
 def content(path: str) -> str:
     """16 hex digits of the weights in a file, or `path` itself where there is no such file: a zoo name, or a teacher
-    that is not trained yet. Metadata of a .safetensors do not count: they hold the time that the training took."""
+    that is not trained yet. Metadata of a .safetensors do not count: they hold the time that the training took.
+
+    Of hf:path/to/folder, the digits of its files; of hf:OWNER/NAME, the name with the commit in the local cache.
+    """
+    if path.startswith("hf:"):
+        return _of_hub(path[3:])
     try:
         status = Path(path).stat()
     except (OSError, ValueError):
         return path
     return _content(path, status.st_mtime_ns, status.st_size)
+
+
+def _of_hub(name: str) -> str:
+    """The content of a Hugging Face model: of a folder, or of what the cache holds of a name on the hub."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors"))
+        found = [(p.name, content(str(p))) for p in files]
+        return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
+    repo, _, revision = name.partition("@")
+    home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
+    cached = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    try:
+        commit = (cached / f"models--{repo.replace('/', '--')}" / "refs" / (revision or "main")).read_text().strip()
+    except (OSError, ValueError):  # not fetched yet, or the revision is a commit
+        return f"hf:{name}"
+    return f"hf:{repo}@{commit}"
 
 
 @cache
@@ -179,7 +202,7 @@ def _content(path: str, _changed: int, _size: int) -> str:
 
 
 def _is_weights(spec: object) -> bool:
-    return isinstance(spec, str) and spec.endswith((".safetensors", ".pt", ".pth"))
+    return isinstance(spec, str) and (spec.endswith((".safetensors", ".pt", ".pth")) or spec.startswith("hf:"))
 
 
 def weights_of(config: Distill) -> dict[str, str]:

@@ -22,6 +22,9 @@ from .tree import Tree, build, config_of, expand, merge
 AUTO = "auto"
 MINUTE, HOUR = 60.0, 3600.0
 SHORT = 3 * MINUTE  #: a shorter run cannot warm a generator up
+PASSES = 400_000  #: images that the teacher must be able to answer in the time: 500 steps of `fast`, preset desk
+#: For the table's readers.
+SLOW = "A time also counts as below 3 minutes if the teacher can answer fewer than 400 000 images in it (measured)."
 LONG = 6 * HOUR  #: suffices for a published schedule of 80 000 steps on a GPU of its kind
 
 
@@ -35,6 +38,7 @@ class Choice:
     source: str
     preset: str
     reason: str
+    rate: float = math.inf  #: images that the teacher answers in a second; infinity: not measured
 
     def __str__(self) -> str:
         return f"source auto: {self.source}, preset {self.preset}, since {self.reason}."
@@ -45,6 +49,7 @@ def choose(
     unlabeled: bool,
     seconds: float = math.inf,
     image_shape: tuple[int, int, int] = (3, 32, 32),
+    passes: float = math.inf,
 ) -> Choice:
     """The source for a teacher, by images, teacher and time limit: the first line that applies.
 
@@ -58,6 +63,7 @@ def choose(
         no                  yes         yes                   >= 6 h      fast        wrn
         no                  yes         yes                   else, none  fast        desk
 
+    A time also counts as below 3 minutes if the teacher can answer fewer than 400 000 images in it.
     `none`: no limit was given (infinity); the run should then end within minutes. For a published schedule, give its
     preset, or a limit of hours.
 
@@ -66,6 +72,7 @@ def choose(
         unlabeled: whether unlabelled images were given.
         seconds: the time limit; infinity for no limit.
         image_shape: (C, H, W) of what the teacher reads.
+        passes: images that the teacher can answer in the time; infinity where that was not measured.
     """
     hours = math.isfinite(seconds) and seconds >= LONG
     time = _spoken(seconds)
@@ -89,6 +96,12 @@ def choose(
         return Choice(
             "procedural", "desk", f"{time} are too short to warm a generator up, and drawn pictures need no training"
         )
+    if passes < PASSES:
+        return Choice(
+            "procedural", "desk",
+            f"the teacher can answer about {passes:,.0f} images in the time, too few to warm a generator up, and drawn "
+            "pictures need no training",
+        )  # fmt: skip
     return Choice(
         "fast", "wrn" if hours else "desk",
         f"no unlabelled images were given, and the teacher's BatchNorm statistics can guide a generator; {time}",
@@ -96,12 +109,16 @@ def choose(
 
 
 def longer(
-    has_batchnorm: bool, unlabeled: bool, seconds: float, image_shape: tuple[int, int, int]
+    has_batchnorm: bool,
+    unlabeled: bool,
+    seconds: float,
+    image_shape: tuple[int, int, int],
+    rate: float = math.inf,
 ) -> tuple[float, Choice] | None:
     """The next time limit above `seconds` from which `choose` takes another source or preset, and that choice."""
-    now = choose(has_batchnorm, unlabeled, seconds, image_shape)
-    for limit in (SHORT, LONG):
-        then = choose(has_batchnorm, unlabeled, limit, image_shape)
+    now = choose(has_batchnorm, unlabeled, seconds, image_shape, seconds * rate)
+    for limit in (max(SHORT, math.ceil(PASSES / rate / MINUTE) * MINUTE), LONG):
+        then = choose(has_batchnorm, unlabeled, limit, image_shape, limit * rate)
         if limit > seconds and (then.source, then.preset) != (now.source, now.preset):
             return limit, then
     return None
@@ -130,11 +147,12 @@ def settle(
     seconds: float,
     image_shape: tuple[int, int, int],
     begun: Mapping[str, Any] | None = None,
+    rate: float = math.inf,
 ) -> tuple[Tree, Choice]:
     """The tree with `auto` replaced by the result of `choose`, and the choice. A preset that the tree names stays.
 
     `source.seconds`, if given, is the time limit, and overrides `seconds`. `begun`, the config of a run folder to
-    resume, overrides both.
+    resume, overrides both. `rate`: images that the teacher answers in a second.
     """
     full = expand(tree)
     given = full["source"]
@@ -142,9 +160,10 @@ def settle(
     allowed = given.pop("seconds", None)
     if allowed is not None and (isinstance(allowed, bool) or not isinstance(allowed, int | float) or not allowed > 0):
         raise DodistillError(f"source.seconds is {allowed!r}; it must be a number above 0, the time limit.")
-    choice = choose(has_batchnorm, unlabeled, float(allowed or seconds), image_shape)
+    limit = float(allowed or seconds)
+    choice = choose(has_batchnorm, unlabeled, limit, image_shape, limit * rate)
     preset = str(full.get("preset") or given.pop("preset", "") or choice.preset)
-    choice = dataclasses.replace(choice, preset=preset)
+    choice = dataclasses.replace(choice, preset=preset, rate=rate)
     if begun is not None:
         source = begun.get("source")
         name = source.get("name") if isinstance(source, Mapping) else None
@@ -181,7 +200,7 @@ class SourceRow:
 
     name: str
     kind: str
-    batchnorm: bool
+    layers: tuple[str, ...]
     unlabeled: bool
     trains: str
     keeps: str
@@ -200,8 +219,9 @@ def rows(others: Iterable[Method] = ()) -> Iterator[SourceRow]:
         settings = build(config, {k: v for k, v in preset.get("source", {}).items() if k != "name"}, "source")
         forwards, backwards = settings.teacher_passes()
         yield SourceRow(
-            method.name, config.kind, "batchnorm" in config.needs, "unlabeled" in config.needs, config.trains,
-            config.keeps, f"{forwards:.3g} + {backwards:.3g}", _slots(preset), tuple(config.presets), _about(method),
+            method.name, config.kind, tuple(sorted(config.needs - {"unlabeled"})), "unlabeled" in config.needs,
+            config.trains, config.keeps, f"{forwards:.3g} + {backwards:.3g}", _slots(preset), tuple(config.presets),
+            _about(method),
         )  # fmt: skip
 
 
@@ -212,9 +232,10 @@ def _slots(preset: Mapping[str, Any]) -> int:
     return int(merge({"pool": {"capacity": PoolConfig().capacity}}, preset)["pool"]["capacity"])
 
 
-HEAD = ("source", "kind", "BatchNorm", "images", "trains", "keeps", "teacher", "pool", "presets")
+HEAD = ("source", "kind", "layers", "images", "trains", "keeps", "teacher", "pool", "presets")
 NOTES = (
-    "BatchNorm: the teacher must have layers with running statistics; images: unlabelled images must be given.",
+    "layers: the teacher must have BatchNorm layers with running statistics, or attention layers (a ViT); images: "
+    "unlabelled images must be given.",
     "trains: the networks trained besides the student; keeps: the objects in memory besides the pool.",
     "teacher: its forward + backward passes per image that joins the pool, labelling included, under preset desk; "
     "for a sampler, per candidate image. Matching adds one forward pass per image, unless augmentation is off.",
@@ -224,7 +245,7 @@ NOTES = (
 
 def _cells(row: SourceRow) -> tuple[str, ...]:
     return (
-        row.name, row.kind, "yes" if row.batchnorm else "-", "yes" if row.unlabeled else "-", row.trains, row.keeps,
+        row.name, row.kind, ", ".join(row.layers) or "-", "yes" if row.unlabeled else "-", row.trains, row.keeps,
         row.cost, f"{row.slots:,}".replace(",", " "), ", ".join(row.presets),
     )  # fmt: skip
 
@@ -308,7 +329,7 @@ def _overview(cards: Path) -> str:
         name, *rest = _cells(row)
         lines.append("| " + " | ".join([link("source", name), *rest, row.about]) + " |")
     lines += ["", *(f"* {note}" for note in NOTES), "", "## `--source auto`", ""]
-    lines += ["The first line that applies:", "", "```", *_choose_table(), "```"]
+    lines += ["The first line that applies:", "", "```", *_choose_table(), "```", "", SLOW]
     titles = {
         "intervention": "Interventions: how to cut the confounder's path to the student",
         "criterion": "Criteria: the distance between student and teacher",
@@ -331,4 +352,5 @@ def _choose_table() -> list[str]:
 
 def choosing() -> str:
     """How `--source auto` chooses, for the help."""
-    return "source auto takes the first line that applies:\n\n" + "\n".join(f"  {line}" for line in _choose_table())
+    table = "\n".join(f"  {line}" for line in _choose_table())
+    return f"source auto takes the first line that applies:\n\n{table}\n\n{SLOW}"

@@ -344,8 +344,10 @@ def _check_source(cls: Any, where: str) -> None:
         raise DodistillError(
             f"{where}: {cls.__name__}.kind is {getattr(cls, 'kind', None)!r}; it must be one of {', '.join(kinds)}."
         )
-    if not set(cls.needs) <= {"batchnorm", "unlabeled"}:
-        raise DodistillError(f"{where}: {cls.__name__}.needs is {set(cls.needs)}; it may hold batchnorm, unlabeled.")
+    if not set(cls.needs) <= {"attention", "batchnorm", "unlabeled"}:
+        raise DodistillError(
+            f"{where}: {cls.__name__}.needs is {set(cls.needs)}; it may hold attention, batchnorm, unlabeled."
+        )
     if not isinstance(cls.presets, Mapping) or not all(isinstance(p, Mapping) for p in cls.presets.values()):
         raise DodistillError(
             f"{where}: {cls.__name__}.presets must be a mapping of name -> settings, as in "

@@ -9,9 +9,15 @@ from typing import Any
 from .flags import LONG, SHORT, shown, spelled
 
 #: Flags that belong to the command that was typed, not to the run: how long it may take, and what it shows.
-_OF_THE_COMMAND = ("max_seconds", "time", "quiet", "no_report")
+_OF_THE_COMMAND = ("max_seconds", "quiet", "no_report")
 #: Names in the tree -> the short flag that the printed command has.
-_FLAG = {"loop.steps": "steps", "loop.batch": "batch", "source.name": "source", "source.preset": "preset"}
+_FLAG = {
+    "loop.steps": "steps",
+    "loop.time": "time",
+    "loop.batch": "batch",
+    "source.name": "source",
+    "source.preset": "preset",
+}
 
 
 def _full(word: str) -> str:
@@ -43,6 +49,7 @@ def retyped(command: str, changes: Mapping[str, Any], out: str = "", without: Co
     if words[:2] != ["dodistill", "distill"]:
         return ""
     gone = {*changes, *_OF_THE_COMMAND, *(["out"] if out else [])}
+    gone |= {"loop.time"} if "loop.steps" in changes else set()  # one of them is given
     kept = []
     for group in _flags(words):
         name = _full(group[0]) if group[0].startswith("--") else ""

@@ -44,10 +44,15 @@ C = TypeVar("C")
 class Model:
     """A network, in the grammar of `load_model`."""
 
-    spec: str = ""  #: wrn40_2, timm:NAME, torchvision:NAME, file.py:factory, or a .safetensors that dodistill wrote
-    weights: str = ""  #: .safetensors, or .pt/.pth without code; of a teacher also `random`, if that is meant
+    spec: str = ""  #: wrn40_2, timm:NAME, torchvision:NAME, hf:OWNER/NAME, file.py:factory, or a .safetensors file
+    #: that dodistill wrote
+    weights: str = ""  #: .safetensors, or .pt/.pth without code; pretrained: those published for timm:, torchvision:
+    #: or hf:; random: if that is meant
     num_classes: int = 0  #: 0: from the weights, or from the teacher
     normalise: str = ""  #: cifar10, cifar100, imagenet, mnist, none; empty: from the weights, or from the teacher
+    mean: tuple[float, ...] = ()  #: in place of a name: of each channel, or one for all, as in 0.5,0.5,0.5
+    std: tuple[float, ...] = ()  #: likewise, with mean
+    input_range: float = 1.0  #: the model's value for white, 1 or 255; mean and std are in this range
     classes: str = ""  #: their names, in order: a file with one a line, .json, or cat,dog,...; empty: from the weights
 
 
@@ -112,14 +117,14 @@ class Loop:
     """Length, batch size, hardware, and intervals of logging, evaluation and checkpoints."""
 
     steps: int = 2000  #: matching steps of the student
-    #: limit for the whole run, as in 90s, 10m or 1h30m: steps and acquisitions are fitted to it; empty: none
     time: str = ""
+    #: limit for the whole run, as in 90s, 10m or 1h30m: steps and acquisitions are fitted to it; empty: none
     batch: int = 128
     seed: int = 0
     ema: float = 0.998  #: decay of the student's moving average
     precision: Literal["auto", "fp32", "bf16"] = "auto"  #: of forward passes; retain's exact step is always in fp32
-    #: torch.compile for the student's step and the teacher's logits; auto: if the remaining steps repay it
     compile: Literal["off", "on", "auto"] = "off"
+    #: torch.compile for the student's step and the teacher's logits; auto: if the remaining steps repay it
     device: str = "auto"
     threads: int = 0  #: CPU threads (0: PyTorch's choice); bit-identical results need the same number
     log_every: int = 50

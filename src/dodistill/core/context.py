@@ -30,7 +30,7 @@ class Context:
     teacher: Teacher
     device: torch.device
     seed: int = 0
-    autocast: Precision = field(default_factory=Precision.fp32)  #: of forward passes: `with context.autocast():`
+    autocast: Precision = field(default_factory=Precision.fp32)  #: `with context.autocast()`, around forward passes
     augment: Augment = field(default_factory=Augment)
     view: View = field(default_factory=View)  #: augmentation of the teacher's inputs during synthesis
     unlabeled: Tensor | None = None  #: uint8 [n, C, H, W], the images of a sampler

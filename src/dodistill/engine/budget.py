@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -26,6 +27,8 @@ from ..core.context import Context
 from ..core.precision import trial
 from ..evaluation.evaluate import predict
 from ..files import read_object
+from ..functional.memory_format import place
+from ..models.teacher import Teacher
 from .job import Job
 from .plan import Plan
 
@@ -33,7 +36,7 @@ ACQUIRE = 0.4  #: largest share of the time for acquisitions, where they must be
 WARM = 0.15  #: largest share of it for the warm-up of a source
 ROUNDS = 8  #: acquisitions that a run has at least, where its source has several
 LOOK = 0.05  #: largest share for evaluations during the run
-TESTS = 0.2  #: largest share for the test images at its end; else a random part of them counts
+TESTS = 0.1  #: largest share for the test images at its end; else a random part of them counts
 FEWEST = 200  #: test images that count at least
 RESULTS = 3.0  #: seconds for weights, figures and report
 FILE = "plan.json"
@@ -74,15 +77,15 @@ def fit(job: Job, folder: str | Path | None, began: float) -> Fitted:
     each = 2 * speed.answer + speed.asked  # the last student, its average, the teacher
     if tests * each > TESTS * seconds:
         tests = min(tests, max(FEWEST, int(TESTS * seconds / each)))
-    evaluation = 2 * speed.answer * (tests + min(config.pool.holdout_capacity, 512))
-    reserve = evaluation + tests * speed.asked + RESULTS
+    held = 2 * speed.answer * min(config.pool.holdout_capacity, 512)
+    reserve = held + tests * each + RESULTS
     left = max(0.0, seconds - reserve - (time.monotonic() - began))
     source = config.source.counted(0 if job.unlabeled is None else len(job.unlabeled))
-    mine, said = fitted(source, config, speed, left, evaluation)
+    mine, said = fitted(source, config, speed, left, held)
     if tests < whole:
         said.append(f"accuracies are of {tests} of the {whole} test images")
     record = {
-        "tests": tests,
+        "tests": tests, "pace": pace(mine, source, speed),
         "given": config.to_tree(), "reserve": round(reserve, 3), "said": said,
         "source": {k: getattr(mine.source, k) for k in ("warmup", "every", *_names(mine.source))},
         "loop": {"steps": mine.loop.steps, "eval_every": mine.loop.eval_every},
@@ -95,7 +98,7 @@ def _fitted(job: Job, config: Distill, record: dict[str, Any], seconds: float, b
     if test is not None and record["tests"] < len(test.x):
         some = torch.randperm(len(test.x), generator=torch.Generator().manual_seed(0))[: record["tests"]]
         test = replace(test, x=test.x[some.to(test.x.device)], y=test.y[some.to(test.y.device)])
-    plan = Plan(config.loop.steps, (), seconds, began, record["reserve"])
+    plan = Plan(config.loop.steps, (), seconds, began, record["reserve"], record["pace"])
     return Fitted(replace(job, config=config, test=test, notes=(*job.notes, spoken(record))), plan, record)
 
 
@@ -107,7 +110,7 @@ def spoken(record: Mapping[str, Any]) -> str:
 
 def _record(config: Distill, folder: str | Path | None) -> dict[str, Any] | None:
     path = None if folder is None else Path(folder) / FILE
-    if path is None or not path.exists():
+    if path is None or not os.path.exists(path):
         return None
     record = read_object(path, "choose another --out")
     return record if record.get("given") == config.to_tree() else None
@@ -128,29 +131,36 @@ def _names(source: SourceSettings) -> list[str]:
 # ------------------------------------------------------------------------------------------------- measuring
 
 
+def answer_rate(teacher: Teacher, device: torch.device) -> float:
+    """Images that the teacher answers in a second on a device, to which it is moved. Measured in a moment."""
+    place(teacher, device)
+    grey = torch.full((64, *teacher.image_shape), 127, dtype=torch.uint8)
+    return 64 / max(_timed(lambda: predict(teacher, grey), device), 1e-9)
+
+
 def measured(job: Job) -> Speed:
     """The durations of the parts of a run, from small ones. Nothing of the run changes: all streams are its own."""
     config, context = job.config, job.context()
     assert context.student is not None
     student, batch = copy.deepcopy(context.student), config.loop.batch
     work = trial(student, context.image_shape, context.device, context.teacher.answers)
-    step = _timed(lambda: work(min(batch, 32)), context) * batch / min(batch, 32)
+    step = _timed(lambda: work(min(batch, 32)), context.device) * batch / min(batch, 32)
     grey = torch.full((64, *context.image_shape), 127, dtype=torch.uint8)
-    answer = _timed(lambda: predict(student, grey, autocast=context.autocast), context) / 64
-    asked = _timed(lambda: predict(context.teacher, grey, autocast=context.autocast), context) / 64
+    answer = _timed(lambda: predict(student, grey, autocast=context.autocast), context.device) / 64
+    asked = _timed(lambda: predict(context.teacher, grey, autocast=context.autocast), context.device) / 64
     given = 0 if job.unlabeled is None else len(job.unlabeled)
     acquisition = _acquisition(config.source.counted(given), context, student)
     return Speed(step, acquisition, answer, asked)
 
 
-def _timed(work: Callable[[], object], context: Context) -> float:
+def _timed(work: Callable[[], object], device: torch.device) -> float:
     """The duration of `work` at its second call, if the first was short."""
     seconds = 0.0
     for _ in range(2):
         start = time.perf_counter()
         work()
-        if context.device.type == "cuda":
-            torch.cuda.synchronize(context.device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         seconds = time.perf_counter() - start
         if seconds > 1:
             break
@@ -169,7 +179,7 @@ def _acquisition(settings: SourceSettings, context: Context, student: torch.nn.M
         if got.logits is None:
             context.label(got.images if got.images.dtype == torch.uint8 else (got.images * 255).to(torch.uint8))
 
-    return _timed(work, context) / share
+    return _timed(work, context.device) / share
 
 
 # --------------------------------------------------------------------------------------------------- fitting
@@ -220,6 +230,16 @@ def fitted(
     source = _set(source, {"warmup": warmup, "every": every})
     said = [f"{steps} steps instead of {loop.steps}", *said] if steps != loop.steps else said
     return replace(config, source=source, loop=replace(loop, steps=steps, eval_every=eval_every)), said
+
+
+def pace(config: Distill, source: SourceSettings, speed: Speed) -> float:
+    """The expected seconds of a step of a fitted config, acquisitions included. `source`: that of `speed`."""
+    share = math.prod(
+        next((getattr(config.source, n) / getattr(source, n) for n in group if getattr(source, n)), 1.0)
+        for group in source.costs
+    )
+    every = config.source.every
+    return speed.step + (speed.acquisition * share / every if every else 0.0)
 
 
 def _steps(left: float, step: float, acquisition: float, warmup: int, every: int) -> int:

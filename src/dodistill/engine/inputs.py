@@ -1,24 +1,24 @@
-"""A sample of a run's images in its folder, `inputs.npz`: an export is calibrated and checked on it, without data.
+"""A sample of a run's images, `inputs.safetensors` in its folder: exports are calibrated and checked on it.
 
 The pool is large, and `compare` deletes it with the checkpoints. The sample stays.
 """
 
 from __future__ import annotations
 
-import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from ..errors import DodistillError
 from ..files import replacing
 from .run_folder import load_tensors, newest_pool
 
-FILE = "inputs.npz"
+FILE = "inputs.safetensors"
 MOST = 512  #: images of each kind
 LARGEST = 32 << 20  #: bytes of each kind
 
@@ -67,7 +67,7 @@ def sample(x: Tensor, logits: Tensor, held: Tensor, held_logits: Tensor) -> Inpu
 def write_inputs(folder: Path, inputs: Inputs) -> None:
     """Write the sample into a run folder, atomically."""
     with replacing(folder / FILE) as file:
-        np.savez(file, **{name: value.numpy() for name, value in vars(inputs).items()})
+        file.write(save({name: value.contiguous() for name, value in vars(inputs).items()}))
 
 
 def read_inputs(folder: Path) -> Inputs | None:
@@ -88,15 +88,14 @@ def read_inputs(folder: Path) -> Inputs | None:
 
 def _read(path: Path) -> Inputs:
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as found:
-            parts = {name: torch.from_numpy(found[name]) for name in ("x", "t", "held", "held_t")}
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        parts = load(path.read_bytes())
+        _check(path, parts)
+        return Inputs(**parts)
+    except (SafetensorError, OSError, KeyError, TypeError) as error:
         raise DodistillError(f"{path} is damaged ({error}); delete it, and give --calibrate DATA.") from error
-    _check(path, parts)
-    return Inputs(**parts)
 
 
-def _check(path: Path, parts: dict[str, Any]) -> None:
+def _check(path: Path, parts: Mapping[str, Tensor]) -> None:
     for images, logits in (("x", "t"), ("held", "held_t")):
         x, t = parts[images], parts[logits]
         if x.dtype != torch.uint8 or x.dim() != 4 or t.dim() != 2 or len(x) != len(t) or not t.is_floating_point():

@@ -126,10 +126,7 @@ def require_same(began: Mapping[str, str] | None, mine: Mapping[str, str]) -> No
 
 def _check_source(source: SourceSettings, teacher: Teacher, has_unlabeled: bool) -> None:
     """Refuse a teacher that this source cannot use, and name the sources that can."""
-    able = []
-    for name in registry.names("source"):
-        if "batchnorm" not in registry.config("source", name).needs or teacher.has_batchnorm:
-            able.append(name)
+    able = [n for n in registry.names("source") if teacher.has(registry.config("source", n).needs - {"unlabeled"})]
     teacher.require(source.needs - {"unlabeled"}, source.name, able)
     if "unlabeled" in source.needs and not has_unlabeled:
         raise DodistillError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -62,14 +63,14 @@ def _labelled(spec: str, shape: Shape | None, crop: float, train: Images) -> Ima
     return fitted(images, train.classes, train.num_classes, f"test images of {spec}", fix)
 
 
-def fresh_model(config: Teach, images: Images, normalise: str | None = None) -> Normalized:
-    """The network that the schedule names, for these images."""
+def fresh_model(config: Teach, images: Images, **space: Any) -> Normalized:
+    """The network that the schedule names, for these images. `space`: its normalisation, as `load_model` takes it."""
     channels, *size = images.image_shape
     count = config.num_classes or images.num_classes
     names = (*images.classes, *(f"class {k}" for k in range(len(images.classes), count))) if images.classes else ()
     return load_model(
-        config.model, num_classes=count, in_channels=channels, image_size=size, mean=normalise,
-        classes=names[:count], seed=config.seed,
+        config.model, num_classes=count, in_channels=channels, image_size=size, classes=names[:count],
+        seed=config.seed, **space,
     )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ def longer(out: str | Path | None, config: Distill) -> Distill:
     Raises DodistillError for a run that differs only in its steps but cannot go on, and says why.
     """
     known = None if out is None else Path(out) / "config.json"
-    if known is None or not known.exists() or config.loop.restarts:
+    if known is None or not os.path.exists(known) or config.loop.restarts:  # False also for a name that cannot be
         return config
     old = read_object(known, "choose another --out")
     loop = old.get("loop")

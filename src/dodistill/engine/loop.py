@@ -168,7 +168,10 @@ class Distiller:
             tell.on_steps(self.step, self.plan.steps)
         last = self.step == self.plan.steps
         evaluating = last or self.step % loop.eval_every == 0
-        scores = self.scorer.evaluate() if evaluating else {}
+        if evaluating:
+            self.meter.check()
+        # under a time limit the test images count once, at the end
+        scores = self.scorer.evaluate(tests=last or not self.plan.limited) if evaluating else {}
         looking = last or self.step % loop.log_every == 0
         values = self.read() if looking else {}
         done = self.plan.done(self.step)

@@ -66,6 +66,11 @@ class Meter:
         self.last = dict(out)
         return out
 
+    def check(self) -> None:
+        """Raise Diverged for a term that is not finite so far. Waits for the device."""
+        if bad := self.infinite():
+            raise Diverged("the loss is not a finite number", bad)
+
     def infinite(self) -> list[str]:
         """Names of the terms that are not finite so far. Waits for the device."""
         return [k for k, v in self.sums.items() if not bool(torch.isfinite(v))]

@@ -12,6 +12,8 @@ from ..functional.schedules import share_at
 
 #: Under a time limit the steps are adjusted this many times in the limit, to the speed in the last `WINDOW` of them.
 TIMES, WINDOW = 40, 10
+#: The reserve grows at most by this factor on a machine that has become slower.
+SLOWEST = 4.0
 
 
 class Plan:
@@ -23,6 +25,7 @@ class Plan:
         seconds: limit for the run over all its starts; infinity: the steps are fixed.
         began: the start of this process's part of the run, in time.monotonic().
         reserve: seconds that the last evaluation and the results take.
+        pace: the expected seconds of a step, acquisitions included. The reserve grows where steps are slower.
         clock: for tests.
     """
 
@@ -33,11 +36,12 @@ class Plan:
         seconds: float = math.inf,
         began: float = 0.0,
         reserve: float = 0.0,
+        pace: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.restarts = tuple(restarts)
-        self.steps, self.seconds, self.began, self.reserve = steps, seconds, began, reserve
-        self.end = began + seconds - reserve  #: when the last step should be done
+        self.steps, self.seconds, self.reserve, self.pace = steps, seconds, reserve, pace
+        self._limit = began + seconds
         self._clock = clock
         self._anchor = (0, 0.0)  # the step of the last change of `steps`, and the share done then
         self._marks: deque[tuple[float, int]] = deque(maxlen=WINDOW)
@@ -49,7 +53,7 @@ class Plan:
 
     def used(self) -> float:
         """Seconds of the run so far, over all its starts."""
-        return self._clock() - self.end + self.seconds - self.reserve
+        return self._clock() - self._limit + self.seconds
 
     def done(self, step: int) -> float:
         """The share of the run that `step` steps are: 0 at the start, 1 at the last step, above 1 where it was trained
@@ -73,13 +77,15 @@ class Plan:
         now = self._clock()
         if not self._marks:
             self._marks.append((now, step))
-        elif now < self.end and now - self._marks[-1][0] < self.seconds / TIMES:
-            return False
         (then, since), steps = self._marks[0], step
-        if now < self.end and step > since:
-            steps = step + max(1, int((self.end - now) * (step - since) / (now - then)))
-        elif now < self.end:
-            return False
+        pace = (now - then) / (step - since) if step > since else self.pace
+        known = self.pace > 0 and now - then >= self.seconds / 8  # an acquisition is no sign of a slow machine
+        slower = min(max(pace / self.pace, 1.0), SLOWEST) if known else 1.0
+        end = self._limit - self.reserve * slower
+        if now < end:
+            if step == since or now - self._marks[-1][0] < self.seconds / TIMES:
+                return False
+            steps = step + max(1, int((end - now) / pace))
         self._marks.append((now, step))
         changed = steps != self.steps
         self._anchor, self.steps = (step, self.done(step)), steps
@@ -93,5 +99,5 @@ class Plan:
         """`used`: the seconds of the run before this process."""
         if state:
             self.steps, self._anchor = state["steps"], (state["since"], state["share"])
-            self.end -= used
+            self._limit -= used
             self._marks.clear()

@@ -1,7 +1,8 @@
 """The run folder: config, metrics, result, and a checkpoint of everything.
 
     config.json      the resolved config        metrics.jsonl   one JSON per line: log, eval, pool
-    inputs.npz       a sample of the images     (`engine/inputs.py`), which stays when the pool is deleted
+    classes.json     names of the classes       (where they are known)
+    inputs.safetensors  a sample of the images (`engine/inputs.py`); it stays when the pool is deleted
     checkpoint.pt    everything but the pool    pool-N.pt       the pool's version N, written only when it changed
     previous.pt      the checkpoint before      summary.json    the outcome, once the run has ended
 
@@ -17,7 +18,7 @@ import json
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -109,10 +110,9 @@ def newest_pool(path: Path) -> dict[str, Any]:
 
 
 def names_of_run(path: Path) -> tuple[str, ...]:
-    """The names of the classes of a finished run's models; () where they are not known."""
-    summary = path / "summary.json"
-    found = read_object(summary, "delete it, and finish the run again").get("classes") if summary.exists() else None
-    return read_names(found, f"classes in {summary}") if found else ()
+    """The names of the classes of a run's models, finished or not; () where they are not known."""
+    file = path / NAMES
+    return read_names(file, "the names of classes") if file.is_file() else ()
 
 
 def _require_same_code(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
@@ -134,6 +134,7 @@ def drop_checkpoints(path: Path) -> None:
             file.unlink(missing_ok=True)
 
 
+NAMES = "classes.json"
 #: Files that a folder without config.json may contain: a user's recipe, or the remains of an early kill.
 _EARLY = ("config.yaml", "plan.json", ".config.json.tmp", ".lock")
 
@@ -174,17 +175,22 @@ class NoFolder(Watcher):
 class RunFolder(Watcher):
     """One run's files. Opening it again with the same config resumes; with another config it is refused.
 
-    As a watcher it writes metrics.jsonl.
+    As a watcher it writes metrics.jsonl, and at the start the names of the classes.
     """
 
     keeps = True
 
     def __init__(
-        self, path: str | Path, config: Distill, create: bool = True, plan: Mapping[str, Any] | None = None
+        self,
+        path: str | Path,
+        config: Distill,
+        create: bool = True,
+        plan: Mapping[str, Any] | None = None,
+        classes: Sequence[str] = (),
     ) -> None:
         """`create=False` only checks whether the folder is usable, and writes nothing. `plan`: the content of plan.json
-        (see `engine.budget`)."""
-        self.path, self.config = Path(path), config
+        (see `engine.budget`). `classes`: the names of the classes, where they are known."""
+        self.path, self.config, self.classes = Path(path), config, tuple(classes)
         self.notes: list[str] = []  #: sentences for the user, as on a damaged checkpoint that was skipped
         self._metrics: TextIO | None = None
         self._unlock: Callable[[], object] | None = None
@@ -260,6 +266,10 @@ class RunFolder(Watcher):
                 f"cannot write {self.path / 'metrics.jsonl'}: {error.strerror}; make the folder writable, then rerun."
             ) from error
 
+    def on_start(self, step: int, steps: int) -> None:
+        if self.classes:
+            self.write_json(NAMES, list(self.classes))
+
     def on_log(self, step: int, values: Mapping[str, float]) -> None:
         self.log(kind="log", step=step, **values)
 
@@ -278,7 +288,7 @@ class RunFolder(Watcher):
         self.close()
         if not self._fresh or kept:
             return
-        for name in ("config.json", "plan.json", "metrics.jsonl", ".lock"):
+        for name in ("config.json", NAMES, "plan.json", "metrics.jsonl", ".lock"):
             (self.path / name).unlink(missing_ok=True)
         _remove_empty(self._made)
 

@@ -27,9 +27,9 @@ class Scorer:
         self.by_class: dict[str, list[float | None]] = {}
         self.teacher: float | None = None  #: its accuracy on the test set, known from the first evaluation on
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, tests: bool = True) -> dict[str, float]:
         """Agreement with the teacher on the held-back inputs (%), and accuracy (%): on them (`minival`) where the data
-        have labels, and on a test set where there is one."""
+        have labels, and, with `tests`, on a test set where there is one."""
         holdout, cast, out = self.acquirer.holdout, self.matcher.context.autocast, {}
         for name, which in (("", "last"), ("_ema", "ema")):
             model = self.complete(which)
@@ -39,9 +39,9 @@ class Scorer:
             out[f"agreement{name}"] = agreement(held, holdout.logits)
             if self.matcher.context.labels is not None:
                 out[f"minival{name}"] = top1(held, holdout.labels)
-            if self.test is not None:
+            if self.test is not None and tests:
                 out[f"test{name}"] = self._on_test(which, model)
-        if self.test is not None:
+        if self.test is not None and tests:
             self.teacher_accuracy()
             self.best_on_test = max(self.best_on_test, out["test"])
         self.last = out

@@ -33,7 +33,8 @@ class Teach:
     epochs: int = 200
     batch: int = 128
     lr: float = 0.1  #: peak
-    momentum: float = 0.9
+    optimizer: str = "sgd"  #: sgd (Nesterov), or adamw, which vision transformers need, at lr 1e-3 or so
+    momentum: float = 0.9  #: of sgd
     weight_decay: float = 5e-4
     schedule: str = "onecycle"  #: onecycle (linear up to the peak, linear down to 0) or cosine
     warmup: float = 0.2  #: share of the steps on the way up (onecycle)
@@ -48,6 +49,8 @@ class Teach:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.optimizer not in ("sgd", "adamw"):
+            raise DodistillError(f"unknown optimizer {self.optimizer!r}; use sgd or adamw.")
         if self.schedule not in ("onecycle", "cosine"):
             raise DodistillError(f"unknown schedule {self.schedule!r}; use onecycle or cosine.")
         if self.crop not in ("shift", "resized"):
@@ -92,10 +95,10 @@ def teach(
 ) -> Log:
     """Train `model` (logits of images in [0, 1]) in place, on `device` (default: where it is).
 
-    SGD-Nesterov on the whole data set, which is kept on the device and augmented in batches; one sync with the device
-    per epoch, when `on_log` gets `{epoch, epochs, step, steps, loss, lr, minival, seconds}`. Returns `{loss, minival,
-    test, seconds, images_per_second, steps, train_images, precision}`; accuracies in percent, None without images to
-    measure on.
+    SGD-Nesterov or AdamW on the whole data set, which is kept on the device and augmented in batches; one sync with the
+    device per epoch, when `on_log` gets `{epoch, epochs, step, steps, loss, lr, minival, seconds}`. Returns `{loss,
+    minival, test, seconds, images_per_second, steps, train_images, precision}`; accuracies in percent, None without
+    images to measure on.
     `on_step` gets the number of each step at its start, for a progress display.
     After each epoch `on_checkpoint` gets the state for `resume`, which is bit-identical on the CPU. After `deadline`
     (time.monotonic()) the training stops at the end of the epoch and returns `{"finished": False, "epoch": ...}`.
@@ -134,17 +137,10 @@ def teach(
     per_epoch = len(train) // batch
     steps = config.epochs * per_epoch
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(
-        trained,
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        nesterov=config.momentum > 0,
-        fused=True,
-    )
+    optimizer = _optimizer(trained, config)
     begun, before = 0, 0.0
     if resume is not None:
-        if resume["config"] != asdict(config):
+        if {"optimizer": "sgd"} | resume["config"] != asdict(config):  # older checkpoints do not name it
             raise DodistillError(
                 "the checkpoint belongs to another schedule; use its settings, or delete the checkpoint."
             )
@@ -207,6 +203,19 @@ def teach(
         "train_images": len(train),
         "precision": cast.reason,
     }
+
+
+def _optimizer(trained: list[nn.Parameter], config: Teach) -> torch.optim.Optimizer:
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    return torch.optim.SGD(
+        trained,
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        nesterov=config.momentum > 0,
+        fused=True,
+    )
 
 
 def _augmented(x: Tensor, config: Teach, rng: torch.Generator) -> Tensor:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 BATCHES = (1, 32)  #: images at a time
-LEAST, MOST, SECONDS = 5, 100, 0.3  #: repeats of a batch: at least, at most, and for how long
-LONGEST = 3.0  #: seconds; a batch that would take longer is not measured
+LEAST, MOST, SECONDS = 3, 100, 0.3  #: repeats of a batch: at least, at most, and for how long
+LONGEST = 2.0  #: seconds; a batch that would take longer is not measured
 
 
 def latency(run: Callable[[Tensor], object], image_shape: tuple[int, int, int]) -> list[float | None]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..functional.augment import to_float
 from .evaluate import agreement
 
-TOLERANCE = 1e-3  #: of an exact format: the largest difference of logits, over the largest logit (or 1)
+TOLERANCE = 1e-3  #: of an exact format: the largest difference of logits, over the largest logit
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Parity:
     @property
     def exact(self) -> bool:
         """Whether the difference is rounding alone."""
-        return self.difference <= TOLERANCE * max(1.0, self.largest)  # False for NaN
+        return self.difference <= TOLERANCE * self.largest  # False for NaN
 
     def __str__(self) -> str:
         return f"max |difference| of logits {self.difference:.2g} (logits to {self.largest:.3g}), same class on " + (

@@ -5,7 +5,7 @@ Pure functions of summary, config and curves. The causes are tried in this order
     collapsed source   the newest inputs have few classes, or are nearly equal (`collapse.symptoms`)
     rare classes       classes with a tiny share of the student's inputs
     too few images     the student agrees with the teacher where it trained, and less on held-back inputs
-    too few steps      the curve still rises at the end; with one evaluation, the loss still falls
+    too few steps      there were hardly any, or the curve still rises at the end (with one evaluation: the loss falls)
     foreign inputs     it agrees with the teacher on held-back inputs, but not on the test images
     small or unstable  the curve is flat, and the student does not even fit its own inputs
     unclear            none of them
@@ -18,6 +18,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..config.checks import seconds_in
 from ..config.retype import retyped
 from .collapse import ENOUGH, symptoms
 
@@ -30,6 +31,7 @@ TINY = 0.2  #: a class is rare below this share of an even share
 GAP = 10.0  #: points between agreement on training inputs and on held-back inputs
 DRAWS = 5.0  #: draws per image from which a pool can be learned by heart
 RISE = 1.0, 0.1  #: points, and share of what is missing, that a curve gains in its last third if it still rises
+BRIEF = 300  #: steps after which no student is near its teacher
 FALL = 0.1  #: share of the loss that is lost in the last third if it still falls
 
 
@@ -70,14 +72,16 @@ class Verdict:
 
 
 def verdict(
-    summary: Record, config: Record, evals: Sequence[Record], logs: Sequence[Record] = (), folder: str = ""
-) -> Verdict | None:
+    summary: Record, config: Record, evals: Sequence[Record], logs: Sequence[Record] = (), folder: str = "",
+    goes_on: bool = True,
+) -> Verdict | None:  # fmt: skip
     """The finding on a finished run; None if the student is not far below its teacher.
 
     Args:
         summary, config: the contents of summary.json and config.json.
         evals, logs: the lines of these kinds in metrics.jsonl, in order of step.
         folder: the run folder; empty: none was written.
+        goes_on: whether the run can be trained longer: `compare` deletes the checkpoints.
     """
     found = _distance(summary)
     if found is None:
@@ -89,10 +93,10 @@ def verdict(
             _collapsed(summary, config),
             _rare(summary, config),
             _few_images(summary, config),
-            _few_steps(summary, config, evals, logs, missing),
+            _few_steps(summary, config, evals, logs, missing, goes_on),
             _foreign(summary, config),
             _small(summary, config),
-            _unclear(summary, config),
+            _unclear(summary, config, goes_on),
         )
         if c is not None
     )
@@ -198,7 +202,7 @@ def _rare(summary: Record, config: Record) -> Cause | None:
 def _few_images(summary: Record, config: Record) -> Cause | None:
     fitted, held = number(summary, "train_agreement"), number(summary, "agreement")
     images, loop, source = number(summary, "images"), config.get("loop") or {}, config.get("source") or {}
-    steps, batch = number(loop, "steps"), number(loop, "batch")
+    steps, batch = number(summary, "steps") or number(loop, "steps"), number(loop, "batch")
     if fitted is None or held is None or not images or not steps or not batch:
         return None
     draws = steps * batch / images
@@ -221,18 +225,29 @@ def _few_images(summary: Record, config: Record) -> Cause | None:
     return Cause("too few images", said, *_other_source(summary, config))
 
 
-def _longer(summary: Record, config: Record) -> tuple[str, dict[str, Any], Collection[str], bool]:
+def _longer(summary: Record, config: Record, goes_on: bool) -> tuple[str, dict[str, Any], Collection[str], bool]:
     """(what it does, the settings of a longer training, the parts that they replace, whether the run goes on)."""
-    steps = int(number(config, "loop", "steps") or number(summary, "steps") or 1)
+    if limit := (config.get("loop") or {}).get("time"):
+        return "Give more time.", {"loop.time": f"{3 * seconds_in(str(limit), 'loop.time'):g}s"}, (), False
+    steps = int(number(summary, "steps") or number(config, "loop", "steps") or 1)
     schedule = (config.get("optim") or {}).get("schedule", "cosine")
-    if schedule in ("cosine", "constant"):
+    if goes_on and schedule in ("cosine", "constant"):
         return "Train longer, from where the student stands.", {"loop.steps": 3 * steps}, (), True
     return "Train three times as long, from the start.", {"loop.steps": 3 * steps}, (), False
 
 
 def _few_steps(
-    summary: Record, config: Record, evals: Sequence[Record], logs: Sequence[Record], missing: float
+    summary: Record,
+    config: Record,
+    evals: Sequence[Record],
+    logs: Sequence[Record],
+    missing: float,
+    goes_on: bool,
 ) -> Cause | None:
+    steps, batch = number(summary, "steps"), number(config, "loop", "batch") or 0
+    if steps and steps < BRIEF:
+        said = f"{steps:.0f} steps of {batch:.0f} images are hardly any"
+        return Cause("too few steps", said, *_longer(summary, config, goes_on))
     tested = number(summary, "teacher_accuracy") is not None
     key = ("test" if tested else "agreement") + ("_ema" if summary.get("delivered") == "ema" else "")
     what = "test accuracy" if tested else "agreement"
@@ -248,7 +263,7 @@ def _few_steps(
         said = f"the loss still fell at the end: from {before:.3g} at step {a:,} to {last:.3g} at step {b:,}"
     else:
         return None
-    return Cause("too few steps", said, *_longer(summary, config))
+    return Cause("too few steps", said, *_longer(summary, config, goes_on))
 
 
 def _last_third(records: Sequence[Record], key: str) -> tuple[tuple[int, float], tuple[int, float]] | None:
@@ -290,5 +305,5 @@ def _small(summary: Record, config: Record) -> Cause | None:
     return Cause("small or unstable", said, "Lower the rate first. If nothing changes, take a larger student.", changes)
 
 
-def _unclear(summary: Record, config: Record) -> Cause:
-    return Cause("unclear", "nothing that the run recorded names one cause", *_longer(summary, config))
+def _unclear(summary: Record, config: Record, goes_on: bool) -> Cause:
+    return Cause("unclear", "nothing that the run recorded names one cause", *_longer(summary, config, goes_on))

@@ -2,16 +2,12 @@
 
 QDQ format, activations uint8, weights int8 with a scale for each output channel. The range of each activation is that
 of the calibration images. Weights have 7 of their 8 bits: x86 processors without VNNI add pairs of products of
-uint8 and int8 in 16 bits, and products of full range overflow there (onnxruntime's `reduce_range`). The file then
-answers alike on all processors.
+uint8 and int8 in 16 bits, where two products of full range overflow (onnxruntime's `reduce_range`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +40,11 @@ def int8_bytes(data: bytes, images: Tensor, facts: dict[str, Any]) -> bytes:
             batch = next(self.batches, None)
             return None if batch is None else {"images": to_float(batch).numpy()}
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         plain, prepared, small = (str(Path(folder) / f"{name}.onnx") for name in ("plain", "prepared", "small"))
         Path(plain).write_bytes(data)
         try:
-            with quiet(), _without_root_warnings():
+            with quiet():
                 quant_pre_process(plain, prepared, skip_symbolic_shape=True)  # folds BatchNorm
                 quantize_static(
                     prepared, small, Reader(), quant_format=QuantFormat.QDQ, per_channel=True, reduce_range=True,
@@ -63,13 +59,3 @@ def int8_bytes(data: bytes, images: Tensor, facts: dict[str, Any]) -> bytes:
     onnx.helper.set_model_props(proto, as_text({**facts, "quantised": f"int8, calibrated on {len(images)} images"}))
     out: bytes = proto.SerializeToString()
     return out
-
-
-@contextlib.contextmanager
-def _without_root_warnings() -> Iterator[None]:
-    """onnxruntime logs its advice to the root logger."""
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import DodistillError, nearest
+from ..errors import DodistillError, nearest, positive
 
 Values = Sequence[float]
 Space = tuple[Tensor, Tensor]  #: (mean, std) of a normalisation, [1, C or 1, 1, 1]
@@ -21,6 +21,23 @@ NORMALISATION: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "mnist": ((0.1307,), (0.3081,)),
     "none": ((0.0,), (1.0,)),
 }
+
+
+class UnknownNormalisation(DodistillError):
+    """Weights do not say which normalisation their network was trained with, and the user did not either."""
+
+    def __init__(self, weights: str, flag: str = "") -> None:
+        self.weights = weights
+        names = ", ".join(name for name in NORMALISATION if name != "none")
+        super().__init__(
+            f"{weights} does not say which normalisation its network was trained with; give {flag}normalise NAME "
+            f"({names}, or none if it reads images in [0, 1]), or {flag}mean 0.5,0.5,0.5 {flag}std 0.5,0.5,0.5, with "
+            f"{flag}input_range 255 if it reads 0 to 255."
+            if flag
+            else f"{weights} does not say which normalisation its network was trained with; give mean=NAME ({names}, "
+            "or none if it reads images in [0, 1]), or mean=[...] and std=[...], with input_range=255 if it reads 0 to "
+            "255."
+        )
 
 
 class Normalized(nn.Module):
@@ -99,14 +116,19 @@ def normalised_space(model: nn.Module) -> Space:
 
 
 def constants(
-    mean: str | Values | None, std: str | Values | None, channels: int | None
+    mean: str | Values | None, std: str | Values | None, channels: int | None, input_range: float = 1.0
 ) -> tuple[list[float], list[float]] | None:
-    """(mean, std) of the arguments, None without arguments; a name of NORMALISATION sets both.
+    """(mean, std) of the arguments, for images in [0, 1]; None without arguments. A name of NORMALISATION sets both.
 
-    Raises DodistillError for an unknown name, one of the two without the other, or a length that is not `channels`.
+    The network reads images in [0, `input_range`], and values are in this range; alone, it stands for no further
+    normalisation. Raises DodistillError for an unknown name, one of the two without the other, a length that is not
+    `channels`, and a name with a range, which it has.
     """
+    positive("", ", as in 255", input_range=input_range)
     if mean is None and std is None:
-        return None
+        if input_range == 1:
+            return None
+        mean = "none"
     if isinstance(mean, str) or isinstance(std, str):
         name = mean if isinstance(mean, str) else std
         assert isinstance(name, str)
@@ -115,6 +137,11 @@ def constants(
         if (mean is not None and mean != name) or (std is not None and std != name):
             raise DodistillError(f"mean is {mean!r} and std is {std!r}; the name {name!r} sets both, so give it alone.")
         mean, std = NORMALISATION[name]
+        if input_range != 1 and name != "none":
+            raise DodistillError(
+                f"normalisation {name} is for inputs in [0, 1], but input_range is {input_range:g}; give mean and std "
+                "in that range, or remove it."
+            )
     if mean is None or std is None:
         raise DodistillError(f"mean is {mean} and std is {std}: give both, or one name of {', '.join(NORMALISATION)}.")
     for values in (mean, std):
@@ -123,4 +150,4 @@ def constants(
                 f"normalisation has {len(values)} channels ({list(values)}), but the model takes {channels}; "
                 f"give {channels} values, or one for all."
             )
-    return [float(v) for v in mean], [float(v) for v in std]
+    return [float(v) / input_range for v in mean], [float(v) / input_range for v in std]

@@ -12,6 +12,7 @@ from ..errors import DodistillError
 from .batchnorm import batchnorms
 from .folded import folded
 from .normalized import answering
+from .patches import attentions, kinds
 
 #: Most values that an image may have.
 LARGEST = 1 << 27
@@ -31,6 +32,7 @@ class Teacher(nn.Module):
     num_classes: int
     image_shape: tuple[int, int, int]
     has_batchnorm: bool
+    has_attention: bool
 
     def __init__(self, model: nn.Module, image_shape: tuple[int, int, int], num_classes: int | None = None) -> None:
         super().__init__()
@@ -40,6 +42,7 @@ class Teacher(nn.Module):
         self.train(False)
         self.num_classes = self._probe(num_classes)
         self.has_batchnorm = bool(batchnorms(self.model))
+        self.has_attention = bool(attentions(self.model))
         #: the network of `answers`, made by its first call; in a tuple, so that it is no submodule
         self.answering: tuple[Callable[[Tensor], Tensor], ...] = ()
         self._compiles = False
@@ -79,13 +82,21 @@ class Teacher(nn.Module):
         return self
 
     def require(self, needs: Iterable[str], method: str, alternatives: Iterable[str]) -> None:
-        """Raise DodistillError, naming `alternatives`, if `method` needs what this teacher lacks (`batchnorm`)."""
-        if "batchnorm" in needs and not self.has_batchnorm:
-            others = ", ".join(sorted(alternatives)) or "none"
-            raise DodistillError(
-                f"{method!r} reads the statistics of BatchNorm layers, but this teacher "
-                f"({type(_bare(self.model)).__name__}) has none. Methods that work with it: {others}."
-            )
+        """Raise DodistillError, naming `alternatives`, if `method` needs what this teacher lacks (see `has`)."""
+        reads = {"batchnorm": "the statistics of BatchNorm layers", "attention": "the outputs of attention layers"}
+        for need in sorted(needs):
+            if not self.has({need}):
+                others = ", ".join(sorted(alternatives)) or "none"
+                layers = "" if need == "batchnorm" else f", only {kinds(self.model)}"
+                raise DodistillError(
+                    f"{method!r} reads {reads[need]}, but this teacher ({type(_bare(self.model)).__name__}) has "
+                    f"none{layers}. Methods that work with it: {others}."
+                )
+
+    def has(self, needs: Iterable[str]) -> bool:
+        """Whether this teacher has all of `needs`: `batchnorm`, `attention`."""
+        there = {"batchnorm": self.has_batchnorm, "attention": self.has_attention}
+        return all(there[need] for need in needs)
 
     def _probe(self, num_classes: int | None) -> int:
         shape = self.image_shape

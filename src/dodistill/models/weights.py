@@ -82,6 +82,8 @@ _METADATA: dict[str, tuple[Callable[[object], bool], str]] = {
     "image_size": (_size, "a height in pixels, or [height, width]"),
     "classes": (_names, "a list of names"),
     "mean": (_values, "a list of numbers"),
+    "class": (lambda v: isinstance(v, str), "the name of a class"),
+    "config": (lambda v: isinstance(v, dict), "the config of a Hugging Face network"),
     "std": (lambda v: _values(v) and all(s > 0 for s in v), "a list of positive numbers"),  # type: ignore[attr-defined]
     "head": (_head, "the settings of a context head"),
 }

@@ -11,18 +11,19 @@ from torch import Tensor, nn
 from ..errors import DodistillError, nearest
 from . import cifar_resnet, mobilenetv2, vgg, wrn
 from .tiny import Tiny
+from .vit import HEAD, TinyViT
 
 _BUILDERS = {**cifar_resnet.ZOO, **mobilenetv2.ZOO, **vgg.ZOO, **wrn.ZOO}
 
 
 def zoo_names() -> list[str]:
-    """Every name of the zoo; of the family `tiny{W}`, only the usual widths."""
-    return sorted(_BUILDERS) + ["tiny8", "tiny16", "tiny32"]
+    """Every name of the zoo; of the families `tiny{W}` and `tinyvit{W}`, only the usual widths."""
+    return sorted(_BUILDERS) + ["tiny8", "tiny16", "tiny32", "tinyvit48"]
 
 
 def default_channels(name: str) -> int:
-    """1 for the digits' family `tiny{W}`, 3 for the rest."""
-    return 1 if re.fullmatch(r"tiny\d+", name) else 3
+    """1 for the digits' families `tiny{W}` and `tinyvit{W}`, 3 for the rest."""
+    return 1 if re.fullmatch(r"tiny(vit)?\d+", name) else 3
 
 
 def fitting(state: Mapping[str, Tensor], num_classes: int, in_channels: int) -> list[str]:
@@ -42,6 +43,9 @@ def build(name: str, num_classes: int, in_channels: int) -> nn.Module:
     tiny = re.fullmatch(r"tiny([1-9]\d{0,3})", name)
     if tiny:
         return Tiny(int(tiny[1]), num_classes, in_channels)
+    vit = re.fullmatch(r"tinyvit([1-9]\d{0,3})", name)
+    if vit and int(vit[1]) % HEAD == 0:
+        return TinyViT(int(vit[1]), num_classes, in_channels)
     if name not in _BUILDERS:
         raise DodistillError(nearest(name, zoo_names(), "model"))
     return _BUILDERS[name](num_classes, in_channels)

@@ -11,6 +11,7 @@ from ..config.tree import code_in
 from ..data.classes import titles
 from .format import count, duration, percent
 from .front_matter import LICENCE, front_matter
+from .loading import loading, normalisation, scoring
 
 MOST = 100  #: classes that the card names
 LAST = "last epoch"
@@ -44,20 +45,16 @@ def compression(summary: Mapping[str, Any]) -> float | None:
     return teacher / student if isinstance(teacher, int) and isinstance(student, int) and student else None
 
 
-def usage(folder: str, summary: Mapping[str, Any] | None = None) -> tuple[str, str]:
-    """(Python that loads the student, shell that scores it)."""
+def usage(folder: str, summary: Mapping[str, Any] | None = None, spec: object = "") -> tuple[str, str]:
+    """(Python that loads the student, shell that scores it). `spec`: the student's, in the config of the run."""
     known = summary or {}
     shape = known.get("image_shape")
     sides = ", ".join(map(str, shape)) if isinstance(shape, list) else "C, H, W"
     file = f"{folder}/student.safetensors" if folder != "." else "student.safetensors"
-    python = (
-        "import dodistill\n\n"
-        f'student = dodistill.load_model("{file}").eval()\n'
-        f"logits = student(images)    # float in [0, 1], shape [B, {sides}]"
-    )
-    if names_in(known):
+    python = loading(f'"{file}"', known, spec) + f"logits = student(images)    # float in [0, 1], shape [B, {sides}]"
+    if names_in(known) and "load_model" in python:
         python += '\nnames = [student.spec["classes"][k] for k in logits.argmax(1)]'
-    return python, f"dodistill evaluate {file} --test path/to/test"
+    return python, scoring(file, known, spec)
 
 
 def _code(value: object) -> str:
@@ -79,14 +76,12 @@ def delivered(summary: Mapping[str, Any]) -> str:
     return kinds.get(str(summary.get("delivered")), "the student's weights")
 
 
-def hub_usage(repo: str, files: Iterable[str] = ()) -> str:
+def hub_usage(repo: str, summary: Mapping[str, Any], files: Iterable[str] = (), spec: object = "") -> str:
     """Python that loads the student from the hub, and its ONNX file, if there is one."""
-    python = (
-        "import dodistill\n"
-        "from huggingface_hub import hf_hub_download\n\n"
-        f'student = dodistill.load_model(hf_hub_download("{repo}", "student.safetensors")).eval()\n'
-        "logits = student(images)    # float in [0, 1], shape [B, C, H, W]"
-    )
+    file, top = '"student.safetensors"', "from huggingface_hub import hf_hub_download\n"
+    python = usage(".", summary, spec)[0].replace(file, f'hf_hub_download("{repo}", {file})')
+    own = "import dodistill\n"
+    python = f"{own}{top}{python.removeprefix(own)}" if python.startswith(own) else f"{top}{python}"
     name = next((name for name in files if name.endswith(".onnx")), None)
     if name is None:
         return python
@@ -109,6 +104,7 @@ def model_card(
     teacher, student = name_of(config, summary, "teacher"), name_of(config, summary, "student")
     source = part(config, "source", "name") or "unknown"
     intervention = config.get("intervention") or "none"
+    hers, reads = part(config, "student", "spec"), normalisation(summary)
     times = compression(summary)
     ratio = f", {times:.1f} times fewer than its teacher" if times else ""
     rows = [
@@ -130,6 +126,7 @@ def model_card(
     made = [
         f"- teacher: {_code(teacher)}",
         f"- student: {_code(student)}, {count(summary.get('student_parameters'))} parameters{ratio}",
+        *([f"- reads: {reads}"] if reads else []),
         f"- substitution inputs: source {_code(source)}",
         f"- intervention: {_code(intervention)}",
         *(f"- code outside dodistill: {_code(name)}, sha256 {_code(code)}" for name, code in code_in(config).values()),
@@ -183,7 +180,7 @@ def model_card(
             *(["## Files", "", *(f"- {_code(name)}: {text}" for name, text in files.items()), ""] if files else []),
             "## Usage",
             "",
-            _block(hub_usage(repo, files) if repo else usage(folder, summary)[0], "python"),
+            _block(hub_usage(repo, summary, files, hers) if repo else usage(folder, summary, hers)[0], "python"),
             "",
             "## Licence",
             "",

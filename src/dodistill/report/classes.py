@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..data.classes import titles
 from ..errors import DodistillError
 from ..models.weights import read_metadata
 from . import plots
@@ -46,14 +47,14 @@ class PerClass:
 
 
 def class_names(summary: Mapping[str, Any], student: Path, classes: int) -> list[str]:
-    """The names of the classes: those in the summary, else in the metadata of the student's file; [] without."""
+    """The names of the classes, for a page: of the summary, else of the metadata of the student's file; else []."""
     found = summary.get("classes")
     if not _names(found, classes) and student.suffix == ".safetensors" and student.is_file():
         try:
             found = read_metadata(student).get("classes")
         except DodistillError:
             found = None
-    return [str(name) for name in found] if _names(found, classes) else []  # type: ignore[union-attr]
+    return list(titles(found)) if _names(found, classes) else []  # type: ignore[arg-type]
 
 
 def _names(found: object, classes: int) -> bool:
@@ -86,7 +87,7 @@ def per_class(summary: Mapping[str, Any], student: Path) -> PerClass | None:
     groups = [("student", mine), *([("teacher", theirs)] if theirs else [])]
     if len(mine) <= BARS:
         bars = [(what, [math.nan if v is None else v / 100 for v in values]) for what, values in groups]
-        plot = plots.bars("class-accuracy", bars, x_label="class", y_label="accuracy, %")
+        plot = plots.bars("class-accuracy", bars, x_label="class", y_label="accuracy, %", names=names)
     else:
         several = [(what, [v for v in values if v is not None]) for what, values in groups]
         plot = histogram("class-accuracy", several, x_label="accuracy of a class, %", y_label="classes")

@@ -99,6 +99,14 @@ def draw_line(ax: Axes, x: Sequence[float], y: Sequence[float], i: int) -> Any:
     return Line2D([], [], color=COLOURS[i % 6], ls=DASHES[i % 6])
 
 
+def draw_band(ax: Axes, x: Sequence[float], band: Sequence[tuple[float, float]], i: int) -> None:
+    """The spread of series i, below its line; nothing for fewer than two places."""
+    known = [(a, low, high) for a, (low, high) in zip(x, band) if math.isfinite(low) and math.isfinite(high)]
+    if len(known) > 1:
+        places, lows, highs = zip(*known)
+        ax.fill_between(places, lows, highs, color=COLOURS[i % 6], alpha=0.18, lw=0, clip_on=False, gid="class band")
+
+
 def draw_reference(ax: Axes, y: float) -> Any:
     return ax.axhline(y, color=LIGHT["quiet"], lw=1.2, ls=(0, (1.5, 2.2)), clip_on=False, gid="class reference")
 
@@ -119,10 +127,11 @@ def shortened(text: str, most: int) -> str:
 
 def arranged(entries: Sequence[str]) -> tuple[int, int]:
     """(rows, columns) of a legend: as many columns as fit."""
-    wide = [min(len(e), 50) * CHARACTER + 34 for e in entries]
+    between = 1.2 * FONT  # as in `add_legend`: columnspacing; handlelength and handletextpad are 2.8
+    wide = [min(len(e), 50) * CHARACTER + 2.8 * FONT + between for e in entries]
     for columns in range(len(entries), 1, -1):
         rows = -(-len(entries) // columns)
-        if sum(max(wide[i : i + rows]) for i in range(0, len(wide), rows)) <= WIDTH:
+        if sum(max(wide[i : i + rows]) for i in range(0, len(wide), rows)) <= WIDTH + between:
             return rows, columns
     return len(entries), 1
 

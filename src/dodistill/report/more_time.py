@@ -8,6 +8,7 @@ from ..config.contracts import SourceSettings
 from ..config.methods import Choice
 from .format import count, duration
 
+BRIEF = 300  #: steps after which no student is near its teacher
 RISE = 1.0  #: points in the last quarter of the steps above which a curve still rises
 
 
@@ -41,8 +42,8 @@ def more_time(
 
 def _curve(curve: Sequence[tuple[int, float]], steps: int) -> str:
     before = [value for step, value in curve if step <= 0.8 * steps]
-    if not before or not curve:
-        return f"Only {count(steps)} steps fitted in the time, too few for a curve: give more time."
+    if steps < BRIEF or not before:
+        return f"Only {count(steps)} steps fitted in the time: more time should help."
     rise = curve[-1][1] - before[-1]
     share = f"in the last {100 - round(100 * max(s for s, _ in curve if s <= 0.8 * steps) / steps)} % of the steps"
     if rise > RISE:

@@ -24,7 +24,7 @@ def render(template: str, path: Path, **values: object) -> Path:
         lstrip_blocks=True,
     )
     env.globals.update(count=fmt.count, duration=fmt.duration, number=fmt.number, percent=fmt.percent)
-    env.globals.update(sentence=fmt.sentence)
+    env.globals.update(sentence=fmt.sentence, row_id=id)
     env.globals.update(light=LIGHT, dark=DARK)
     page = env.get_template(template).render(**values)
     _make_folder(path)

@@ -20,6 +20,7 @@ from .frame import (
     LEFT,
     add_legend,
     arranged,
+    draw_band,
     draw_line,
     draw_reference,
     finish,
@@ -36,9 +37,17 @@ NAMED = 24  #: most places of `bars` whose names fit below them
 
 @dataclass(frozen=True)
 class Series:
+    """`spread`: half the height of a band around each y; empty: no band."""
+
     name: str
     x: Sequence[float]
     y: Sequence[float]
+    spread: Sequence[float] = ()
+
+    @property
+    def band(self) -> list[tuple[float, float]]:
+        """The lower and upper end of the band at each x."""
+        return [(y - s, y + s) for y, s in zip(self.y, self.spread)]
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,7 @@ def lines(
     def fits(v: float) -> bool:
         return math.isfinite(v) and (v > 0 or not log)
 
-    values = [v for s in series for v in s.y if fits(v)]
+    values = [v for s in series for v in (*s.y, *(e for low, high in s.band for e in (low, high))) if fits(v)]
     places = [float(x) for s in series for x in s.x]
     level = reference if reference is not None and fits(reference[1]) else None
     if not values or not places:
@@ -98,6 +107,7 @@ def lines(
         ax.set_xlim(*_across(x0, x1))
         handles: list[Any] = []
         for i, s in enumerate(series):
+            draw_band(ax, s.x, s.band, i)
             xs, ys = thin(s.x, s.y)
             ys = [y if fits(y) else math.nan for y in ys]
             handles.append(draw_line(ax, xs, ys, i))
@@ -144,7 +154,9 @@ def bars(
     with drawing():
         rows, columns = arranged(entries)
         below = [shortened(text, 16) for text in names] if len(names) == many <= NAMED else []
-        fig, ax = new_axes(rows, below=max(map(len, below), default=0) * CHARACTER)
+        long = max(map(len, below), default=0) * CHARACTER
+        turned = long > 240 / many
+        fig, ax = new_axes(rows, below=long if turned else 0.0)
         wide = 0.8 / len(groups)
         handles: list[Any] = []
         for g, (_, values) in enumerate(groups):
@@ -160,7 +172,7 @@ def bars(
             handles.append(draw_reference(ax, level[1]))
         set_ticks(ax, log=False, most=12)
         if below:
-            ax.set_xticks(range(many), below, rotation=90)
+            ax.set_xticks(range(many), below, rotation=90 if turned else 0)
         finish(fig, ax, x_label, y_label)
         add_legend(fig, handles, entries, columns)
     said = ", ".join(f"{text} {number(100 * v, 3)}" for text, v in zip(below, groups[0][1]))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from ..engine.run_folder import names_of_run
 from ..errors import DodistillError
 from ..evaluation.monitor import CURVES, UNITS, courses, read_metrics
 from ..evaluation.verdict import verdict
@@ -28,6 +29,14 @@ def _json(path: Path) -> Record:
         return read_object(path, "") if path.exists() else {}
     except DodistillError:
         return {}
+
+
+def _names(folder: Path) -> list[str]:
+    """The names of the classes of a run that is not finished; [] if they are not known, or damaged."""
+    try:
+        return list(names_of_run(folder))
+    except DodistillError:
+        return []
 
 
 def _png(path: Path) -> Markup | None:
@@ -66,12 +75,13 @@ def _dictionary(found: Record) -> Record | None:
 
 
 def _verdict(summary: Record, config: Record, metrics: Mapping[str, list[Record]], folder: Path) -> Record | None:
-    """The finding on a student far below its teacher: as recorded, else from the files of an older run."""
-    if isinstance(summary.get("verdict"), Mapping):
-        return dict(summary["verdict"])
+    """The finding on a student far below its teacher, from the files: the command fits what is left of the run."""
+    goes_on = any((folder / name).exists() for name in ("checkpoint.pt", "previous.pt"))
     try:
-        found = verdict(summary, config, metrics["eval"], metrics["log"], str(folder)) if summary and config else None
-    except (TypeError, AttributeError, KeyError, ValueError):  # a damaged summary: the page shows what is left
+        if not summary or not config:
+            return None
+        found = verdict(summary, config, metrics["eval"], metrics["log"], str(folder), goes_on)
+    except (TypeError, AttributeError, KeyError, ValueError, DodistillError):  # a damaged summary
         return None
     return found.to_dict() if found is not None else None
 
@@ -97,7 +107,7 @@ def write_report(run_folder: str | Path, pdf: bool = True) -> Path:
     pool_record: Record = metrics["pool"][-1] if metrics["pool"] else {}
     pool, drawn = shares(pool_record.get("class_shares")), shares(pool_record.get("drawn_shares"))
     intervention = str(config.get("intervention") or "none")
-    names = names_in(summary, len(pool.values) if pool else 0)
+    names = names_in(summary or {"classes": _names(folder)}, len(pool.values) if pool else 0)
     tone, sentences = advice(pool, drawn, intervention, names)
     groups = [(name, s.values) for name, s in (("pool", pool), ("as drawn", drawn)) if s is not None]
     even = ("even", 1 / len(pool.values)) if pool else None
@@ -108,7 +118,7 @@ def write_report(run_folder: str | Path, pdf: bool = True) -> Path:
     ratios = [r["kdci/F_over_S"] for r in metrics["log"] if isinstance(r.get("kdci/F_over_S"), int | float)]
     place = os.path.relpath(folder)
     place = folder.resolve().name if place.startswith("..") or place == "." else place
-    python, shell = usage(place.replace(os.sep, "/"), summary)
+    python, shell = usage(place.replace(os.sep, "/"), summary, part(config, "student", "spec"))
     by_class = per_class(summary, folder / "student.safetensors")
     figures = curves(metrics, summary, dictionary["n"] if dictionary else 0)
     page = render(

@@ -151,6 +151,8 @@ class Result:
                 ("accuracy", f"{s['student_accuracy']:.2f} %, last step; teacher {s['teacher_accuracy']:.2f} %")
             )
         rows.append(("learned from", f"{s['images']:,} images in {number(s['seconds'], 3)} s"))
+        if found := s.get("verdict"):
+            rows.append(("likely cause", f"{found['distance']} {found['cause']}: {found['evidence']}."))
         rows += [("warning", text) for text in s.get("warnings", [])]
         head = "text-align:left;vertical-align:top;white-space:nowrap"
         table = "".join(f"<tr><th style='{head}'>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in rows)

@@ -52,23 +52,21 @@ class Material:
     """The images that calibrate an int8 file, and those that files are checked on.
 
     Attributes:
-        x: uint8 [n, C, H, W], for calibration.
-        held: uint8 [m, C, H, W], others.
+        x: uint8 [n, C, H, W], for calibration; empty where there are no images for it.
+        held: uint8 [m, C, H, W], others, on which files are compared with the student.
         teacher: [m, K], the teacher's logits of `held`, where they are known.
-        name: of all these images, for messages.
-        real: False for pictures that are drawn only to compare files; they calibrate nothing.
+        name: of `held`, for messages.
     """
 
     x: Tensor
     held: Tensor
     teacher: Tensor | None
     name: str
-    real: bool = True
 
 
 def of_run(inputs: Inputs) -> Material:
     """The sample that a run kept."""
-    return Material(inputs.x, inputs.held, inputs.held_t, "inputs of the run")
+    return Material(inputs.x, inputs.held, inputs.held_t, "inputs that the run held back")
 
 
 def of_images(x: Tensor, name: str, teacher: nn.Module | None = None) -> Material:
@@ -83,7 +81,7 @@ def of_images(x: Tensor, name: str, teacher: nn.Module | None = None) -> Materia
 def of_pictures(shape: Shape) -> Material:
     """Pictures drawn by formulas, for a student without a run."""
     x = pictures.draw(dict.fromkeys(pictures.KINDS, 12), shape, torch.Generator().manual_seed(0), stretch=False)
-    return Material(x, x[:0], None, "drawn pictures (no images of a run are at hand)", real=False)
+    return Material(x[:0], x, None, "drawn pictures (no images of a run are at hand)")
 
 
 @dataclass(frozen=True)
@@ -100,16 +98,13 @@ class Shipped:
     """What was written, and how it compares.
 
     Attributes:
-        files: path -> parity with the student; None for weights.
-        agreement: path of an int8 file -> % agreement with the teacher of (the student, the file); of the student with
-            itself, where the teacher's answers are not known.
+        parity: path -> how the file compares with the student; without weights.
         notes: path -> a sentence on how it compares.
         rows: the table.
         text: all of it, for a person.
     """
 
-    files: dict[Path, Parity | None]
-    agreement: dict[Path, tuple[float, float]]
+    parity: dict[Path, Parity]
     notes: dict[Path, str]
     rows: list[Row]
     text: str
@@ -136,29 +131,22 @@ def ship(
     net = model if _device(model).type == "cpu" else copy.deepcopy(model).cpu()
     it = _Shipping(net, shape, material or of_pictures(shape))
     made = {path: it.made(path, kind) for path, kind in kinds.items() if kind != ".safetensors"}
-    files: dict[Path, Parity | None] = {}
-    agreed: dict[Path, tuple[float, float]] = {}
-    notes: dict[Path, str] = {}
-    for path, kind in kinds.items():
-        if path not in made:
-            files[path] = None
+    for path in kinds:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path in made:
+            write_atomically(path, made[path].data)
+        else:
             save_model(net, path, **saved)
-            notes[path] = f"the weights, for load_model({str(path)!r})"
-            continue
-        data, run, files[path] = made[path]
-        write_atomically(path, data)
-        if kind == ".int8.onnx" and (found := it.agreements(run)) is not None:
-            agreed[path] = found
-        notes[path] = it.said(made[path][2], agreed.get(path))
+    notes = {path: it.said(made.get(path), path) for path in kinds}
     size = weights.stat().st_size if weights else sum(t.nbytes for t in net.state_dict().values())
     timed: list[tuple[str, int, Run]] = [("the student in torch", size, it.student)]
     if it.onnx is not None and ".onnx" not in kinds.values():
         timed.append(("the student in float ONNX", len(it.onnx[0]), it.onnx[1]))
-    timed += [(str(path), len(data), run) for path, (data, run, _) in made.items()]
+    timed += [(str(path), len(one.data), one.run) for path, one in made.items()]
     with one_thread():
         rows = [Row(name, size / 1000, latency(run, shape)) for name, size, run in timed]
     lines = [f"{path}: {note}" for path, note in notes.items()]
-    return Shipped(files, agreed, notes, rows, "\n".join([*lines, "", *table(rows)]))
+    return Shipped({path: one.parity for path, one in made.items()}, notes, rows, "\n".join([*lines, "", *table(rows)]))
 
 
 def check(kinds: dict[Path, str], material: Material | None) -> None:
@@ -167,7 +155,7 @@ def check(kinds: dict[Path, str], material: Material | None) -> None:
         require_onnx()
     for path, kind in kinds.items():
         check_writable(path)
-        if kind == ".int8.onnx" and (material is None or not material.real or not len(material.x)):
+        if kind == ".int8.onnx" and (material is None or not len(material.x)):
             raise DodistillError(
                 f"{path} needs images that calibrate the ranges of its integers, and there are none: give a run folder "
                 "that kept some, or unlabelled images (--calibrate DATA; in Python calibrate=IMAGES)."
@@ -179,12 +167,21 @@ def _device(model: nn.Module) -> torch.device:
     return torch.device("cpu") if first is None else first.device
 
 
+@dataclass(frozen=True)
+class _Made:
+    """A file that is not written yet."""
+
+    data: bytes
+    run: Run
+    logits: Tensor  #: of the images that it is checked on
+    parity: Parity
+
+
 class _Shipping:
-    """One call of `ship`: the student's answers, and what was made."""
+    """One call of `ship`: the student's answers, and what is made of it."""
 
     def __init__(self, model: nn.Module, shape: Shape, material: Material) -> None:
         self.model, self.shape, self.material = model, shape, material
-        self.images = torch.cat([material.x, material.held])
         self.logits = self.answers(self.student)
         self.onnx: tuple[bytes, Run] | None = None
 
@@ -196,59 +193,42 @@ class _Shipping:
 
     def answers(self, run: Run) -> Tensor:
         with one_thread():
-            return answers(run, self.images)
+            return answers(run, self.material.held)
 
-    def floating(self, path: Path) -> tuple[bytes, Run]:
-        """The checked ONNX file in floating point, made once; `path` names it in messages."""
+    def made(self, path: Path, kind: str) -> _Made:
+        """Raises DodistillError for an exact format that does not answer as the student does."""
+        if kind == ".pt2":
+            data = program_bytes(self.model, self.shape)
+            return self.compared(path, data, program_runner(data), exact=True)
         if self.onnx is None:
             data = onnx_bytes(self.model, self.shape)
             self.onnx = data, onnx_runner(data)
-            self.exact(path, self.onnx[1])
-        return self.onnx
-
-    def made(self, path: Path, kind: str) -> tuple[bytes, Run, Parity]:
-        """The content of a file, its network, and how it compares."""
-        if kind == ".int8.onnx":
-            data = int8_bytes(self.floating(path)[0], self.material.x, facts(self.model, self.shape))
-            run = onnx_runner(data)
-            return data, run, parity(self.logits, self.answers(run))
+        found = self.compared(path, *self.onnx, exact=True)
         if kind == ".onnx":
-            data, run = self.floating(path)
-        else:
-            data = program_bytes(self.model, self.shape)
-            run = program_runner(data)
-        return data, run, self.exact(path, run)
+            return found
+        data = int8_bytes(found.data, self.material.x, facts(self.model, self.shape))
+        return self.compared(path, data, onnx_runner(data), exact=False)
 
-    def exact(self, path: Path, run: Run) -> Parity:
-        """Raises DodistillError for a difference beyond rounding."""
-        found = parity(self.logits, self.answers(run))
-        if not found.exact:
+    def compared(self, path: Path, data: bytes, run: Run, exact: bool) -> _Made:
+        logits = self.answers(run)
+        found = parity(self.logits, logits)
+        if exact and not found.exact:
             raise DodistillError(
                 f"{path} would not answer as the student does: {found} of {found.images} {self.material.name}; at most "
                 f"{TOLERANCE:g} of the largest logit is rounding. Nothing was written. The usual cause is a network "
                 "that behaves differently when it is exported; FILE.safetensors keeps it as it is."
             )
-        return found
+        return _Made(data, run, logits, found)
 
-    def agreements(self, run: Run) -> tuple[float, float] | None:
-        """% agreement with the teacher of the student and of the file, on the images that calibrated nothing."""
-        held = self.logits[len(self.material.x) :]
-        if not len(held):
-            return None
-        with one_thread():
-            other = answers(run, self.material.held)
-        truth = held if self.material.teacher is None else self.material.teacher
-        return agreement(held, truth), agreement(other, truth)
-
-    def said(self, found: Parity, agreed: tuple[float, float] | None) -> str:
+    def said(self, made: _Made | None, path: Path) -> str:
         """How a file compares, in a sentence."""
-        text = f"{found} of {found.images} {self.material.name}"
-        if agreed is None:
+        if made is None:
+            return f"the weights, for load_model({str(path)!r})"
+        text = f"{made.parity} of {made.parity.images} {self.material.name}"
+        if ending(path) != ".int8.onnx" or self.material.teacher is None:
             return text
-        images = f"on the {len(self.material.held)} that did not calibrate it"
-        if self.material.teacher is None:
-            return f"{text}; agreement with the float student {agreed[1]:.2f} % {images}"
-        return f"{text}; agreement with the teacher {agreed[0]:.2f} % before, {agreed[1]:.2f} % after, {images}"
+        before, after = (agreement(logits, self.material.teacher) for logits in (self.logits, made.logits))
+        return f"{text}; agreement with the teacher {before:.2f} % before, {after:.2f} % after"
 
 
 def table(rows: Sequence[Row]) -> list[str]:

@@ -20,11 +20,7 @@ MEASURES: tuple[tuple[str, str], ...] = (
     ("share_ratio", "class max:min"),
     ("seconds", "time"),
 )
-FOOTNOTE = (
-    "* chosen on the test set, as in the literature, and biased upwards. Mean ± standard deviation over the seeds. "
-    "Agreement: with the teacher, on held-back substitution data. "
-    "Class max:min: the ratio of the most frequent class of the substitution data to the least frequent."
-)
+CHANGED = "†"  #: the mark of a row with cells of older code
 
 
 @dataclass(frozen=True)
@@ -35,10 +31,18 @@ class Setting:
     seeds: int
     unfinished: int
     values: dict[str, list[float]]
+    runs: Sequence[Run] = ()  #: all of its cells
+
+    @property
+    def changed(self) -> bool:
+        """Whether some of its cells were run with older code."""
+        return any(run.get("changed") for run in self.runs)
 
     @property
     def n(self) -> str:
-        return f"{self.seeds} of {self.seeds + self.unfinished}" if self.unfinished else str(self.seeds)
+        """Its finished seeds, with a mark for older code."""
+        n = f"{self.seeds} of {self.seeds + self.unfinished}" if self.unfinished else str(self.seeds)
+        return f"{n} {CHANGED}" if self.changed else n
 
     def text(self, key: str) -> str:
         values = self.values.get(key, [])
@@ -67,15 +71,52 @@ class Grouped:
     rows: list[Setting]
 
 
-def _number(value: object) -> float | None:
+def footnote(found: Grouped) -> str:
+    """What the columns and marks of the table mean; nothing about columns that it does not have."""
+    shown = {key for key, _ in found.measures}
+    says = []
+    if "best" in shown:
+        says.append("* chosen on the test set, as in the literature, and biased upwards.")
+    if any(row.seeds > 1 for row in found.rows):
+        says.append("Mean ± standard deviation over the seeds.")
+    if "agreement" in shown:
+        says.append("Agreement: with the teacher, on held-back substitution data.")
+    if "share_ratio" in shown:
+        says.append(
+            "Class max:min: the ratio of the most frequent class of the substitution data to the least frequent."
+        )
+    return " ".join([*says, *_about_code(found)])
+
+
+def _about_code(found: Grouped) -> list[str]:
+    """Sentences on cells that were run with older or unknown code."""
+    runs = [run for row in found.rows for run in row.runs if _done(run)]
+    old = [run["changed"] for run in runs if run.get("changed")]
+    unknown = sum("changed" in run and run["changed"] is None for run in runs)
+    says = []
+    if old:
+        names = ", ".join(sorted({name for each in old for name in each}))
+        cells = "1 cell was" if len(old) == 1 else f"{len(old)} cells were"
+        says.append(f"{CHANGED} {cells} run with older code of {names}; --rerun changed runs them again.")
+    if unknown:
+        cells = "1 cell" if unknown == 1 else f"{unknown} cells"
+        says.append(f"Code unknown: {cells}, recorded before records had a hash of the code.")
+    return says
+
+
+def _done(cell: Run) -> bool:
+    return any(as_number(cell.get(k)) is not None for k in ("last", "agreement"))
+
+
+def as_number(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
         return None
     return float(value)
 
 
-def _logged(cell: Run, name: str) -> float | None:
+def logged(cell: Run, name: str) -> float | None:
     """A value that the run logged at its last step."""
-    return _number(((cell.get("summary") or {}).get("log") or {}).get(name))
+    return as_number(((cell.get("summary") or {}).get("log") or {}).get(name))
 
 
 def group(cells: Sequence[Run], show: Sequence[str] = ()) -> Grouped:
@@ -93,19 +134,18 @@ def group(cells: Sequence[Run], show: Sequence[str] = ()) -> Grouped:
         buckets.setdefault(key, []).append(cell)
     rows: list[Setting] = []
     for key, members in buckets.items():
-        done = [c for c in members if any(_number(c.get(k)) is not None for k in ("last", "agreement"))]
+        done = [c for c in members if _done(c)]
         values = {}
         for measure, _ in MEASURES:
             source = members if measure == "published" else done
-            found = [_number(c.get(measure)) for c in source]
+            found = [as_number(c.get(measure)) for c in source]
             values[measure] = [v for v in found if v is not None]
         for name in show:
-            values[name] = [v for c in done if (v := _logged(c, name)) is not None]
-        rows.append(Setting(dict(zip(names, key)), len(done), len(members) - len(done), values))
+            values[name] = [v for c in done if (v := logged(c, name)) is not None]
+        rows.append(Setting(dict(zip(names, key)), len(done), len(members) - len(done), values, members))
     shared = {k: rows[0].label[k] for k in names if len({r.label[k] for r in rows}) == 1} if len(rows) > 1 else {}
     columns = [k for k in names if k not in shared]
-    always = ("last", "best", "agreement")
-    measures = [(k, title) for k, title in MEASURES if k in always or any(r.values[k] for r in rows)]
+    measures = [(k, title) for k, title in MEASURES if any(r.values[k] for r in rows)] or [*MEASURES[:1]]
     measures += [(name, name) for name in show]
     return Grouped(shared, columns, measures, rows)
 
@@ -114,7 +154,7 @@ def _plain(text: str) -> str:
     return text.replace("\n", " ").replace("|", "\\|")
 
 
-def _aligned(lines: Sequence[Sequence[str]], text_columns: int) -> list[str]:
+def aligned(lines: Sequence[Sequence[str]], text_columns: int) -> list[str]:
     """A Markdown table, head first, also readable in a terminal: text to the left, numbers to the right."""
     lines = [[_plain(text) for text in line] for line in lines]
     wide = [max(3, *(len(line[j]) for line in lines)) for j in range(len(lines[0]))]
@@ -138,47 +178,5 @@ def markdown_table(cells: Sequence[Run], show: Sequence[str] = ()) -> str:
         body.append([*(row.label[k] for k in found.columns), *(row.text(k) for k, _ in found.measures), row.n])
     shared = ", ".join(f"{_plain(k)} {_plain(v)}" for k, v in found.shared.items())
     notes = ["", f"In all rows: {shared}.", ""] if shared else [""]
-    table = _aligned([head, *body], len(found.columns))
-    return "\n".join([*table, *notes, FOOTNOTE.replace("*", "\\*", 1)])
-
-
-def paired_table(cells: Sequence[Run], base: Mapping[str, str], show: Sequence[str] = ()) -> str:
-    """ "last epoch" of every arm minus that of the arm `base` (axis -> label) with the same other labels and seed.
-
-    `show` adds the same for values logged at the last step. Pairing removes the variation that runs of one seed share
-    (initial weights, the selection, the draw). Raises ValueError if no cell has those labels.
-    """
-    for axis, wanted in base.items():
-        if not any(str(cell["label"].get(axis)) == wanted for cell in cells):
-            known = sorted({str(cell["label"].get(axis)) for cell in cells})
-            raise ValueError(f"no cell has {axis}={wanted}; the values are {', '.join(known)}")
-    read = {"last": lambda c: _number(c.get("last"))} | {n: (lambda c, n=n: _logged(c, n)) for n in show}
-    score = {k: {tuple(sorted(c["label"].items())): f(c) for c in cells} for k, f in read.items()}
-    names = [k for k in group(cells).columns if k not in base] + list(base)
-    rows: dict[tuple[str, ...], dict[str, list[tuple[str, float]]]] = {}
-    for cell in cells:
-        label = cell["label"]
-        if all(str(label.get(axis)) == wanted for axis, wanted in base.items()):
-            continue
-        for k in read:
-            mine = score[k].get(tuple(sorted(label.items())))
-            its = score[k].get(tuple(sorted({**label, **base}.items())))
-            if mine is not None and its is not None:
-                found = rows.setdefault(tuple(str(label[a]) for a in names), {})
-                found.setdefault(k, []).append((str(label.get("seed", "")), mine - its))
-    body = []
-    for key, found in rows.items():
-        last = found.get("last", [])
-        by_seed = ", ".join(f"{d:+.2f}" for _, d in sorted(last)) or "–"
-        changes = [_change([d for _, d in found.get(k, [])]) for k in read]
-        body.append([*key, changes[0], by_seed, *changes[1:], str(len(last))])
-    minus = f"minus {', '.join(base.values())}"
-    head = [*names, f"last epoch, {minus}", "by seed", *(f"{n}, {minus}" for n in show), "n"]
-    return "\n".join(_aligned([head, *body], len(names))) if body else "No pair is complete yet."
-
-
-def _change(differences: Sequence[float]) -> str:
-    if not differences:
-        return "–"
-    spread = f" ± {statistics.stdev(differences):.2f}" if len(differences) > 1 else ""
-    return f"{statistics.fmean(differences):+.2f}{spread}"
+    table = aligned([head, *body], len(found.columns))
+    return "\n".join([*table, *notes, footnote(found).replace("*", "\\*", 1)]).rstrip()

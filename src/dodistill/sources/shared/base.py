@@ -21,7 +21,7 @@ class SourceConfig(Named, ABC):
     Class attributes:
         name: its file's name, which is the default.
         kind: determines the paper's dictionary size (KDCI Sec. 4.3: 8 generator, 32 inversion, 128 sampler).
-        needs: requirements on the teacher or the user: `batchnorm`, `unlabeled`.
+        needs: requirements on the teacher (`batchnorm`, `attention`) or the user (`unlabeled`).
         reads_labels: whether it returns true labels, where the user's images have them.
         generates: whether one generator is trained through the whole run, so that `Source.makes_with` returns it.
         presets: named partial configs over all axes, e.g. {"desk": {"source": {"K": 5}, "optim": {"lr": 0.1}}}.

@@ -1,0 +1,153 @@
+"""What a run delivers: its summary, and the files in its folder."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import __version__
+from ..config import methods
+from ..config.tree import Model
+from ..core.runtime import peak_memory_mb
+from ..engine import Distiller
+from ..engine.inputs import Inputs, read_inputs, sample, write_inputs
+from ..engine.run_folder import NoFolder, RunFolder, write_atomically
+from ..interventions.shared.base import Compensated
+from ..models import Normalized, save_model
+from .card import model_card
+from .images import save_grid
+from .loading import described
+from .more_time import more_time
+from .report import write_report
+from .result import History, Result, read_history
+
+
+def parameters(model: nn.Module) -> int:
+    """The number of parameters of a model, trainable and frozen."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def result_of(
+    it: Distiller, student: nn.Module, summary: dict[str, Any], folder: RunFolder | NoFolder, recorded: History
+) -> Result:
+    pool = it.acquirer.pool
+    some = torch.randperm(len(pool), generator=torch.Generator().manual_seed(0))[:64].to(pool.device)
+    history = recorded if folder.path is None else read_history(folder.path)
+    kept = _kept(it) if len(pool) else None if folder.path is None else read_inputs(folder.path)
+    return Result(student, summary, folder.path, history, pool.x[some].cpu(), it.context.image_shape, kept)
+
+
+def _kept(it: Distiller) -> Inputs:
+    pool, held = it.acquirer.pool, it.acquirer.holdout
+    return sample(pool.x, pool.logits, held.x, held.logits)
+
+
+def time_used(it: Distiller, history: History) -> dict[str, Any]:
+    """The time limit of a run, the time that it used, and what more time would change."""
+    c = it.config
+    longer = None
+    if it.job.choice is not None:
+        shape, given = it.context.image_shape, it.job.unlabeled is not None
+        rate = it.job.choice.rate
+        longer = methods.longer(it.context.teacher.has_batchnorm, given, it.plan.seconds, shape, rate)
+    more = more_time(history.curve("agreement"), it.step, c.source, c.loop.batch, it.acquirer.pool.seen, longer)
+    return {"limit": it.plan.seconds, "used": round(it.plan.used(), 1), "more": more}
+
+
+def model_name(part: Model, model: nn.Module) -> str:
+    """The name of a model: its spec if known (a saved file contains it), else its class."""
+    while True:
+        known = getattr(model, "spec", None) or {}
+        if known.get("spec"):
+            return str(known["spec"])
+        inner = getattr(model, "model", None)
+        if not isinstance(inner, nn.Module):
+            return part.spec or type(model).__name__
+        model = inner
+
+
+def summary_of(it: Distiller, which: str, notes: list[str]) -> dict[str, Any]:
+    job, config, acquirer = it.job, it.config, it.acquirer
+    device, score, shares = it.context.device, it.scorer.last, acquirer.pool.class_shares()
+    summary: dict[str, Any] = {
+        "agreement": score["agreement_ema" if which == "ema" else "agreement"],
+        "agreement_last": score["agreement"],
+        "delivered": which,
+        "view": str(it.context.view),
+        "views": acquirer.views.reason,
+        "precision": it.context.autocast.reason,
+        "compiled": it.compiled.reason,
+        "teacher_name": model_name(config.teacher, job.teacher),
+        "student_name": model_name(config.student, it.matcher.student),
+        "student_parameters": parameters(it.matcher.student),
+        "teacher_parameters": parameters(job.teacher),
+        "teacher_batchnorm": it.context.teacher.has_batchnorm,
+        "image_shape": list(it.context.image_shape),
+        **({"classes": list(job.classes)} if job.classes else {}),
+        "steps": it.step,
+        "images": acquirer.pool.seen,
+        "class_shares": [round(v, 5) for v in shares.tolist()],
+        "drawn_shares": [round(v, 5) for v in acquirer.sampler.shares(acquirer.pool).tolist()],
+        "seconds": round(it.clock.seconds, 2),
+        "acquire_seconds": round(acquirer.seconds, 2),
+        "match_seconds": round(it.clock.seconds - acquirer.seconds, 2),
+        "peak_memory_mb": peak_memory_mb(device),
+        **({} if config.replay.name == "none" else {"replay_memory_mb": round(acquirer.replay.memory / 2**20, 3)}),
+        "log": {k: float(f"{v:.6g}") for k, v in it.meter.last.items()},
+        "command": job.command,
+        "key": config.key(),
+        "made_of": it.made_of,
+        "versions": {"dodistill": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "machine": _machine(device),
+        "warnings": notes,
+        "finished": True,
+    }
+    summary |= it.scorer.explained(which)
+    if it.scorer.test is not None:
+        summary["student_accuracy"] = score["test"]
+        summary["delivered_accuracy"] = score["test_ema" if which == "ema" else "test"]
+        summary["best_on_test"] = it.scorer.best_on_test
+    if config.loop.restarts:
+        summary["restarts"] = list(config.loop.restarts)
+    if job.choice is not None:
+        summary["choice"] = str(job.choice)
+    return summary
+
+
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({platform.machine()}), {torch.get_num_threads()} thread(s)"
+
+
+def save_student(best: nn.Module, path: Path, summary: Mapping[str, Any]) -> None:
+    bare = best.student if isinstance(best, Compensated) else best
+    known: dict[str, Any] = {"classes": summary["classes"]} if "classes" in summary else {}
+    if not (isinstance(bare, Normalized) and bare.spec.get("spec")) and "image_shape" in summary:
+        channels, height, width = summary["image_shape"]  # for whoever builds the network again
+        known |= {"class": described(bare)["class"], "num_classes": len(summary["class_shares"])}
+        known |= {"in_channels": channels, "image_size": height if height == width else [height, width]}
+        if not isinstance(bare, Normalized):
+            known |= {"mean": [0.0], "std": [1.0]}
+    save_model(bare, path, agreement=summary["agreement"], key=summary["key"], **known)
+
+
+def deliver(it: Distiller, best: nn.Module, folder: RunFolder, summary: dict[str, Any], report: bool) -> None:
+    path, config = folder.path, it.config.to_tree()
+    pool, dictionary = it.acquirer.pool, it.acquirer.dictionary
+    save_student(best, path / "student.safetensors", summary)
+    n = min(64, len(pool))
+    index = torch.randperm(len(pool), generator=torch.Generator().manual_seed(0))[:n]
+    save_grid(pool.x[index.to(pool.device)].cpu(), path / "samples.png")
+    write_inputs(path, _kept(it))
+    if dictionary is not None:
+        folder.write_json("dictionary.json", {"P": dictionary.P.tolist(), "Z": dictionary.Z.tolist()})
+    write_atomically(path / "README.md", model_card(config, summary).encode())
+    folder.write_json("summary.json", summary)
+    if report:
+        write_report(path, pdf=False)
