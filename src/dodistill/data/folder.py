@@ -17,9 +17,11 @@ import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from ..errors import DodistillError
@@ -63,15 +65,15 @@ def load_folder(
     folder, files = found.folder, found.files
     x = np.empty((len(files), c, h, w), np.uint8)
 
-    def decode(index: int) -> bool:
-        pixels = _decode(files[index], c, h, w, part)
+    def fill(index: int) -> bool:
+        pixels = decode(files[index], c, h, w, part)
         if pixels is not None:
             x[index] = pixels.transpose(2, 0, 1)
         return pixels is not None
 
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
         warnings.simplefilter("ignore")  # Pillow's warnings; the count below replaces them
-        good = np.fromiter(pool.map(decode, range(len(files))), bool, len(files))
+        good = np.fromiter(pool.map(fill, range(len(files))), bool, len(files))
     bad = [p for p, ok in zip(files, good) if not ok]
     if not good.any():
         raise DodistillError(
@@ -93,10 +95,10 @@ def load_folder(
     return torch.from_numpy(x[good] if bad else x), y, len(bad), note, classes
 
 
-def _decode(path: Path, c: int, h: int, w: int, share: float) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]] | None:
+def decode(file: Path | IO[bytes], c: int, h: int, w: int, share: float) -> NDArray[np.uint8] | None:
     """One image [h, w, c]. None for a file that Pillow cannot read completely as one of `FORMATS`."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(file, formats=FORMATS) as image:
             image.load()
             whole = _eight_bits(image).convert("RGB" if c == 3 else "L")
             if share == 1:

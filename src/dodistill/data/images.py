@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import DodistillError, nearest
+from ..files import read_object
 from .classes import KNOWN
 from .folder import load_folder
 from .planted import contexts, palette, plant
@@ -72,7 +73,7 @@ def load_images(
     """Load images by `spec`.
 
     * `.npz` with `x_train, y_train, x_test, y_test` (uint8, [n, H, W, C] or [n, H, W]; the y are optional);
-    * `.npy`, uint8, the same shapes, no labels;
+    * `.npy`, uint8, the same shapes; labels where `dodistill pack` has written them beside it;
     * a folder, searched recursively: images are decoded, resized to `image_shape` (see `crop`) and, with `labels`,
       labelled by class subfolders, if there are any; a `train` or `test` (or `val`) subfolder is the split, if there is
       one; Tiny-ImageNet as published is read by its own lists (see `layouts`);
@@ -116,7 +117,7 @@ def load_images(
             if path.suffix or len(path.parts) > 1:
                 raise DodistillError(f"no images at {spec}; give an existing .npz or .npy file, or a folder.")
             raise DodistillError(nearest(name, [*_NAMED, *_SAMPLES], "data set") + " Or give a file or folder.")
-        images = _npz(path, split) if path.suffix == ".npz" else Images(_channels_first(_read(path)[""], str(path)))
+        images = _npz(path, split) if path.suffix == ".npz" else _npy(path)
     if image_shape is not None and images.image_shape != tuple(image_shape):
         raise DodistillError(
             f"{spec} holds images of shape {images.image_shape} (channels, height, width), but the model takes "
@@ -284,6 +285,20 @@ def _npz(path: Path, split: str) -> Images:
             f"{path}: y_{split} has shape {y.shape} and type {y.dtype}; it must be {len(x)} class numbers from 0."
         )
     return Images(pixels, torch.from_numpy(y.astype(np.int64)))
+
+
+def _npy(path: Path) -> Images:
+    """The array of a .npy file, with the labels and class names that `pack` has written beside it."""
+    x, beside = _channels_first(_read(path)[""], str(path)), path.with_suffix(".labels.npy")
+    if not beside.is_file():
+        return Images(x)
+    y = _read(beside)[""]
+    if y.shape != (len(x),) or y.dtype.kind not in "iu" or y.min() < 0:
+        raise DodistillError(
+            f"{beside} has shape {y.shape} and type {y.dtype}; it must be {len(x)} class numbers from 0."
+        )
+    names = read_object(path.with_suffix(".json"), "pack the images again").get("classes") or []
+    return Images(x, torch.from_numpy(y.astype(np.int64)), classes=tuple(map(str, names)))
 
 
 _RECIPE = "make one with numpy.savez(FILE, x_train=..., y_train=..., x_test=..., y_test=...), uint8 [n, H, W, C]."
