@@ -176,7 +176,8 @@ def _of_hub(name: str) -> str:
     home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
     cached = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
     try:
-        commit = (cached / f"models--{repo.replace('/', '--')}" / "refs" / (revision or "main")).read_text(encoding="utf-8").strip()
+        refs = cached / f"models--{repo.replace('/', '--')}" / "refs"
+        commit = (refs / (revision or "main")).read_text(encoding="utf-8").strip()
     except (OSError, ValueError):  # not fetched yet, or the revision is a commit
         return f"hf:{name}"
     return f"hf:{repo}@{commit}"
