@@ -23,7 +23,7 @@ class Arguments:
       dodistill pack hf:OWNER/NAME name.npy --image-shape 3,64,64
     """
 
-    source: Annotated[str, "SRC"]  #: a folder, WebDataset .tar files (also at a URL), or hf:OWNER/NAME
+    images: Annotated[str, "SRC"]  #: a folder, WebDataset .tar files (also at a URL), or hf:OWNER/NAME
     out: Annotated[str, "OUT.npy"]  #: the file to write
     image_shape: Annotated[str, "C,H,W"] = ""  #: channels, height and width of the rows
     split: Literal["train", "test"] = "train"  #: of a folder with subfolders of these names, or of a data set
@@ -37,9 +37,9 @@ def run(arguments: Arguments) -> int:
         raise DodistillError("images are resized to one shape; give --image-shape C,H,W, as in 3,224,224.")
     shape = flags.shape(arguments.image_shape)
     assert shape is not None
-    with Progress(0, f"packing {arguments.source}") as progress:
+    with Progress(0, f"packing {arguments.images}") as progress:
         done = pack(
-            arguments.source, arguments.out, shape, arguments.split, not arguments.no_labels, arguments.crop,
+            arguments.images, arguments.out, shape, arguments.split, not arguments.no_labels, arguments.crop,
             arguments.workers, lambda n, total: progress.inner("images", n, total),
         )  # fmt: skip
     size = Path(done.path).stat().st_size / 1e9
