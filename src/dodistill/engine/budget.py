@@ -33,6 +33,7 @@ from .job import Job
 from .plan import Plan
 
 ACQUIRE = 0.4  #: largest share of the time for acquisitions, where they must be cut
+ONCE = 0.2  #: the same where there is one acquisition: a short run has no use for many images
 WARM = 0.15  #: largest share of it for the warm-up of a source
 ROUNDS = 8  #: acquisitions that a run has at least, where its source has several
 LOOK = 0.05  #: largest share for evaluations during the run
@@ -208,7 +209,7 @@ def fitted(
     s, a, loop, said = max(speed.step, 1e-9), speed.acquisition, config.loop, []
     every, warmup = source.every, source.warmup
     if _steps(left, s, a, warmup, every) < loop.steps:  # the schedule does not fit
-        most = ACQUIRE * left / (ROUNDS if every else 1)
+        most = ACQUIRE * left / ROUNDS if every else ONCE * left
         if a > most:
             was, (source, share) = source, scaled(source, most / a)
             a *= share
