@@ -144,8 +144,10 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def untimed(state: dict[str, Any]) -> dict[str, Any]:
-    """A run's state without the seconds that it took."""
+    """A run's state without the seconds that it took, and those in the reason for its precision."""
     kept = {k: v for k, v in state.items() if k not in TIMING}
+    if "precision" in kept:
+        kept["precision"] = kept["precision"]["chosen"]
     if "acquirer" in kept:
         kept["acquirer"] = {k: v for k, v in kept["acquirer"].items() if k not in TIMING}
     return kept

@@ -240,13 +240,15 @@ def test_there_is_always_a_student_a_report_and_a_sentence(
 
 def test_max_seconds_stops_inside_an_acquisition(teacher: nn.Module, tmp_path: Path) -> None:
     """Labelling takes 40 passes of 0.1 s; the deadline comes after about 0.5 s, and nothing is lost but the passes."""
-    cfg = config("procedural", source={**tree("procedural")["source"], "chunk": 4}, loop={"eval_every": 100})
+    cfg = config(
+        "procedural", source={**tree("procedural")["source"], "chunk": 4}, loop={"eval_every": 100, "precision": "fp32"}
+    )
     slow = job(Slow(teacher, 0.1), cfg)
     start = time.monotonic()
     folder = RunFolder(tmp_path / "run", cfg)
     assert not slow.run(folder, (), Deadline(start + 0.5))
     folder.close()
-    assert time.monotonic() - start < 1.5
+    assert time.monotonic() - start < 3, "all passes take four seconds and more"
     assert slow.stopped.startswith("in labelling images, ")
     assert slow.stopped.endswith("of acquisition 1")
     assert not list((tmp_path / "run").glob("*.pt"))
