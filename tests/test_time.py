@@ -181,6 +181,11 @@ def test_every_source_fits(name: str, left: float, acquisition: float) -> None:
     assert now.loop.eval_every <= now.loop.steps
 
 
+def test_every_source_says_what_its_acquisition_costs() -> None:
+    """But for `real`, which labels the given images whatever its settings."""
+    assert [name for name in registry.names("source") if not registry.config("source", name).costs] == ["real"]
+
+
 def test_scaled_settings_cost_what_they_say() -> None:
     inversion = config("deepinv", source={"name": "deepinv", "iterations": 1000, "batch": 256}).source
     quarter, share = scaled(inversion, 0.25)

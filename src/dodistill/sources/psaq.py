@@ -89,6 +89,7 @@ class Config(SourceConfig):
 
     name: ClassVar[str] = "psaq"
     kind: ClassVar[Kind] = "inversion"
+    costs: ClassVar[tuple[dict[str, float], ...]] = ({"iterations": 10, "lr_warmup": 0}, {"batch": 16})
     needs: ClassVar[frozenset[str]] = frozenset({"attention"})
     trains: ClassVar[str] = "pixels"
     presets: ClassVar[dict[str, dict[str, Any]]] = {
