@@ -18,6 +18,7 @@ from dodistill import engine
 from dodistill.config import registry
 from dodistill.config.tree import Distill, Tree, merge, resolve
 from dodistill.core.context import Context
+from dodistill.data.rows import Pixels, rows_of
 from dodistill.engine import Distiller, Job
 from dodistill.functional.augment import View
 from dodistill.models import load_model
@@ -85,11 +86,12 @@ def context(teacher: nn.Module, seed: int = 0, unlabeled: Tensor | None = None, 
     wrapped = teacher if isinstance(teacher, Teacher) else Teacher(teacher, SHAPE)
     chosen = resolve({"augment": {"pad": pad, "flip": False}}).augment
     view = View("shift", "zeros" if pad else "none", pad, flip=False)
-    return Context(wrapped, torch.device("cpu"), seed=seed, augment=chosen, view=view, unlabeled=unlabeled)
+    given = None if unlabeled is None else rows_of(unlabeled)
+    return Context(wrapped, torch.device("cpu"), seed=seed, augment=chosen, view=view, unlabeled=given)
 
 
 def job(
-    teacher: nn.Module, cfg: Distill, unlabeled: Tensor | None = None, test: engine.Test | None = None, seed: int = 1
+    teacher: nn.Module, cfg: Distill, unlabeled: Pixels | None = None, test: engine.Test | None = None, seed: int = 1
 ) -> Distiller:
     return Distiller(Job(cfg, teacher, student(seed), SHAPE, unlabeled, test=test))
 

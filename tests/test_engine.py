@@ -19,6 +19,7 @@ from dodistill.config import registry
 from dodistill.core.watch import Watcher
 from dodistill.criteria.adaptation import Adaptation
 from dodistill.data.images import Images
+from dodistill.data.rows import Pixels
 from dodistill.engine import Distiller, Job
 from dodistill.errors import DodistillError
 from dodistill.evaluation.evaluate import agreement, predict
@@ -132,8 +133,8 @@ def test_the_schedule_of_acquisitions(
     assert it.acquirer.round == len(expected)
 
 
-def rows(x: Tensor) -> set[bytes]:
-    return {bytes(r) for r in x.flatten(1).cpu().numpy()}
+def rows(x: Pixels) -> set[bytes]:
+    return {bytes(r) for r in x[:].flatten(1).cpu().numpy()}
 
 
 @pytest.mark.parametrize("source", ["fast", "deepinv", "dfnd"])

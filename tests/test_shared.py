@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from dodistill.core.context import Context
+from dodistill.data.rows import TensorRows
 from dodistill.errors import DodistillError, at_least, positive
 from dodistill.functional.modes import evaluating
 from dodistill.functional.terms import detached, total
@@ -44,10 +45,10 @@ def test_best_keeps_the_iterate_of_lowest_loss(losses: list[float], kept: int) -
 
 def test_wild_images_are_those_that_were_chosen() -> None:
     x = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1)
-    wild = WildImages(cast(Context, SimpleNamespace(unlabeled=x, device=torch.device("cpu"))))
-    assert torch.equal(wild.images, x)
+    wild = WildImages(cast(Context, SimpleNamespace(unlabeled=TensorRows(x), device=torch.device("cpu"))))
+    assert torch.equal(wild.rows[:], x)
     wild.choose(torch.tensor([4, 1]))
-    assert wild.images.flatten().tolist() == [4, 1]
+    assert wild.rows[:].flatten().tolist() == [4, 1]
     drawn = wild.draw(200, torch.Generator().manual_seed(0))
     assert set(drawn.flatten().tolist()) == {1, 4}
 

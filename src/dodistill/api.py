@@ -26,6 +26,7 @@ from .data.accept import accept, as_labels
 from .data.classes import Given
 from .data.images import Images, contexts_of, load_images, refuse_one_class, require_fit
 from .data.labels import fitted
+from .data.packed import Packed, open_images
 from .engine import Distiller, Job, Test, budget
 from .engine.job import require_same
 from .engine.longer import longer
@@ -58,7 +59,7 @@ def _test(test: Any, teacher: Teacher, names: Sequence[str], what: str = "the te
     if test is None or isinstance(test, Test):
         return test
     found = labelled(test, teacher.image_shape)
-    refuse_one_class(test if isinstance(test, Images) else found, what)
+    refuse_one_class(test if isinstance(test, Images | Packed) else found, what)
     found = fitted(found, names, teacher.num_classes, what)
     assert found.y is not None
     return Test(found.x, found.y, found.note)
@@ -102,7 +103,7 @@ def distill(
     intervention: str | InterventionSettings | tuple[str | InterventionSettings, ...] | None = None,
     *,
     image_shape: Shape | None = None,
-    unlabeled: Tensor | None = None,
+    unlabeled: Any = None,
     labels: Tensor | None = None,
     test: Any = None,
     foreign: nn.Module | None = None,
@@ -132,7 +133,7 @@ def distill(
         image_shape: (C, H, W); needed unless the teacher came from `load_model`.
         unlabeled: images for a sampler, or the data set itself for source `data`: a tensor or array [n, C, H, W] or
             [n, H, W, C], uint8 or floats in [0, 1]; a torch Dataset or DataLoader; what `load_images` returns; a path
-            or the name of a data set.
+            or the name of a data set; `data.rows.FileRows` of a packed file.
         labels: [n] their true classes, for source `data`; without labels, the teacher's predictions replace them. Those
             that come with `unlabeled` are used if the source reads labels.
         test: labelled images in the same forms, or (images, labels); only reported on, never used to choose.
@@ -263,14 +264,14 @@ def distill_config(config: Distill, out: str | Path | None, verbose: bool = True
     unlabeled = labels = None
     notes = []
     if config.data.unlabeled and config.source.kind in ("sampler", "data"):
-        found = load_images(config.data.unlabeled, labels=config.source.reads_labels, image_shape=shape)
+        found = open_images(config.data.unlabeled, labels=config.source.reads_labels, image_shape=shape)
         refuse_one_class(found, config.data.unlabeled)
         found = fitted(found, names, wrapped.num_classes, config.data.unlabeled)
         unlabeled, labels = found.x, found.y
         notes += [found.note] if found.note else []
     test = None
     if config.data.test:
-        images = load_images(config.data.test, split="test", image_shape=shape, crop=config.data.crop_share)
+        images = open_images(config.data.test, split="test", image_shape=shape, crop=config.data.crop_share)
         test = _test(images, wrapped, names, config.data.test)
     contexts = [
         fitted(

@@ -17,6 +17,7 @@ from ..data.classes import titles
 from ..data.folder import crop_share
 from ..data.images import Images, contexts_of, load_images, refuse_one_class, require_fit
 from ..data.labels import fitted
+from ..data.packed import Given, Packed, open_images
 from ..engine.normalisation import doubt
 from ..engine.run_folder import check_writable
 from ..errors import DodistillError
@@ -56,9 +57,9 @@ class Arguments:
 class Data:
     """The images, all read before any computation."""
 
-    test: Images | None
+    test: Images | Packed | None
     probe: tuple[Images, Images] | None  #: training and test set of the probe
-    calibrate: Images | None
+    calibrate: Images | Packed | None
     contexts: list[Images]  #: test sets of a planted context: aligned, conflicting
 
 
@@ -117,29 +118,31 @@ def _read(arguments: Arguments, shape: Shape, model: Normalized) -> Data:
     """Read all images, cropped as test images."""
     share, names, outputs = crop_share(arguments.crop_share, shape[1]), class_names(model), model.spec["num_classes"]
 
-    def own(images: Images, spec: str) -> Images:
+    def own(images: Given, spec: str) -> Given:
         """The labels as the model's classes; those of a probe are other classes."""
         images = fitted(images, names, outputs, spec)
         require_fit(images, shape, outputs or 1 << 31, spec)
         return images
 
-    def labelled(spec: str, split: str) -> Images:
-        images = load_images(spec, split, True, shape, crop=share)
+    def labelled(images: Given, spec: str) -> Given:
         if images.y is None:
             raise DodistillError(f"{spec} has no labels; accuracy needs them: give labelled images.")
         refuse_one_class(images, spec)
         return images
 
+    def load(spec: str, split: str) -> Images:
+        return load_images(spec, split, True, shape, crop=share)
+
     test, probe, plain = arguments.test, arguments.probe, arguments.calibrate
     return Data(
-        own(labelled(test, "test"), test) if test else None,
-        (labelled(probe, "train"), labelled(probe, "test")) if probe else None,
-        load_images(plain, "train", False, shape, crop=share) if plain else None,
-        [own(labelled(spec, "test"), spec) for spec in contexts_of(test)],
+        own(labelled(open_images(test, "test", True, shape, share), test), test) if test else None,
+        (labelled(load(probe, "train"), probe), labelled(load(probe, "test"), probe)) if probe else None,
+        open_images(plain, "train", False, shape, share) if plain else None,
+        [own(labelled(load(spec, "test"), spec), spec) for spec in contexts_of(test)],
     )
 
 
-def _calibrate(arguments: Arguments, model: Normalized, images: Images) -> None:
+def _calibrate(arguments: Arguments, model: Normalized, images: Images | Packed) -> None:
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[: arguments.n]
     calibrate(model, images.x[chosen])
     print(f"calibrated with {len(chosen):,} images of {arguments.calibrate}, without labels")
@@ -147,7 +150,7 @@ def _calibrate(arguments: Arguments, model: Normalized, images: Images) -> None:
         print(f"weights    {save_model(model, arguments.out)}")
 
 
-def _score(name: str, model: nn.Module, test: Images, teacher: nn.Module | None) -> None:
+def _score(name: str, model: nn.Module, test: Images | Packed, teacher: nn.Module | None) -> None:
     found = evaluate.scores(model, test, teacher)
     print(f"model      {name}, {parameters(model):,} parameters")
     print(f"accuracy   {found['accuracy']:.2f} % of {found['images']:,} images")

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config.tree import Augment
+from ..data.reading import parts
+from ..data.rows import Pixels, Rows
 from ..functional.augment import View, to_float
 from ..functional.memory_format import laid_out
 from .precision import Precision
@@ -33,7 +35,7 @@ class Context:
     autocast: Precision = field(default_factory=Precision.fp32)  #: `with context.autocast()`, around forward passes
     augment: Augment = field(default_factory=Augment)
     view: View = field(default_factory=View)  #: augmentation of the teacher's inputs during synthesis
-    unlabeled: Tensor | None = None  #: uint8 [n, C, H, W], the images of a sampler
+    unlabeled: Rows | None = None  #: uint8 [n, C, H, W], the images of a sampler, read by row (rows[index])
     labels: Tensor | None = None  #: long [n], their true classes, if the user gives them and the source reads them
     student: nn.Module | None = None  #: before training, for the widths of its features (`taps.probe`)
     capacity: int = 65_536  #: slots of the pool, the range of `Batch.index`
@@ -48,16 +50,15 @@ class Context:
     def image_shape(self) -> tuple[int, int, int]:
         return self.teacher.image_shape
 
-    def label(self, images: Tensor, chunk: int = 1000, what: str = "") -> Tensor:
+    def label(self, images: Pixels, chunk: int = 1000, what: str = "") -> Tensor:
         """The teacher's logits [n, K], on the run's device, of images uint8 [n, C, H, W], without gradients.
 
         `chunk` images at once, at most; `what` names the work for the progress display.
         """
         out, chunk = [], at_once(self.device, chunk)
-        for part in images.split(chunk):
+        for part in parts(images, chunk, self.device):
             with self.autocast():
-                x = laid_out(to_float(part.to(self.device, non_blocking=True)))
-                out.append(self.teacher.answers(x))
+                out.append(self.teacher.answers(laid_out(to_float(part))))
             if what:
                 self.progress(what, min(len(out) * chunk, len(images)), len(images))
         return torch.cat(out)

@@ -1,4 +1,7 @@
-"""The substitution inputs on the device: uint8 images with the teacher's logits, and the draw of batches."""
+"""The substitution inputs: uint8 images with the teacher's logits, and the draw of batches.
+
+The pool owns the pixels of images that were made. Of the user's images (`Rows`) it keeps the row numbers alone.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.reading import ReadAhead
+from ..data.rows import Pixels, Rows, Selected
 from ..errors import DodistillError
 from ..functional.augment import to_uint8
 
@@ -15,7 +20,7 @@ class Pool:
     """At most `capacity` images, with the teacher's logits of each.
 
     Attributes:
-        x: uint8 [size, C, H, W], a view of the filled part.
+        x: uint8 [size, C, H, W], the filled part; a tensor, or rows of the user's images. x[index] is a tensor.
         logits: float [size, K], the teacher's logits of the clean images.
         labels: long [size], true classes where the data have them, else the teacher's.
         seen: number of images ever offered.
@@ -32,14 +37,18 @@ class Pool:
         num_classes: int,
         device: torch.device,
         eviction: str = "oldest",
+        rows: Rows | None = None,
     ) -> None:
+        """`rows`: the user's images, of which only numbers are kept."""
         if capacity < 1:
             raise DodistillError(f"pool capacity is {capacity}; it must be at least 1 image.")
         if eviction not in ("oldest", "reservoir"):
             raise DodistillError(f"unknown eviction {eviction!r}; use 'oldest' or 'reservoir'.")
         self.capacity, self.eviction, self.device = capacity, eviction, device
         self.image_shape, self.num_classes = image_shape, num_classes
-        self._x = torch.empty(0, *image_shape, dtype=torch.uint8, device=device)
+        self._x = torch.empty(0, *image_shape, dtype=torch.uint8, device=device)  # pixels; or numbers of `rows`
+        self._of: Rows | None = None  # the rows that the numbers belong to; None: `_x` holds pixels
+        self._given = rows
         self._logits = torch.empty(0, num_classes, device=device)
         self._labels = torch.empty(0, dtype=torch.long, device=device)
         self.size = self.seen = self.version = 0
@@ -48,13 +57,24 @@ class Pool:
         return self.size
 
     @property
-    def x(self) -> Tensor:
-        return self._x[: self.size]
+    def x(self) -> Pixels:
+        filled = self._x[: self.size]
+        return filled if self._of is None else Selected(self._of, filled)
+
+    @property
+    def ahead(self) -> ReadAhead | None:
+        """The reader of images that come from a disk; None for others."""
+        return self._of if isinstance(self._of, ReadAhead) else None
+
+    def announce(self, index: Tensor) -> None:
+        """Begin to read the images at `index`, where they come from a disk."""
+        if self.ahead is not None:
+            self.ahead.announce(self._x[index.to(self._x.device)])
 
     def some(self, n: int) -> Tensor:
         """At most n images, evenly spaced, on the host: uint8 [n, C, H, W]."""
         n = min(n, self.size)
-        return self._x[torch.arange(n, device=self.device) * self.size // max(n, 1)].cpu()
+        return self.x[torch.arange(n, device=self.device) * self.size // max(n, 1)].cpu()
 
     @property
     def logits(self) -> Tensor:
@@ -83,14 +103,30 @@ class Pool:
 
         self._x, self._logits, self._labels = grown(self._x), grown(self._logits), grown(self._labels)
 
-    def add(self, images: Tensor, logits: Tensor, generator: torch.Generator, labels: Tensor | None = None) -> Tensor:
-        """Take in images (float in [0, 1] or uint8, [n, C, H, W]), their teacher logits [n, K] and true labels [n].
+    def _kept(self, images: Pixels) -> Tensor:
+        """What is kept of the images: row numbers of the user's, pixels of others."""
+        if isinstance(images, Rows):
+            if images.base is self._given and (self._of is not None or not self.size):
+                self._keep_numbers(images.base)
+                return images.numbers
+            images = images[:]
+        if self._of is not None:  # other images join: all become pixels
+            self._x, self._of = self.x[:].to(self.device), None
+        return images if images.dtype == torch.uint8 else to_uint8(images)
+
+    def _keep_numbers(self, rows: Rows) -> None:
+        if self._of is None:
+            self._of = ReadAhead(rows, self.device) if rows.slow else rows
+            self._x = torch.empty(len(self._x), dtype=torch.long, device=rows.device)
+
+    def add(self, images: Pixels, logits: Tensor, generator: torch.Generator, labels: Tensor | None = None) -> Tensor:
+        """Take in images (float in [0, 1] or uint8, [n, C, H, W], or rows), their teacher logits [n, K] and true
+        labels [n].
 
         Returns the slots (long, ascending) that now hold one of them.
         """
         labels = logits.argmax(1) if labels is None else labels
-        images = images if images.dtype == torch.uint8 else to_uint8(images)
-        n = len(images)
+        n, held = len(images), self._kept(images)
         self._reserve(min(self.size + n, self.capacity))
         free = min(n, self.capacity - self.size)
         where = torch.arange(self.size, self.size + free, device=self.device)
@@ -109,7 +145,7 @@ class Pool:
         last.scatter_reduce_(0, where, order, "amax")
         slots = (last >= 0).nonzero()[:, 0]
         arrivals = last[slots]
-        for kept, offered in ((self._x, images), (self._logits, logits), (self._labels, labels)):
+        for kept, offered in ((self._x, held), (self._logits, logits), (self._labels, labels)):
             kept[slots] = offered[arrivals.to(offered.device)].to(kept.device, kept.dtype)  # each from its own device
         self.size = min(self.size + n, self.capacity)
         self.seen += n
@@ -118,12 +154,20 @@ class Pool:
 
     def state_dict(self) -> dict[str, Any]:
         # Copies: torch.save would write the whole buffer of a view, with its unused part.
-        parts = {"x": self.x.clone(), "logits": self.logits.clone(), "labels": self.labels.clone()}
-        return parts | {"seen": self.seen, "version": self.version}
+        images = "x" if self._of is None else "rows"
+        parts = {images: self._x[: self.size].clone(), "logits": self.logits.clone(), "labels": self.labels.clone()}
+        shape = {} if self._of is None else {"image_shape": list(self.image_shape)}
+        return parts | shape | {"seen": self.seen, "version": self.version}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.size, self.seen, self.version = len(state["x"]), state["seen"], state["version"]
-        self._x = state["x"].to(self.device)
+        """Raises DodistillError for row numbers, where the run has no images that they could belong to."""
+        self._of, held = None, state["rows"] if "rows" in state else state["x"]
+        self.size, self.seen, self.version = len(held), state["seen"], state["version"]
+        if "rows" in state:
+            if self._given is None:
+                raise DodistillError("the pool holds rows of unlabelled images, and the run has none; give them.")
+            self._keep_numbers(self._given)
+        self._x = held.to(self.device if self._of is None else self._of.device)
         self._logits = state["logits"].to(self.device)
         self._labels = state["labels"].to(self.device)
 

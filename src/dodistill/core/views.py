@@ -124,7 +124,9 @@ class Views:
     def _pixels(self, index: Tensor, view: Tensor) -> Tensor:
         """View `view` [B] of the images in slots `index` [B]: float in [0, 1], [B, C, H, W]."""
         dy, dx = self.shift[index, view].long().T
-        x = shift_flip(self.pool.x[index], dy, dx, self.mirrored[index, view], self.augment.padding, self.augment.pad)
+        x = shift_flip(
+            self.pool.x[index].to(dy.device), dy, dx, self.mirrored[index, view], self.augment.padding, self.augment.pad
+        )
         return to_float(x)
 
     def __call__(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
@@ -137,7 +139,7 @@ class Views:
         if self.count:
             view = torch.randint(self.count, (len(index),), device=index.device, generator=generator)
             return self._pixels(index, view), self.t[index, view].float()
-        x = to_float(crop_flip(self.pool.x[index], a.pad, generator, a.flip, a.padding))
+        x = to_float(crop_flip(self.pool.x[index].to(self.pool.device), a.pad, generator, a.flip, a.padding))
         return x, None if a.pad or a.flip else self.pool.logits[index]
 
     def state_dict(self) -> dict[str, Any]:

@@ -11,16 +11,18 @@ import torch
 from torch import Tensor
 
 from ..errors import DodistillError
-from .images import Images, Shape, load_images
+from .images import Images, Shape
+from .packed import Packed, open_images
+from .rows import Rows
 
 FORMS = (
-    "a tensor or array, (images, labels), a torch Dataset or DataLoader, what load_images returns, or the path or name "
-    "of a data set"
+    "a tensor or array, (images, labels), a torch Dataset or DataLoader, what load_images returns, FileRows of a "
+    "packed file, or the path or name of a data set"
 )
 
 
-def accept(given: Any, shape: Shape, what: str, split: str = "train", labels: bool = False) -> Images:
-    """Images uint8 [n, C, H, W] and, where there are some, labels.
+def accept(given: Any, shape: Shape, what: str, split: str = "train", labels: bool = False) -> Images | Packed:
+    """Images uint8 [n, C, H, W] and, where there are some, labels. Those of a large packed file stay rows.
 
     Args:
         given: one of `FORMS`. Arrays are [n, C, H, W], [n, H, W, C] or [n, H, W] (grey), by which of them fits
@@ -34,7 +36,11 @@ def accept(given: Any, shape: Shape, what: str, split: str = "train", labels: bo
     Raises DodistillError, which names type or shape and the fix, for anything else.
     """
     if isinstance(given, str | Path):
-        return load_images(given, split=split, labels=labels, image_shape=shape)
+        return open_images(given, split, labels, shape)
+    if isinstance(given, Rows):
+        given = Packed(given)
+    if isinstance(given, Packed):
+        return _rows(given, shape, what, labels)
     x, y, classes, by_number = given, None, _classes(given), False
     if hasattr(given, "x") and hasattr(given, "y"):  # Images, and what looks like them
         x, y, by_number = given.x, given.y, bool(getattr(given, "by_number", False))
@@ -48,6 +54,15 @@ def accept(given: Any, shape: Shape, what: str, split: str = "train", labels: bo
     if not labels or y is None:
         return Images(pixels)
     return Images(pixels, as_labels(y, len(pixels)), classes=classes, by_number=by_number)
+
+
+def _rows(given: Packed, shape: Shape, what: str, labels: bool) -> Packed:
+    if given.image_shape != tuple(shape):
+        raise DodistillError(
+            f"{what} images have shape {given.image_shape}, but the model reads {tuple(shape)} (C, H, W); pack them "
+            "again."
+        )
+    return given if labels else Packed(given.x)
 
 
 def _classes(given: Any) -> tuple[str, ...]:

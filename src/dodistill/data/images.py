@@ -8,7 +8,7 @@ import re
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
@@ -24,6 +24,20 @@ from .planted import contexts, palette, plant
 Shape = tuple[int, int, int]
 _NAMED = ("mnist", "cifar10", "cifar100", "tiny_imagenet", "imagenet32", "imagenet64", "imagenet", "flickr")
 _SAMPLES = ("digits", "photos", "strokes")
+
+
+class Labelled(Protocol):
+    """What has images of one shape and, where known, labels: `Images`, and `packed.Packed`."""
+
+    @property
+    def y(self) -> Tensor | None: ...
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+    @property
+    def by_number(self) -> bool: ...
+    @property
+    def image_shape(self) -> Shape: ...
+    def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -126,7 +140,7 @@ def load_images(
     return images if labels else Images(images.x, note=images.note)
 
 
-def refuse_one_class(images: Images, what: str) -> None:
+def refuse_one_class(images: Labelled, what: str) -> None:
     """Refuse labels that are all the same: the usual cause is a wrong folder. Images without labels pass; `what` names
     the images in the message."""
     y = images.y
@@ -145,7 +159,7 @@ def refuse_one_class(images: Images, what: str) -> None:
     )
 
 
-def require_fit(images: Images, shape: Shape, classes: int, what: str) -> None:
+def require_fit(images: Labelled, shape: Shape, classes: int, what: str) -> None:
     """Refuse labelled images that a model of `classes` classes for images of `shape` cannot be scored on; `what` names
     them in the message."""
     if images.image_shape != tuple(shape):
@@ -289,16 +303,21 @@ def _npz(path: Path, split: str) -> Images:
 
 def _npy(path: Path) -> Images:
     """The array of a .npy file, with the labels and class names that `pack` has written beside it."""
-    x, beside = _channels_first(_read(path)[""], str(path)), path.with_suffix(".labels.npy")
-    if not beside.is_file():
-        return Images(x)
-    y = _read(beside)[""]
-    if y.shape != (len(x),) or y.dtype.kind not in "iu" or y.min() < 0:
-        raise DodistillError(
-            f"{beside} has shape {y.shape} and type {y.dtype}; it must be {len(x)} class numbers from 0."
-        )
+    x = _channels_first(_read(path)[""], str(path))
+    y, names = beside(path, len(x))
+    return Images(x, y, classes=names)
+
+
+def beside(path: Path, n: int) -> tuple[Tensor | None, tuple[str, ...]]:
+    """The labels, int64 [n], and class names that `pack` has written beside a file; (None, ()) without labels."""
+    file = path.with_suffix(".labels.npy")
+    if not file.is_file():
+        return None, ()
+    y = _read(file)[""]
+    if y.shape != (n,) or y.dtype.kind not in "iu" or y.min() < 0:
+        raise DodistillError(f"{file} has shape {y.shape} and type {y.dtype}; it must be {n} class numbers from 0.")
     names = read_object(path.with_suffix(".json"), "pack the images again").get("classes") or []
-    return Images(x, torch.from_numpy(y.astype(np.int64)), classes=tuple(map(str, names)))
+    return torch.from_numpy(y.astype(np.int64)), tuple(map(str, names))
 
 
 _RECIPE = "make one with numpy.savez(FILE, x_train=..., y_train=..., x_test=..., y_test=...), uint8 [n, H, W, C]."

@@ -9,7 +9,7 @@ import torch
 
 from ..errors import DodistillError
 from .classes import listed, match
-from .images import Images
+from .packed import Given
 
 FIX = (
     "give the names in the order of the model's outputs: --classes FILE (one name a line) or --classes cat,dog,... "
@@ -17,7 +17,7 @@ FIX = (
 )
 
 
-def fitted(images: Images, names: Sequence[str], outputs: int | None, what: str, fix: str = FIX) -> Images:
+def fitted(images: Given, names: Sequence[str], outputs: int | None, what: str, fix: str = FIX) -> Given:
     """The images with labels that are numbers of the model's classes, which have `names`, or are `outputs` in number.
 
     The classes of folders are matched by `classes.match`; labels that are numbers already are left as they are. The

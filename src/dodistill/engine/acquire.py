@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from ..config.tree import Distill
+from ..core.ahead import Ahead
 from ..core.batch import Drawn
 from ..core.context import Context
 from ..core.pool import Draw, Pool
 from ..core.views import Views
+from ..data.rows import Pixels, as_uint8
 from ..errors import DodistillError
 from ..evaluation.collapse import vital_signs
 from ..evaluation.evaluate import predict
-from ..functional.augment import to_uint8
 from ..functional.memory_format import laid_out
 from ..interventions.shared.base import Interventions
 from ..interventions.shared.dictionary import FOREIGN, ConfounderDictionary
@@ -62,12 +63,14 @@ class Acquirer:
         require_kind(self.replay, Replay, config.replay)
         self.replay.follow(self.source)
         shape, classes, device = context.image_shape, context.num_classes, context.device
-        self.pool = Pool(config.pool.capacity, shape, classes, device, config.pool.eviction)
+        given = context.unlabeled
+        self.pool = Pool(config.pool.capacity, shape, classes, device, config.pool.eviction, given)
         #: held-back inputs; never used for training, the student's agreement is measured on them
-        self.holdout = Pool(config.pool.holdout_capacity, shape, classes, device, "reservoir")
+        self.holdout = Pool(config.pool.holdout_capacity, shape, classes, device, "reservoir", given)
         self.sampler = Draw()
         self.views = Views(self.pool, config.augment, context.generator("views"))
         self.generators = {name: context.generator(name) for name in ("pool", "draw", "augment")}
+        self.slots = Ahead(self.pool, self.sampler, self.generators["draw"])  #: the draw of batches
         self.round = 0  #: acquisitions done
         self.seconds = 0.0  #: their total time
         self.signs: dict[str, Tensor] = {}  #: `vital_signs` of the newest inputs
@@ -99,6 +102,7 @@ class Acquirer:
     def acquire(self, student: nn.Module) -> None:
         """One acquisition, into pool, held-back inputs, replay and dictionary."""
         start = time.perf_counter()
+        self.slots.undo()
         student.eval()
         got = self.source.acquire(student, self.round)
         _require_images(got, self.config.source.name, self.context.image_shape)
@@ -117,28 +121,30 @@ class Acquirer:
             self.check()
         self.replay.remember(kept.images, kept.logits, self.round - 1)
         some = slice(None, None, max(1, len(got.images) // 512))
-        self.signs = vital_signs(got.images[some], got.logits[some])  # type: ignore[index]
+        assert got.logits is not None
+        self.signs = vital_signs(got.images[some].to(got.logits.device), got.logits[some])
         self._rebuild(got)
         self.seconds += time.perf_counter() - start
 
     def _labelled(self, got: Acquired) -> Acquired:
         """The same in uint8, with the teacher's logits. Raises Diverged for values that are not finite."""
-        images = got.images if got.images.dtype == torch.uint8 else to_uint8(got.images)
+        images = as_uint8(got.images)
         logits = self.context.label(images) if got.logits is None else got.logits
-        whole = [got.images, logits] if got.images.is_floating_point() else [logits]
+        whole = [got.images, logits] if isinstance(got.images, Tensor) and got.images.is_floating_point() else [logits]
         self._sound &= torch.stack([torch.isfinite(v).all() for v in (*whole, *self.source.terms.values())]).all()
         if self.round == 1 or not self.frequent:
             self.check(got.images, logits)
         return Acquired(images, logits, got.labels, got.reference)
 
-    def check(self, images: Tensor | None = None, logits: Tensor | None = None) -> None:
+    def check(self, images: Pixels | None = None, logits: Tensor | None = None) -> None:
         """Raise Diverged, and name the part, if an acquisition since the last check was not finite. Waits for the
         device."""
         if bool(self._sound):
             return
         bad = [f"source/{k}" for k, v in self.source.terms.items() if not bool(torch.isfinite(v))]
         what = f"acquisition {self.round} diverged"
-        if images is not None and images.is_floating_point() and not bool(torch.isfinite(images).all()):
+        floats = isinstance(images, Tensor) and images.is_floating_point()
+        if floats and not bool(torch.isfinite(images).all()):  # type: ignore[arg-type]
             what = f"acquisition {self.round} made images that are not finite"
         elif logits is not None and not bool(torch.isfinite(logits).all()):
             what = f"the teacher's logits of acquisition {self.round} contain NaN or infinity"
@@ -176,8 +182,7 @@ class Acquirer:
         if self.dictionary is not None and not (once and self.dictionary.built):
             x, t = (self.pool.x, self.pool.logits) if self.dictionary.of == "pool" else (got.images, got.logits)
             if got.reference is not None:
-                x, t = got.reference.images, got.reference.logits
-                x = x if x.dtype == torch.uint8 else to_uint8(x)
+                x, t = as_uint8(got.reference.images), got.reference.logits
                 t = self.context.label(x) if t is None else t
             assert t is not None
             self.dictionary.rebuild(self._features(x, t))
@@ -188,7 +193,7 @@ class Acquirer:
         with self.context.autocast():
             return self.context.teacher.answers(laid_out(x))
 
-    def _features(self, x: Tensor, t: Tensor) -> Tensor:
+    def _features(self, x: Pixels, t: Tensor) -> Tensor:
         """M [n, d] of images x (uint8): the teacher's logits t, unless another model makes the dictionary."""
         foreign = self.context.extra.get(FOREIGN)
         return t if foreign is None else predict(foreign, x, autocast=self.context.autocast)
@@ -197,7 +202,7 @@ class Acquirer:
 
     def draw(self) -> Drawn:
         """The next batch. Nothing here waits for the device."""
-        index = self.sampler(self.config.loop.batch, self.generators["draw"])
+        index = self.slots(self.config.loop.batch)
         x, known = self.views(index, self.generators["augment"])
         drawn = self.answered(x, known, self.pool.labels[index], index)
         if self.dictionary is not None and self.dictionary.of == "batch":
@@ -248,6 +253,7 @@ class Acquirer:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything except the pool, which is saved separately when it changes."""
+        self.slots.undo()
         return {
             "source": self.source.state_dict(), "source_terms": self.source.terms,
             "replay": self.replay.state_dict(), "replay_terms": self.replay.terms,
@@ -263,6 +269,7 @@ class Acquirer:
 
     def load_state_dict(self, state: dict[str, Any], pool: dict[str, Any]) -> None:
         """`pool` is a `pool_state`."""
+        self.slots.undo()
         self.pool.load_state_dict(pool)
         self.views.load_state_dict(pool["views"])
         self.source.load_state_dict(state["source"])

@@ -25,6 +25,7 @@ from ..config.contracts import SourceSettings
 from ..config.tree import Distill
 from ..core.context import Context
 from ..core.precision import trial
+from ..data.rows import as_uint8
 from ..evaluation.evaluate import predict
 from ..files import read_object
 from ..functional.memory_format import place
@@ -178,7 +179,7 @@ def _acquisition(settings: SourceSettings, context: Context, student: torch.nn.M
     def work() -> None:
         got = source.acquire(student.eval(), small.warmup + 1)
         if got.logits is None:
-            context.label(got.images if got.images.dtype == torch.uint8 else (got.images * 255).to(torch.uint8))
+            context.label(as_uint8(got.images))
 
     return _timed(work, context.device) / share
 

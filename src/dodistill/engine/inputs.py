@@ -5,6 +5,7 @@ The pool is large, and `compare` deletes it with the checkpoints. The sample sta
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from ..data.rows import Pixels
 from ..errors import DodistillError
 from ..files import replacing
 from .run_folder import load_tensors, newest_pool
@@ -55,9 +57,9 @@ def even(classes: Tensor, n: int, generator: torch.Generator) -> Tensor:
     return order[turn.argsort(stable=True)[:n]]
 
 
-def sample(x: Tensor, logits: Tensor, held: Tensor, held_logits: Tensor) -> Inputs:
+def sample(x: Pixels, logits: Tensor, held: Pixels, held_logits: Tensor) -> Inputs:
     """The sample of a pool and of its held-back images; the same for the same pool."""
-    n = max(1, min(MOST, LARGEST // max(1, x[0].numel()))) if len(x) else MOST
+    n = max(1, min(MOST, LARGEST // max(1, math.prod(x.shape[1:])))) if len(x) else MOST
     g = torch.Generator().manual_seed(0)
     some = even(logits.argmax(1), n, g).to(x.device)
     other = torch.randperm(len(held), generator=g)[:n].to(held.device)

@@ -17,6 +17,8 @@ from ..core.context import Context
 from ..core.precision import Precision
 from ..core.runtime import pick_device
 from ..data.images import Images, require_fit
+from ..data.packed import Packed
+from ..data.rows import Pixels, Rows, rows_of
 from ..errors import DodistillError
 from ..functional.memory_format import place
 from ..interventions.shared.dictionary import FOREIGN
@@ -28,9 +30,12 @@ from .view import choose_view
 
 @dataclass
 class Test:
-    """Labelled images that are only reported on: x uint8 [n, C, H, W], y long [n]."""
+    """Labelled images that are only reported on: x uint8 [n, C, H, W], a tensor or rows, y long [n].
 
-    x: Tensor
+    They stay where they are, as on the host; parts of them go to the device.
+    """
+
+    x: Pixels
     y: Tensor
     note: str = ""  #: a sentence for the user, as on classes without images
 
@@ -44,7 +49,7 @@ class Job:
         teacher: any module from [0, 1] images to logits. Frozen in place.
         student: likewise; trained in place.
         image_shape: (C, H, W).
-        unlabeled: uint8 [n, C, H, W] for a sampler.
+        unlabeled: uint8 [n, C, H, W] for a sampler, a tensor or rows.
         labels: true classes of `unlabeled`, long [n], for a source that distils with data.
         test: optional; reported on, never used to choose.
         contexts: test sets by which a planted context is measured.
@@ -59,7 +64,7 @@ class Job:
     teacher: nn.Module
     student: nn.Module
     image_shape: tuple[int, int, int]
-    unlabeled: Tensor | None = None
+    unlabeled: Pixels | None = None
     labels: Tensor | None = None
     test: Test | None = None
     contexts: tuple[Images, ...] = ()
@@ -92,12 +97,13 @@ class Job:
                 f"{teacher.image_shape}; resize them."
             )
         if self.test is not None:
-            require_fit(Images(self.test.x, self.test.y), teacher.image_shape, teacher.num_classes, "the test set")
+            tested = Packed(rows_of(self.test.x), self.test.y)
+            require_fit(tested, teacher.image_shape, teacher.num_classes, "the test set")
         student = _checked(place(self.student, device), teacher, device)
         extra = {FOREIGN: place(Teacher(self.foreign, self.image_shape), device)} if self.foreign is not None else {}
         return Context(
             teacher=teacher, device=device, seed=loop.seed, autocast=Precision(device, loop.precision),
-            augment=config.augment, view=choose_view(config.view, teacher), unlabeled=self.unlabeled,
+            augment=config.augment, view=choose_view(config.view, teacher), unlabeled=_rows(self.unlabeled, device),
             labels=self.labels, student=student, capacity=config.pool.capacity, extra=extra,
         )  # fmt: skip
 
@@ -110,8 +116,18 @@ def made_of(context: Context) -> dict[str, str]:
     out = {k: fingerprint([*m.parameters(), *m.buffers()]) for k, m in models.items()}
     shapes = [(k, tuple(v.shape)) for k, v in context.student.state_dict().items()]
     out["student"] = hashlib.sha256(str(shapes).encode()).hexdigest()[:16]
-    given = {"unlabelled images": context.unlabeled, "labels": context.labels}
-    return out | {k: fingerprint([v]) for k, v in given.items() if v is not None}
+    if context.unlabeled is not None:
+        out["unlabelled images"] = context.unlabeled.fingerprint()
+    if context.labels is not None:
+        out["labels"] = fingerprint([context.labels])
+    return out
+
+
+def _rows(images: Pixels | None, device: torch.device) -> Rows | None:
+    """The images as rows. A tensor moves to a GPU where it takes at most a quarter of its free memory."""
+    if isinstance(images, Tensor) and device.type == "cuda" and 4 * images.nbytes <= torch.cuda.mem_get_info(device)[0]:
+        images = images.to(device)
+    return None if images is None else rows_of(images)
 
 
 def require_same(began: Mapping[str, str] | None, mine: Mapping[str, str]) -> None:

@@ -29,6 +29,8 @@ from ..config.plugins import label
 from ..config.tree import Distill, code_in, difference, grown, resolve
 from ..core.watch import Watcher
 from ..data.classes import read_names
+from ..data.packed import open_images
+from ..data.rows import Rows, rows_of
 from ..errors import DodistillError
 from ..files import claim, read_object, replacing, shown
 from .longer import extends, set_aside, settings_of
@@ -99,14 +101,32 @@ def _remove_empty(folders: Iterable[Path]) -> None:
 
 
 def newest_pool(path: Path) -> dict[str, Any]:
-    """The pool of a run folder: {"x": uint8 [n, C, H, W], "logits": [n, K], ...}. Raises DodistillError without one."""
+    """The pool of a run folder: {"x": uint8 [n, C, H, W], "logits": [n, K], ...}; x is a tensor, or rows of the run's
+    unlabelled images (`data.unlabeled`), which must still be there. Raises DodistillError without one."""
     files = sorted(path.glob("pool-*.pt"), key=lambda p: int(p.stem.split("-")[1]))
     if not files:
         raise DodistillError(
             f"{path} holds no pool-N.pt; the first checkpoint of a run writes it, and `compare` deletes it."
         )
     out: dict[str, Any] = load_tensors(files[-1])
+    if "rows" in out:
+        out["x"] = _given(path, tuple(out["image_shape"])).select(out["rows"])
     return out
+
+
+def _given(path: Path, shape: tuple[int, int, int]) -> Rows:
+    """The unlabelled images of a run. Raises DodistillError if they are not named, or have changed since."""
+    began = load_tensors(path / "checkpoint.pt").get("made_of", {}).get("unlabelled images")
+    spec = read_object(path / "config.json", "give a run folder").get("data", {}).get("unlabeled") or ""
+    if not spec:
+        raise DodistillError(
+            f"the pool of {path} holds row numbers of images that were given in Python, not their pixels; take them "
+            "from those images."
+        )
+    rows = rows_of(open_images(spec, labels=False, image_shape=shape).x)
+    if rows.fingerprint() != began:
+        raise DodistillError(f"the images of {spec} are not those that {path} was distilled with; restore them.")
+    return rows
 
 
 def names_of_run(path: Path) -> tuple[str, ...]:

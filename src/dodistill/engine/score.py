@@ -18,9 +18,7 @@ class Scorer:
     """Scores the last student and its moving average, as they would be delivered."""
 
     def __init__(self, matcher: Matcher, acquirer: Acquirer, test: Test | None) -> None:
-        device = matcher.context.device
-        self.matcher, self.acquirer = matcher, acquirer
-        self.test = None if test is None else Test(test.x.to(device), test.y.to(device))
+        self.matcher, self.acquirer, self.test = matcher, acquirer, test
         self.last: dict[str, float] = {}
         self.best_on_test = 0.0
         #: `last`, `ema`, `teacher` -> the accuracy of each class at the last evaluation

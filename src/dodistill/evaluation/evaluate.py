@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from ..core.runtime import at_once
 from ..data.images import Images
+from ..data.packed import Packed
+from ..data.reading import parts
+from ..data.rows import Pixels
 from ..errors import DodistillError
 from ..functional.augment import to_float
 from ..functional.memory_format import laid_out
@@ -29,7 +32,7 @@ def _silent(_done: int, _total: int) -> None:
 @torch.no_grad()
 def predict(
     model: nn.Module,
-    x_uint8: Tensor,
+    x_uint8: Pixels,
     batch: int = 1000,
     autocast: Autocast = contextlib.nullcontext,
     progress: Callable[[int, int], None] = _silent,
@@ -44,23 +47,26 @@ def predict(
     first = next(model.parameters(), None)
     device = x_uint8.device if first is None else first.device
     with evaluating(model):
-        parts = []
-        for part in x_uint8.split(at_once(device, batch)):
+        found, done = [], 0
+        for part in parts(x_uint8, at_once(device, batch), device):
             with autocast():
-                out = model(laid_out(to_float(part.to(device, non_blocking=True))))
-            parts.append(logits_of(out, type(model).__name__).float())
-            progress(sum(map(len, parts)), len(x_uint8))
-    return torch.cat(parts)
+                out = model(laid_out(to_float(part)))
+            found.append(logits_of(out, type(model).__name__).float())
+            done += len(part)
+            progress(done, len(x_uint8))
+    return torch.cat(found)
 
 
-def accuracy(model: nn.Module, images: Images, batch: int = 1000, autocast: Autocast = contextlib.nullcontext) -> float:
+def accuracy(
+    model: nn.Module, images: Images | Packed, batch: int = 1000, autocast: Autocast = contextlib.nullcontext
+) -> float:
     """Top-1 accuracy in percent. Raises DodistillError for images without labels."""
     if images.y is None:
         raise DodistillError("these images have no labels; accuracy needs them: give labelled images.")
     return top1(predict(model, images.x, batch, autocast), images.y)
 
 
-def scores(model: nn.Module, images: Images, teacher: nn.Module | None = None) -> dict[str, Any]:
+def scores(model: nn.Module, images: Images | Packed, teacher: nn.Module | None = None) -> dict[str, Any]:
     """Measures of a classifier on labelled images: `accuracy` in %, `ECE` in [0, 1], `class_shares` of its predictions,
     `images`; with a teacher also `teacher` (its accuracy) and `agreement` in %."""
     if images.y is None:

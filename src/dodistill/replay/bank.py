@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from ..core.context import Context
 from ..core.pool import Pool
+from ..data.rows import Pixels, chosen
 from ..errors import DodistillError, at_least
 from ..functional.augment import to_float
 from .shared.base import Replay, ReplayConfig
@@ -59,13 +60,15 @@ class Bank(Replay):
         at_least(2, "replay", size=config.size)
         self.config = config
         room = config.capacity * config.size
-        self.bank = Pool(room, context.image_shape, context.num_classes, context.device, config.eviction)
+        self.bank = Pool(
+            room, context.image_shape, context.num_classes, context.device, config.eviction, context.unlabeled
+        )
 
     @property
     def ready(self) -> bool:
         return len(self.bank) > 0
 
-    def remember(self, images: Tensor, logits: Tensor, round: int) -> None:
+    def remember(self, images: Pixels, logits: Tensor, round: int) -> None:
         c = self.config
         if len(images) < c.size:
             raise DodistillError(
@@ -75,7 +78,7 @@ class Bank(Replay):
         if round + 1 < c.first or (round + 1 - c.first) % c.every:
             return
         n = c.size if c.eviction == "oldest" else len(images)  # the images are in random order
-        self.bank.add(images[:n], logits[:n], self.generator)
+        self.bank.add(chosen(images, slice(n)), logits[:n], self.generator)
 
     def draw(self, student: nn.Module, step: int) -> tuple[Tensor, Tensor | None]:
         size, device = self.config.size, self.context.device
@@ -84,7 +87,7 @@ class Bank(Replay):
             index = batch * size + torch.arange(size, device=device)
         else:
             index = torch.randint(len(self.bank), (size,), generator=self.generator, device=device)
-        return to_float(self.bank.x[index]), self.bank.logits[index]
+        return to_float(self.bank.x[index].to(device)), self.bank.logits[index]
 
     def parts(self) -> dict[str, Any]:
         return {"bank": self.bank}

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from ..config import registry
 from ..core.context import Context
+from ..data.rows import Pixels
 from ..errors import DodistillError, at_least
 from ..functional.augment import to_float, to_uint8
 from .shared.base import Replay, ReplayConfig
@@ -75,7 +76,7 @@ class Ema(Replay):
         return self.seen > 0
 
     @torch.no_grad()
-    def remember(self, images: Tensor, logits: Tensor, round: int) -> None:
+    def remember(self, images: Pixels, logits: Tensor, round: int) -> None:
         if self.seen:
             decay = min(self.config.decay**self.steps, (1 + self.seen) / (10 + self.seen))
             torch._foreach_lerp_(list(self.net.parameters()), list(self.live.parameters()), 1 - decay)

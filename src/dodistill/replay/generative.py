@@ -39,6 +39,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from ..core.context import Context
+from ..data.rows import Pixels
 from ..errors import DodistillError, at_least, positive
 from ..functional.augment import to_float
 from ..functional.terms import detached, total
@@ -105,7 +106,7 @@ class Generative(Replay):
     def ready(self) -> bool:
         return self.rounds > 0
 
-    def remember(self, images: Tensor, logits: Tensor, round: int) -> None:
+    def remember(self, images: Pixels, logits: Tensor, round: int) -> None:
         c, device = self.config, self.context.device
         self.encoder.train()
         self.decoder.train()

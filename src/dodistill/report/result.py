@@ -15,6 +15,7 @@ from ..core.watch import Watcher
 from ..data.accept import accept
 from ..data.images import Images
 from ..data.labels import fitted
+from ..data.packed import Packed
 from ..engine.inputs import Inputs
 from ..errors import DodistillError
 from ..evaluation.evaluate import scores
@@ -174,7 +175,7 @@ class Result:
         return f"<div style='{style}'><table>{table}</table>{plots}{picture}</div>"
 
 
-def labelled(test: Any, shape: tuple[int, int, int]) -> Images:
+def labelled(test: Any, shape: tuple[int, int, int]) -> Images | Packed:
     """Labelled images in any form, for a model of `shape`."""
     images = accept(test, shape, "test", split="test", labels=True)
     if images.y is None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data.rows import Pixels
 from ..engine.inputs import MOST, Inputs
 from ..engine.run_folder import check_writable, write_atomically
 from ..errors import DodistillError
@@ -69,11 +70,11 @@ def of_run(inputs: Inputs) -> Material:
     return Material(inputs.x, inputs.held, inputs.held_t, "inputs that the run held back")
 
 
-def of_images(x: Tensor, name: str, teacher: nn.Module | None = None) -> Material:
+def of_images(x: Pixels, name: str, teacher: nn.Module | None = None) -> Material:
     """Images uint8 [n, C, H, W] of the user: three quarters calibrate, the others check; at most `MOST` each."""
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     held = min(MOST, max(1, len(x) // 4))
-    chosen = x[order[held:][:MOST]] if len(x) > 1 else x
+    chosen = x[order[held:][:MOST]] if len(x) > 1 else x[:]
     other = x[order[:held]]
     return Material(chosen, other, None if teacher is None else predict(teacher, other).cpu(), name)
 

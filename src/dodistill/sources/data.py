@@ -13,7 +13,7 @@ Deviations: batches are drawn with replacement, and 3 % of the images (1024 at m
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -108,9 +108,8 @@ class Data(Source):
 
     @torch.no_grad()
     def acquire(self, student: nn.Module, round: int) -> Acquired:
-        x, y = self.context.unlabeled, self.context.labels
+        x, y, keep = self.context.unlabeled, self.context.labels, None
         assert x is not None
         if self.n < len(x):
-            keep = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[: self.n].to(x.device)
-            x, y = x[keep], None if y is None else y[keep]
-        return Acquired(*ask(replace(self.context, unlabeled=x)), y)
+            keep = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[: self.n]
+        return Acquired(*ask(self.context, some=keep), y if y is None or keep is None else y[keep.to(y.device)])

@@ -94,15 +94,13 @@ class Dfnd(Source):
 
     @torch.no_grad()
     def acquire(self, student: nn.Module, round: int) -> Acquired:
-        c, context = self.config, self.context
-        images = context.unlabeled
+        c, images, some = self.config, self.context.unlabeled, None
         if images is not None and 0 < c.candidates < len(images):
-            some = torch.randperm(len(images), generator=self.generator, device=context.device)[: c.candidates]
-            context = replace(context, unlabeled=images[some.to(images.device)])
-        x, t = ask(context, c.chunk)
+            some = torch.randperm(len(images), generator=self.generator, device=self.context.device)[: c.candidates]
+        x, t = ask(self.context, c.chunk, some)
         keep = select(t, min(c.n, len(x)), c.select, self.generator)
         self.terms = {"selected": torch.tensor(float(len(keep))), "ce": nnf.cross_entropy(t[keep], t[keep].argmax(1))}
-        return Acquired(x[keep.to(x.device)], t[keep])
+        return Acquired(x.select(keep), t[keep])
 
 
 def select(t: Tensor, n: int, rule: str, generator: torch.Generator) -> Tensor:

@@ -176,7 +176,7 @@ class Mosaic(Source):
             keep = losses.entropy(t).argsort(descending=True, stable=True)[: self.config.n]
             self.ood.choose(keep)
             t = t[keep]
-        return Acquired(self.ood.images, t)
+        return Acquired(self.ood.rows, t)
 
     def _z(self) -> Tensor:
         return torch.randn(self.config.batch, self.config.latent, generator=self.generator, device=self.context.device)

@@ -62,7 +62,7 @@ class Real(Source):
     def acquire(self, student: nn.Module, round: int) -> Acquired:
         x, t = ask(self.context)
         keep = thin(t.argmax(1), self.context.num_classes, self.config.n, self.config.skew, self.generator)
-        return Acquired(x[keep.to(x.device)], t[keep])
+        return Acquired(x.select(keep), t[keep])
 
 
 def thin(y: Tensor, classes: int, n: int, skew: float, generator: torch.Generator) -> Tensor:

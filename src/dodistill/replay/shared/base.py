@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...config.plugins import Named
 from ...core.context import Context
+from ...data.rows import Pixels
 
 
 class Replay:
@@ -33,9 +34,9 @@ class Replay:
         """Whether there is anything to replay."""
         return False
 
-    def remember(self, images: Tensor, logits: Tensor, round: int) -> None:
-        """Called after acquisition number `round` with the images that joined the pool, uint8 [n, C, H, W], and the
-        teacher's logits of them."""
+    def remember(self, images: Pixels, logits: Tensor, round: int) -> None:
+        """Called after acquisition number `round` with the images that joined the pool, uint8 [n, C, H, W] (a
+        tensor, or rows of the user's images), and the teacher's logits of them."""
 
     def draw(self, student: nn.Module, step: int) -> tuple[Tensor, Tensor | None]:
         """Replayed inputs for one matching step: images float in [0, 1] [m, C, H, W]; teacher logits, where known."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...config.contracts import Kind as Kind
 from ...config.plugins import Named
 from ...core.context import Context
+from ...data.rows import Pixels, Rows, chosen
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,12 @@ def drawn_labels(n: int, classes: int, generator: torch.Generator, balanced: boo
 
 @dataclass
 class Acquired:
-    """A batch of substitution inputs, float in [0, 1] or uint8, [n, C, H, W], with logits and labels if known."""
+    """A batch of substitution inputs, float in [0, 1] or uint8, [n, C, H, W], with logits and labels if known.
 
-    images: Tensor
+    Images of the user's (`context.unlabeled`) are returned as rows, so that nothing copies their pixels.
+    """
+
+    images: Pixels
     logits: Tensor | None = None  #: the teacher's, [n, K]
     labels: Tensor | None = None  #: true classes, long [n], where the data have them
     #: other inputs, from which the dictionary is built instead (for a sampler: once)
@@ -83,10 +87,8 @@ class Acquired:
 
     def take(self, index: Tensor) -> Acquired:
         """The inputs at `index`. The tensors may lie on different devices."""
-        parts = (None if v is None else v[index.to(v.device)] for v in (self.images, self.logits, self.labels))
-        images, logits, labels = parts
-        assert images is not None
-        return Acquired(images, logits, labels)
+        logits, labels = (None if v is None else v[index.to(v.device)] for v in (self.logits, self.labels))
+        return Acquired(chosen(self.images, index), logits, labels)
 
 
 class Source(ABC):
@@ -130,8 +132,10 @@ class Source(ABC):
                 part.load_state_dict(state[name])
 
 
-def ask(context: Context, chunk: int = 512) -> tuple[Tensor, Tensor]:
-    """The unlabelled images (uint8 [n, C, H, W]) and the teacher's logits [n, K] of them, on the run's device."""
+def ask(context: Context, chunk: int = 512, some: Tensor | None = None) -> tuple[Rows, Tensor]:
+    """The unlabelled images (all, or those at `some`), as rows, and the teacher's logits [n, K] of them, on the run's
+    device."""
     x = context.unlabeled
     assert x is not None  # the job checks `needs` before the run begins
+    x = x if some is None else x.select(some)
     return x, context.label(x, chunk, "labelling images")

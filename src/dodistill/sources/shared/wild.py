@@ -1,4 +1,4 @@
-"""Unlabelled images that a method reads repeatedly: on the run's device, all of them or a chosen part."""
+"""Unlabelled images that a method reads repeatedly: all of them or a chosen part."""
 
 from __future__ import annotations
 
@@ -6,29 +6,31 @@ import torch
 from torch import Tensor
 
 from ...core.context import Context
+from ...data.rows import Rows
 
 
 class WildImages:
-    """The images of `context.unlabeled` at `keep`. They move to the device when they are first read."""
+    """The images of `context.unlabeled` at `keep`, read as they are drawn."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
         self.keep = torch.empty(0, dtype=torch.long)  #: indices of the kept images; empty: all
-        self._images: Tensor | None = None
+        self._rows: Rows | None = None
 
     @property
-    def images(self) -> Tensor:
-        """uint8 [n, C, H, W], on the run's device."""
-        if self._images is None:
+    def rows(self) -> Rows:
+        """The kept images."""
+        if self._rows is None:
             x = self.context.unlabeled
             assert x is not None  # the job checks `needs` before the run begins
-            self._images = (x[self.keep.to(x.device)] if len(self.keep) else x).to(self.context.device)
-        return self._images
+            self._rows = x.select(self.keep) if len(self.keep) else x
+        return self._rows
 
     def choose(self, keep: Tensor) -> None:
         """Keep the images at these indices only."""
-        self.keep, self._images = keep.cpu(), None
+        self.keep, self._rows = keep.cpu(), None
 
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
-        """n of the kept images, drawn with replacement, uint8."""
-        return self.images[torch.randint(len(self.images), (n,), generator=generator, device=self.context.device)]
+        """n of the kept images, drawn with replacement, uint8, on the run's device."""
+        device = self.context.device
+        return self.rows[torch.randint(len(self.rows), (n,), generator=generator, device=device)].to(device)
