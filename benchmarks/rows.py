@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from dodistill.commands.cli import keep_memory
 from dodistill.config.tree import resolve
 from dodistill.core.runtime import peak_memory_mb
 from dodistill.core.watch import Watcher
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--folder", default=None, help="where the sparse file is made; default: the system's")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_memory()  # as the command line does
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         run(args, Path(folder))
 
@@ -61,7 +63,7 @@ def run(args: argparse.Namespace, folder: Path) -> None:
     print(f"{args.n:,} images of {shape}: {rows.nbytes / 1e9:.1f} GB claimed, {on_disk:.0f} MB on the disk")
 
     config = resolve({
-        "source": {"name": "dfnd", "n": args.n // 2}, "criterion": "kl", "pool": {"capacity": args.n},
+        "source": {"name": "dfnd", "n": args.n // 2, "chunk": 32}, "criterion": "kl", "pool": {"capacity": args.n},
         "augment": {"pad": 4, "flip": True, "views": 0},
         "loop": {"steps": args.steps, "batch": args.batch, "precision": "fp32", "threads": args.threads},
     })  # fmt: skip

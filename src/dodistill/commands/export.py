@@ -11,7 +11,7 @@ from torch import nn
 from ..config import plugins
 from ..config.tree import resolve
 from ..data.classes import folder_names
-from ..data.images import load_images
+from ..data.packed import open_images
 from ..engine.inputs import read_inputs
 from ..engine.run_folder import names_of_run, newest_pool
 from ..errors import DodistillError
@@ -87,7 +87,7 @@ def _student(source: Path, targets: list[Path], arguments: Arguments) -> dict[Pa
 def _material(source: Path, shape: Shape, arguments: Arguments) -> Material | None:
     """The images given, else those that the run kept; None without any."""
     if calibrate := arguments.calibrate:
-        images = load_images(calibrate, "train", False, shape)
+        images = open_images(calibrate, "train", False, shape)
         return of_images(images.x, f"images of {calibrate}", _teacher(source, shape, arguments.allow_code))
     inputs = read_inputs(source) if source.is_dir() else None
     return None if inputs is None else of_run(inputs)
