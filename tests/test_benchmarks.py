@@ -29,7 +29,7 @@ RUNS = {
     "whole": (f"{SMALL} --teacher wrn16_1 --image 16 --K 1 --width 4 --real-steps 4 --views 2", "measured parts"),
 }  # fmt: skip
 #: these take minutes at any size, or start processes of their own
-NOT_HERE = {"allocator", "imagenet_size", "view", "measure"}
+NOT_HERE = {"allocator", "imagenet_size", "papers", "view", "measure"}
 
 
 def test_each_is_run_here_or_named() -> None:

@@ -55,13 +55,16 @@ class Context:
 
         `chunk` images at once, at most; `what` names the work for the progress display.
         """
-        out, chunk = [], at_once(self.device, chunk)
+        chunk, done = at_once(self.device, chunk), 0
+        # One block for all: thousands of small ones between the images' own would scatter the memory.
+        out = torch.empty(len(images), self.num_classes, device=self.device)
         for part in parts(images, chunk, self.device):
             with self.autocast():
-                out.append(self.teacher.answers(laid_out(to_float(part))))
+                out[done : done + len(part)] = self.teacher.answers(laid_out(to_float(part)))
+            done += len(part)
             if what:
-                self.progress(what, min(len(out) * chunk, len(images)), len(images))
-        return torch.cat(out)
+                self.progress(what, done, len(images))
+        return out
 
     def generator(self, purpose: str) -> torch.Generator:
         return generator(self.device, self.seed, purpose)

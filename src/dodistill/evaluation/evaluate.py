@@ -47,14 +47,17 @@ def predict(
     first = next(model.parameters(), None)
     device = x_uint8.device if first is None else first.device
     with evaluating(model):
-        found, done = [], 0
+        out, done = torch.empty(0), 0
         for part in parts(x_uint8, at_once(device, batch), device):
             with autocast():
-                out = model(laid_out(to_float(part)))
-            found.append(logits_of(out, type(model).__name__).float())
+                made = model(laid_out(to_float(part)))
+            logits = logits_of(made, type(model).__name__)
+            if not done:  # one block for all: many small ones between the images' own would scatter the memory
+                out = torch.empty(len(x_uint8), *logits.shape[1:], device=logits.device)
+            out[done : done + len(part)] = logits
             done += len(part)
             progress(done, len(x_uint8))
-    return torch.cat(found)
+    return out
 
 
 def accuracy(
