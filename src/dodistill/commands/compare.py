@@ -14,8 +14,9 @@
       - {where: {source: fast, intervention: plain}, value: 89.29}
 
 The key of a cell is a hash of its resolved config and its weights. A finished cell is not run again; an interrupted
-cell resumes. Each cell runs in its own process and writes one JSON to `cells/` (cell_runs.py). A record has a hash of
-the code of its methods (`config/code.py`): a cell of older code is marked, and runs again with `--rerun changed`.
+cell resumes. Each cell runs in its own process (cell.py), and has one JSON in `cells/` (cell_runs.py). A record has a
+hash of the code of its methods (`config/code.py`): a cell of older code is marked, and runs again with `--rerun
+changed`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -40,9 +41,11 @@ from ..core.deadline import Deadline, stopping
 from ..engine.run_folder import check_writable, write_atomically
 from ..errors import STOPPED, Busy, DodistillError, at_least
 from ..files import claimed
-from .cell_runs import DODISTILL, Task, run_all
-from .cell_runs import record_of as record_of
-from .cell_runs import record_of_summary as record_of_summary
+from .cell import DODISTILL
+from .cell import record_of_summary as record_of_summary
+from .cell_runs import Task, run_all
+from .executors.local import Local, visible_gpus
+from .executors.shared import Executor
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ class Arguments:
 
     recipe: Annotated[str, "RECIPE.yaml"]  #: the grid; see recipes/
     out: Annotated[str, "FOLDER"] = ""  #: folder of the results; empty: runs/NAME
-    jobs: int = 1  #: number of cells that run in parallel
+    jobs: int | None = None  #: number of cells that run in parallel; none: 1, or as many as --per-gpu allows
+    per_gpu: int = 0  #: cells that share one GPU at most; 0: as many as --jobs needs, spread evenly over the GPUs
     budget: Annotated[str, "TIME"] = ""  #: stop cleanly after this time, as in 25m, 2h or 90s
     only: Annotated[list[str], "AXIS=LABEL"] = dataclasses.field(default_factory=list)  #: run only these cells
     table: bool = False  #: print the table of the finished cells, run nothing
@@ -73,7 +77,7 @@ def run(arguments: Arguments) -> int:
     out = Path(a.out) if a.out else None
     return compare(
         Path(a.recipe), out, a.jobs, a.budget or None, a.only, a.table, a.dry_run, a.against, a.show, a.allow_code,
-        a.track, a.rerun, a.csv, a.latex,
+        a.track, a.rerun, a.csv, a.latex, per_gpu=a.per_gpu,
     )  # fmt: skip
 
 
@@ -90,26 +94,30 @@ def seconds_of(text: str | None) -> float:
 # ------------------------------------------------------------------------------------------------ running
 
 
-def compare(path: Path, out: Path | None, jobs: int = 1, budget: str | None = None, only: list[str] | None = None,
-            table: bool = False, dry_run: bool = False, against: str = "",
+def compare(path: Path, out: Path | None, jobs: int | None = None, budget: str | None = None,
+            only: list[str] | None = None, table: bool = False, dry_run: bool = False, against: str = "",
             show: Sequence[str] = (), allow_code: bool = False, track: str = "", rerun: str = "none", csv: str = "",
-            latex: str = "") -> int:  # fmt: skip
+            latex: str = "", *, per_gpu: int = 0) -> int:  # fmt: skip
     """Run the unfinished cells within the budget, and print the table. Returns 0, or 75 when cells are left.
 
     `against`, as in intervention=plain or replay=none,update=plain, adds the differences from that arm, paired by seed;
     `show` adds columns to both. `allow_code`: code files that the recipe names may run.
     `track`: trackers for each cell's run; no part of a cell's identity. `rerun`: none, or changed: also the cells that
-    were run with older code. `csv`, `latex`: files for the tables.
+    were run with older code. `csv`, `latex`: files for the tables. `jobs`, `per_gpu`: see `executors.local.Local`.
     """
     recipe = read_recipe(path)
     out = out or Path("runs") / str(recipe.get("name", path.stem))
     deadline = Deadline(time.monotonic() + seconds_of(budget))
     at_least(1, "compare", jobs=jobs)
+    at_least(0, "compare", per_gpu=per_gpu)
     for file in (out / "compare.html", *(Path(name) for name in (csv, latex) if name)):
         check_writable(file)
     shown = Shown(against, show, csv, latex, path.read_text(encoding="utf-8", errors="replace"))
     with stopping(deadline):
-        return _compare(recipe, out, jobs, deadline, only or [], table, dry_run, shown, allow_code, track, rerun)
+        return _compare(
+            recipe, out, lambda: Local(jobs, per_gpu, visible_gpus()), deadline, only or [], table, dry_run, shown,
+            allow_code, track, rerun,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -123,8 +131,8 @@ class Shown:
     text: str = ""
 
 
-def _compare(recipe: Tree, out: Path, jobs: int, deadline: Deadline, only: list[str], table: bool, dry_run: bool,
-             shown: Shown, allow_code: bool, track: str, rerun: str) -> int:  # fmt: skip
+def _compare(recipe: Tree, out: Path, executor: Callable[[], Executor], deadline: Deadline, only: list[str],
+             table: bool, dry_run: bool, shown: Shown, allow_code: bool, track: str, rerun: str) -> int:  # fmt: skip
     if track:
         from ..report.trackers import track_names
 
@@ -141,7 +149,7 @@ def _compare(recipe: Tree, out: Path, jobs: int, deadline: Deadline, only: list[
             print(f"{of.get(cell.key, 'done')}  {cell.key}  {cell.label}")
         return 0
     if not table:
-        run_all(todo, out, jobs, deadline, track)
+        run_all(todo, out, executor(), deadline, track)
     return _report(recipe, chosen, out, shown)
 
 
