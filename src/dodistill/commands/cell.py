@@ -31,6 +31,8 @@ from ..config.plugins import Allow
 from ..config.tree import Distill, Tree, resolve
 from ..errors import STOPPED, DodistillError
 from ..files import read_object
+from .kept import Kept
+from .storage import Storage, Unwritable
 
 #: A child process. -P keeps the current folder off its import path: a yaml.py that lies there is not imported.
 DODISTILL = (sys.executable, "-P", "-m", "dodistill")
@@ -69,6 +71,8 @@ def run_cell(
     threads: int = 0,
     seconds: float = math.inf,
     track: str = "",
+    storage: str = "",
+    name: str = "",
     environment: Mapping[str, str] | None = None,
     allow_code: Allow = False,
     tied: bool = True,
@@ -89,6 +93,9 @@ def run_cell(
         threads: CPU threads, unless the config sets `loop.threads`; 0: one for each core.
         seconds: the run stops cleanly after this time.
         track: trackers, as in "tensorboard,wandb".
+        storage: a path, or a URL that fsspec writes. The newest checkpoint there is fetched first; each one is put
+            there, and at the end the outcome.
+        name: what the storage calls the run; empty: the key of the cell.
         environment: variables for the process, as CUDA_VISIBLE_DEVICES.
         allow_code: which code files that the config names may run; see `resolve`.
         tied: the process stops, with a checkpoint, when this process ends.
@@ -99,6 +106,7 @@ def run_cell(
     Raises:
         Stopped: the run stopped before its end, or another process has the folder.
         Failed: the process failed, with its exit status and its last line.
+        storage.Unwritable: the storage refuses; what the run computed is in the folder.
         DodistillError: the config does not resolve.
     """
     if not isinstance(config, Distill):
@@ -109,7 +117,11 @@ def run_cell(
     beside(run, ".yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
     threads = threads or os.cpu_count() or 1
     words = [*(TIED if tied else DODISTILL), *arguments(config, run, threads, seconds, track)]
-    status = supervise(words, beside(run, ".log"), {"OMP_NUM_THREADS": str(threads), **(environment or {})}, tied, stop)
+    kept = None
+    if storage:
+        kept = Kept(Storage(storage), name or str(of_cell["key"]), run, {"{teachers}": str(teachers)})
+    variables = {"OMP_NUM_THREADS": str(threads), **(environment or {})}
+    status = supervise(words, beside(run, ".log"), variables, tied, stop, kept)
     if status in (STOPPED, -signal.SIGTERM):
         raise Stopped("stopped at the budget, or used by another process; rerun to resume")
     if status:
@@ -138,9 +150,15 @@ def arguments(config: Distill, run: Path, threads: int, seconds: float = math.in
 
 
 def supervise(
-    words: Sequence[str], log: Path, environment: Mapping[str, str], tied: bool = False, stop: Flag | None = None
-) -> int:
-    """Run a command to its end, and return its exit status. If this call is interrupted, the command saves and ends."""
+    words: Sequence[str], log: Path, environment: Mapping[str, str], tied: bool = False, stop: Flag | None = None,
+    kept: Kept | None = None,
+) -> int:  # fmt: skip
+    """Run a command to its end, and return its exit status. If this call is interrupted, the command saves and ends.
+
+    `kept`: its files in a storage, which go on from there and are put there. Raises storage.Unwritable.
+    """
+    if kept is not None:
+        kept.fetch()
     with open(log, "ab") as file:
         process = subprocess.Popen(
             words, stdin=subprocess.PIPE if tied else None, stdout=file, stderr=file, env={**os.environ, **environment}
@@ -149,12 +167,22 @@ def supervise(
         while process.poll() is None:
             if stop is not None and stop.is_set():
                 process.terminate()
+            if kept is not None:
+                kept.sync()
             time.sleep(0.1)
     finally:
         process.terminate()
         process.wait()
         if process.stdin is not None:
             process.stdin.close()
+        if kept is not None and process.returncode:  # its last checkpoint
+            try:
+                kept.close(finished=False)
+            except Unwritable:
+                if process.returncode in (STOPPED, -signal.SIGTERM):  # else the failure counts
+                    raise
+    if kept is not None and not process.returncode:
+        kept.close(finished=True)
     return process.returncode
 
 

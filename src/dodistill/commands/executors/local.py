@@ -12,9 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ...config.tree import Tree
 from ..cell import run_cell
-from .shared import Handle, Work
+from .shared import Outcome, Teaching, Work, outcome_of
 
 
 def visible_gpus() -> list[str]:
@@ -27,13 +26,13 @@ def visible_gpus() -> list[str]:
 class Running:
     """A cell in a thread, which waits for its process."""
 
-    future: Future[Tree]
+    future: Future[Outcome]
     stop: threading.Event
 
     def done(self) -> bool:
         return self.future.done()
 
-    def result(self) -> Tree:
+    def result(self) -> Outcome:
         return self.future.result()
 
     def cancel(self) -> None:
@@ -43,7 +42,7 @@ class Running:
 class Local:
     """At most `jobs` cells at a time. They share the cores evenly."""
 
-    shared = True
+    here = True
 
     def __init__(self, jobs: int | None = None, per_gpu: int = 0, gpus: Sequence[str] = ()) -> None:
         """`jobs`: None: 1, or with `per_gpu` as many as the cards take. `per_gpu`: cells that share a card at most; 0:
@@ -58,22 +57,29 @@ class Local:
         for name in [*gpus] * shares:  # one share of each card before the second of any
             self._cards.put(name)
 
-    def submit(self, works: Sequence[Work]) -> list[Handle]:
-        return [self._begin(work) for work in works]
+    def submit(self, works: Sequence[Work | Teaching]) -> list[Running]:
+        return [self._begin(work) for work in works if isinstance(work, Work)]
 
     def _begin(self, work: Work) -> Running:
         stop = threading.Event()
         self._stops.append(stop)
         return Running(self._pool.submit(self._run, work, stop), stop)
 
-    def _run(self, work: Work, stop: threading.Event) -> Tree:
+    def _run(self, work: Work, stop: threading.Event) -> Outcome:
         card = self._cards.get() if work.device in ("auto", "cuda") and not self._cards.empty() else None
-        try:
-            return run_cell(
-                work.tree, work.folder, work.label, published=work.published, teachers=work.teachers,
-                threads=self._threads, seconds=work.until - time.time(), track=work.track, allow_code=True, tied=False,
-                environment={"CUDA_VISIBLE_DEVICES": card} if card is not None else {}, stop=stop,
+        environment = {**work.environment, **({"CUDA_VISIBLE_DEVICES": card} if card is not None else {})}
+
+        def do() -> Outcome:
+            return Outcome(
+                run_cell(
+                    work.tree, work.folder, work.label, published=work.published, teachers=work.teachers,
+                    threads=self._threads, seconds=work.until - time.time(), track=work.track, storage=work.storage,
+                    name=work.name, environment=environment, allow_code=True, tied=False, stop=stop,
+                )
             )  # fmt: skip
+
+        try:
+            return outcome_of(do)
         finally:
             if card is not None:
                 self._cards.put(card)
