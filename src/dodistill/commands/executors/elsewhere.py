@@ -46,13 +46,12 @@ def work_on(work: Work | Teaching, weights: Mapping[str, bytes], stop: Flag | No
 
 
 def _cell(work: Work, weights: Mapping[str, bytes], scratch: Path, stop: Flag | None) -> Tree:
-    teachers = Path(work.teachers)
-    if weights:
-        teachers = scratch / "teachers"
-        teachers.mkdir()
-        for name, data in weights.items():
-            (teachers / name).write_bytes(data)
-    config = resolve(placed(work.tree, work.teachers, str(teachers)), allow_code=True)
+    teachers = str(scratch / "teachers") if weights else work.teachers
+    for name, data in weights.items():
+        path = Path(teachers) / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(data)
+    config = resolve(placed(work.tree, work.teachers, teachers), allow_code=True)
     if cell_key(config) != work.key:
         raise DodistillError(
             f"on {platform.node()}, with dodistill {__version__}, the settings have the key {cell_key(config)}, not "
