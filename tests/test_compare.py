@@ -8,12 +8,16 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from dodistill.commands.compare import compare, seconds_of, teach_missing
+from dodistill.config import grid
 from dodistill.config.grid import Records, cells, read_recipe, stored
 from dodistill.core.deadline import Deadline
 from dodistill.engine.run_folder import RunFolder
@@ -161,6 +165,46 @@ def test_a_setting_that_came_later_does_not_throw_results_away(recipe: Path, tmp
     gone = json.loads(json.dumps(config).replace(str(out / "teachers"), "{teachers}"))
     gone["kdci"]["a_setting_since_removed"] = 1
     assert remember(gone).find(cell) is None
+
+
+def test_planning_resolves_and_hashes_once_for_each_cell(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not once for each pair of a cell and a record; also where all records are of an older version."""
+    tree = yaml.safe_load(recipe.read_text())
+    tree["grid"]["seed"] = list(range(20))
+    recipe.write_text(yaml.safe_dump(tree, sort_keys=False))
+    out = tmp_path / "out"
+    (out / "cells").mkdir()
+    for cell in cells(read_recipe(recipe), out / "teachers"):
+        config = cell.config.to_tree()
+        del config["pool"]["holdout"]
+        record = {"key": cell.key, "config": config, "seconds": 1.0}  # without a hash of its weights
+        (out / "cells" / f"{cell.key}.json").write_text(json.dumps(record))
+    calls = dict.fromkeys(("resolve", "identity", "_digest"), 0)
+    read = []
+
+    def counted(name: str) -> Callable[..., Any]:
+        function = getattr(grid, name)
+
+        def call(*given: Any, **named: Any) -> Any:
+            calls[name] += 1
+            return function(*given, **named)
+
+        return call
+
+    for name in calls:
+        monkeypatch.setattr(grid, name, counted(name))
+    whole = grid._content.__wrapped__
+    monkeypatch.setattr(grid, "_content", cache(lambda *given: read.append(given) or whole(*given)))
+    chosen = list(cells(read_recipe(recipe), out / "teachers"))
+    known = stored(out)
+    assert [known.find(cell)["key"] for cell in chosen] == [cell.key for cell in chosen]
+    assert len(chosen) == len(known) == 39
+    assert calls["resolve"] <= 39 + 2  # and the defaults of the two arms
+    assert calls["identity"] <= 39 + 39 + 2
+    assert calls["_digest"] <= 3 * 39
+    assert len(read) == 1  # one file of weights
 
 
 @pytest.mark.parametrize(

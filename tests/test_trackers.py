@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 import types
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ import pytest
 from torch import nn
 
 from dodistill.api import distill, run
-from dodistill.commands import cell_runs
+from dodistill.commands.cell import arguments
 from dodistill.commands.cli import main
 from dodistill.config.grid import cells
 from dodistill.core.watch import Watcher
@@ -261,13 +260,12 @@ def test_the_flags(capsys: pytest.CaptureFixture[str], tmp_path: Path, teacher_f
     assert "unknown tracker 'tensor'" in capsys.readouterr().err
 
 
-def test_a_comparison_tracks_each_cell(tmp_path: Path, teacher_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_comparison_tracks_each_cell(tmp_path: Path, teacher_file: Path) -> None:
     started: list[list[str]] = []
-    monkeypatch.setattr(cell_runs.subprocess, "Popen", lambda command, **_: started.append(command))
     recipe = {"base": {"teacher": str(teacher_file), "student": "tiny4"}, "grid": {"seed": [0]}}
     (cell,) = cells(recipe, tmp_path)
     for track in ("", "tensorboard,wandb"):
-        cell_runs._start(cell_runs.Task(cell), tmp_path, 1, math.inf, track)
+        started.append(arguments(cell.config, tmp_path / "run", 1, track=track))
     assert "--track" not in started[0]
     assert started[1] == [*started[0], "--track", "tensorboard,wandb"]
     assert "track" not in json.dumps(cell.config.to_tree())  # no part of a cell's identity

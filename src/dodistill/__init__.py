@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .api import distill as distill
     from .api import evaluate as evaluate
+    from .commands.cell import run_cell as run_cell
     from .config.tree import resolve as resolve
     from .core.batch import Batch as Batch
     from .core.context import Context as Context
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "distill": "api", "evaluate": "api", "Result": "report.result", "resolve": "config.tree",
-    "load_images": "data.images",
+    "load_images": "data.images", "run_cell": "commands.cell",
     "DodistillError": "errors", "Normalized": "models", "load_model": "models", "save_model": "models",
     "write_report": "report.report", "teach": "engine.teach", "Teacher": "models.teacher",
     # building blocks of your own methods: docs/tutorial.md

@@ -1,34 +1,33 @@
-"""The runs of a grid's cells: each in a process of its own, at most so many at a time, and one record for each."""
+"""The runs of a grid's cells on an executor: one record for each, which this process alone writes."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-import signal
-import subprocess
+import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import Self
 
 from ..config import plugins
 from ..config.code import code_of
-from ..config.grid import Cell, weights_of
+from ..config.grid import Cell
 from ..core.deadline import Deadline
 from ..engine.run_folder import drop_checkpoints, write_atomically
-from ..errors import STOPPED, DodistillError
-from ..files import read_object
+from ..errors import DodistillError
 from ..report.format import duration
 from ..report.grid_progress import GridProgress, Running, remaining
 from ..report.report import write_report
-
-#: A child process. -P keeps the current folder off its import path: a yaml.py that lies there is not imported.
-DODISTILL = (sys.executable, "-P", "-m", "dodistill")
+from .cell import beside
+from .executors.shared import Executor, Handle, Work
+from .kept import Kept
+from .storage import Storage, Unwritable
 
 
 @dataclass(frozen=True)
@@ -46,105 +45,140 @@ class Task:
     def folder(self, out: Path) -> Path:
         """The run folder. Each version of the code has its own: a finished run is not overwritten, and one that was
         stopped goes on."""
+        return out / "runs" / (self.cell.slug + self._version)
+
+    @property
+    def stored(self) -> str:
+        """What a storage calls its run."""
+        return self.cell.key + self._version
+
+    @property
+    def _version(self) -> str:
         version = "-" + "".join(code_of(self.cell.config).values()) if self.again else ""
-        return (
-            out / "runs" / (self.cell.slug + (f"-code-{plugins.fingerprint(version.encode())[:6]}" if version else ""))
-        )
+        return f"-code-{plugins.fingerprint(version.encode())[:6]}" if version else ""
 
 
 @dataclass(frozen=True)
-class Child:
-    """A process that runs a cell."""
+class Started:
+    """A cell that an executor has."""
 
     task: Task
-    process: subprocess.Popen[bytes]
+    handle: Handle
     began: float
 
 
-def run_all(todo: Sequence[Task], out: Path, jobs: int, deadline: Deadline, track: str = "") -> None:
-    """Run at most `jobs` processes at a time. They share the cores evenly."""
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    running: list[Child] = []
+def run_all(
+    todo: Sequence[Task], out: Path, executor: Executor, deadline: Deadline, track: str = "", storage: str = ""
+) -> None:
+    """Run the cells, and record each that ends. `storage`: where their files are; empty: in their folders alone."""
+    running: list[Started] = []
     waiting, took = list(todo), list[float]()
 
-    def summary(now: float) -> str:
-        cells = [_running(child, out) for child in running]
-        left = remaining(cells, [task.expected for task in waiting], jobs, now, took)
-        done = len(todo) - len(waiting) - len(running)
-        said = f"grid: {done} of {len(todo)} cells done, {len(running)} running"
-        return said + (f", about {duration(left)} left" if left is not None else "")
+    with GridProgress() as progress, Sight(out, "" if executor.here else storage) as sight:
 
-    with GridProgress() as progress:
-        try:
-            while waiting or running:
-                while waiting and len(running) < jobs and not deadline.passed:
-                    running.append(_start(waiting.pop(0), out, threads, deadline, track))
-                for child in list(running):
-                    if child.process.poll() is not None:
-                        running.remove(child)
-                        said, seconds = _finish(child, out)
-                        progress.say(
-                            f"[{len(todo) - len(waiting) - len(running)}/{len(todo)}] {child.task.name}: {said}"
-                        )
-                        took += [seconds] if seconds is not None else []
-                if deadline.stopped:  # by a signal: the children save, and exit 75
-                    for child in running:
-                        child.process.terminate()
-                if not running and deadline.passed:
-                    progress.say(f"budget spent: {len(waiting)} cells left; rerun the command to resume.")
-                    return
-                progress.show([_running(child, out) for child in running], summary)
-                time.sleep(0.2)
-        finally:
-            for child in running:
-                child.process.terminate()
-            for child in running:
-                child.process.wait()
+        def summary(now: float) -> str:
+            done = len(todo) - len(waiting) - len(running)
+            said = f"grid: {done} of {len(todo)} cells done, "
+            cells = sight.of(running)
+            if not executor.here:
+                return said + f"{len(cells)} running, {len(running) - len(cells)} queued or beginning"
+            left = remaining(cells, [task.expected for task in waiting], executor.jobs, now, took)
+            return said + f"{len(running)} running" + (f", about {duration(left)} left" if left is not None else "")
 
-
-def _running(child: Child, out: Path) -> Running:
-    task = child.task
-    return Running(task.name, task.folder(out), task.cell.config.loop.steps, child.began)
+        while waiting or running:
+            if (room := executor.jobs - len(running)) > 0 and waiting and not deadline.passed:
+                some, waiting = waiting[:room], waiting[room:]
+                handles = executor.submit([_work(task, out, deadline, track, storage) for task in some])
+                running += [Started(task, handle, time.monotonic()) for task, handle in zip(some, handles)]
+            for it in list(running):
+                if it.handle.done():
+                    running.remove(it)
+                    said, seconds = _finish(it, out, executor.here, storage)
+                    progress.say(f"[{len(todo) - len(waiting) - len(running)}/{len(todo)}] {it.task.name}: {said}")
+                    took += [seconds] if seconds is not None else []
+            # at a signal, the cells save and stop; at the budget those here stop by themselves
+            if deadline.stopped or (deadline.passed and not executor.here):
+                for it in running:
+                    it.handle.cancel()
+            if not running and deadline.passed:
+                progress.say(f"budget spent: {len(waiting)} cells left; rerun the command to resume.")
+                return
+            progress.show(sight.of(running), summary)
+            sight.look(running)
+            time.sleep(0.2)
 
 
-def _beside(run: Path, suffix: str) -> Path:
-    """A file beside a run folder. A label may have a dot, so `with_suffix` would give two cells one file."""
-    return run.with_name(run.name + suffix)
+class Sight:
+    """The files by which progress is shown: those of the run folders, or of cells elsewhere copies from the storage."""
+
+    def __init__(self, out: Path, storage: str) -> None:
+        """`storage`: of cells elsewhere, else empty."""
+        self._out, self._storage = out, Storage(storage) if storage else None
+        self._copies = Path(tempfile.mkdtemp(prefix="dodistill-")) if storage else None
+        self._turn, self._next = 0, 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._copies is not None:
+            shutil.rmtree(self._copies, ignore_errors=True)
+
+    def look(self, running: Sequence[Started]) -> None:
+        """Copy the metrics of the next cell, at most once a second, each at most once in ten."""
+        if self._storage is None or self._copies is None or not running or time.monotonic() < self._next:
+            return
+        self._turn += 1
+        self._next = time.monotonic() + max(1.0, 10.0 / len(running))
+        name = running[self._turn % len(running)].task.stored
+        metrics = Kept(self._storage, name, self._copies / name, {}).peek("metrics.jsonl")
+        if metrics is not None:
+            (self._copies / name).mkdir(exist_ok=True)
+            (self._copies / name / "metrics.jsonl").write_bytes(metrics)
+
+    def of(self, running: Sequence[Started]) -> list[Running]:
+        """The cells that have begun, as far as is known."""
+        out = []
+        for it in running:
+            folder = it.task.folder(self._out) if self._copies is None else self._copies / it.task.stored
+            if self._copies is None or folder.exists():
+                out.append(Running(it.task.name, folder, it.task.cell.config.loop.steps, it.began))
+        return out
 
 
-def _start(task: Task, out: Path, threads: int, deadline: float, track: str = "") -> Child:
-    cell, run = task.cell, task.folder(out)
-    run.mkdir(parents=True, exist_ok=True)
-    recipe = _beside(run, ".yaml")
-    tree = cell.config.to_tree()
-    recipe.write_text(yaml.safe_dump(tree), encoding="utf-8")
-    command = [*DODISTILL, "distill", str(recipe), "--out", str(run), "--quiet", "--no-report",
-               "--loop.threads", str(cell.config.loop.threads or threads)]  # fmt: skip
-    if plugins.paths(tree):  # this process has run the same code to read the config, and `code` has its hash
-        command.append("--allow-code")
-    if track:
-        command += ["--track", track]
-    if math.isfinite(deadline):
-        command += ["--max-seconds", f"{max(1.0, deadline - time.monotonic()):.1f}"]
-    with open(_beside(run, ".log"), "ab") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
-    return Child(task, process, time.monotonic())
+def _work(task: Task, out: Path, deadline: float, track: str, storage: str) -> Work:
+    cell, left = task.cell, deadline - time.monotonic()
+    return Work(
+        cell.config.to_tree(), str(task.folder(out)), cell.label, cell.published, str(out / "teachers"), cell.key,
+        cell.config.loop.device, cell.config.loop.threads, time.time() + left if math.isfinite(left) else math.inf,
+        track, storage, task.stored, environment(),
+    )  # fmt: skip
 
 
-def _finish(child: Child, out: Path) -> tuple[str, float | None]:
-    """Record what a process that has ended computed. Returns what is said of it, and the seconds of a finished run."""
-    cell, run, status = child.task.cell, child.task.folder(out), child.process.returncode
-    if status in (STOPPED, -signal.SIGTERM):
-        return "stopped at the budget, or used by another process; rerun to resume", None
-    if status:
-        tail = _beside(run, ".log").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-        return f"FAILED (exit status {status}) {' '.join(tail)}", None
-    record = record_of(cell, read_object(run / "summary.json", "delete the run's folder, and rerun the command"))
-    record["folder"] = f"runs/{run.name}"
+def environment() -> dict[str, str]:
+    """The variables of this process that a run reads: where data sets are."""
+    return {name: value for name, value in os.environ.items() if name.startswith("DODISTILL_")}
+
+
+def _finish(it: Started, out: Path, here: bool, storage: str) -> tuple[str, float | None]:
+    """Record what a cell that has ended computed. Returns what is said of it, and the seconds of a finished run."""
+    cell, run, outcome = it.task.cell, it.task.folder(out), it.handle.result()
+    if outcome.record is None:
+        if outcome.log:
+            run.parent.mkdir(parents=True, exist_ok=True)
+            with open(beside(run, ".log"), "a", encoding="utf-8") as log:
+                log.write(f"{outcome.log}\n")
+        return outcome.said, None
+    kept = Kept(Storage(storage), it.task.stored, run, {"{teachers}": str(out / "teachers")}) if storage else None
+    if kept is not None and not here:
+        kept.fetch()
+    record = outcome.record | {"folder": f"runs/{run.name}"}
     (out / "cells").mkdir(parents=True, exist_ok=True)
-    text = json.dumps(record, indent=1).replace(str(out / "teachers"), "{teachers}")  # no machine's path in a cell
-    write_atomically(out / "cells" / f"{cell.key}.json", text.encode())
+    write_atomically(out / "cells" / f"{cell.key}.json", json.dumps(record, indent=1).encode())
     drop_checkpoints(run)  # a finished cell is never resumed
+    if kept is not None:
+        with contextlib.suppress(Unwritable):  # what is left harms nothing
+            kept.drop()
     try:
         write_report(run, pdf=False)
     except DodistillError as error:  # the record is what counts
@@ -152,32 +186,3 @@ def _finish(child: Child, out: Path) -> tuple[str, float | None]:
     last = record["last"]
     score = f"{last:.2f} %" if last is not None else f"agreement {record['agreement']:.2f} %"
     return f"{score} in {record['seconds']:.0f} s", float(record["seconds"])
-
-
-def record_of(cell: Cell, summary: Mapping[str, Any]) -> dict[str, Any]:
-    """One cell's JSON: the measures that `tables` reads, the key and the config."""
-    record = record_of_summary(cell.label, summary)
-    return record | {
-        "key": cell.key,
-        "published": cell.published,
-        "config": cell.config.to_tree(),
-        "weights": weights_of(cell.config),
-    }
-
-
-def record_of_summary(label: Mapping[str, str], summary: Mapping[str, Any]) -> dict[str, Any]:
-    """The measures of one finished run, under its label."""
-    shares = summary["class_shares"]
-    return {
-        "label": dict(label),
-        "last": summary.get("student_accuracy"),
-        "best": summary.get("best_on_test"),
-        "delivered": summary.get("delivered_accuracy"),
-        "teacher": summary.get("teacher_accuracy"),
-        "agreement": summary["agreement"],
-        "seconds": summary["seconds"],
-        "share_ratio": max(shares) / max(min(shares), 0.5 / max(summary["images"], 1)),
-        "code": summary.get("code", {}),
-        # the command and the verdict name paths of this machine
-        "summary": {k: v for k, v in summary.items() if k not in ("command", "verdict", "code")},
-    }

@@ -14,8 +14,9 @@
       - {where: {source: fast, intervention: plain}, value: 89.29}
 
 The key of a cell is a hash of its resolved config and its weights. A finished cell is not run again; an interrupted
-cell resumes. Each cell runs in its own process and writes one JSON to `cells/` (cell_runs.py). A record has a hash of
-the code of its methods (`config/code.py`): a cell of older code is marked, and runs again with `--rerun changed`.
+cell resumes. Each cell runs in its own process (cell.py), and has one JSON in `cells/` (cell_runs.py). A record has a
+hash of the code of its methods (`config/code.py`): a cell of older code is marked, and runs again with `--rerun
+changed`.
 """
 
 from __future__ import annotations
@@ -23,26 +24,25 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from ..config import plugins
 from ..config.code import changed, code_of
 from ..config.grid import Cell, Records, cells, read_recipe, stored
 from ..config.tree import Tree
 from ..core.deadline import Deadline, stopping
 from ..engine.run_folder import check_writable, write_atomically
-from ..errors import STOPPED, Busy, DodistillError, at_least
-from ..files import claimed
-from .cell_runs import DODISTILL, Task, run_all
-from .cell_runs import record_of as record_of
-from .cell_runs import record_of_summary as record_of_summary
+from ..errors import STOPPED, DodistillError
+from .cell import record_of_summary as record_of_summary
+from .cell_runs import Task, run_all
+from .executors import Where
+from .executors.shared import Executor
+from .teachers import teach_elsewhere, teach_missing
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,14 @@ class Arguments:
 
     recipe: Annotated[str, "RECIPE.yaml"]  #: the grid; see recipes/
     out: Annotated[str, "FOLDER"] = ""  #: folder of the results; empty: runs/NAME
-    jobs: int = 1  #: number of cells that run in parallel
+    jobs: int | None = None  #: number of cells that run in parallel; none: 1, or as many as --per-gpu allows
+    on: Literal["local", "ray", "slurm"] = "local"  #: where the cells run: this machine, a Ray cluster, slurm jobs
+    per_gpu: int = 0  #: cells that share one GPU at most; 0: as many as --jobs needs, spread evenly over the GPUs
+    address: Annotated[str, "HOST:PORT"] = ""  #: of a Ray cluster; empty: that of RAY_ADDRESS, else one on this machine
+    slurm: Annotated[list[str], "KEY=VALUE"] = dataclasses.field(default_factory=list)  #: a parameter of submitit, as
+    #: in partition=gpu, gpus_per_node=1, timeout_min=240
+    storage: Annotated[str, "URL"] = ""  #: a path or URL for checkpoints, which all machines see; empty: for ray and
+    #: slurm, OUT/storage
     budget: Annotated[str, "TIME"] = ""  #: stop cleanly after this time, as in 25m, 2h or 90s
     only: Annotated[list[str], "AXIS=LABEL"] = dataclasses.field(default_factory=list)  #: run only these cells
     table: bool = False  #: print the table of the finished cells, run nothing
@@ -73,7 +80,8 @@ def run(arguments: Arguments) -> int:
     out = Path(a.out) if a.out else None
     return compare(
         Path(a.recipe), out, a.jobs, a.budget or None, a.only, a.table, a.dry_run, a.against, a.show, a.allow_code,
-        a.track, a.rerun, a.csv, a.latex,
+        a.track, a.rerun, a.csv, a.latex, on=a.on, per_gpu=a.per_gpu, address=a.address, storage=a.storage,
+        slurm=a.slurm,
     )  # fmt: skip
 
 
@@ -90,26 +98,28 @@ def seconds_of(text: str | None) -> float:
 # ------------------------------------------------------------------------------------------------ running
 
 
-def compare(path: Path, out: Path | None, jobs: int = 1, budget: str | None = None, only: list[str] | None = None,
-            table: bool = False, dry_run: bool = False, against: str = "",
+def compare(path: Path, out: Path | None, jobs: int | None = None, budget: str | None = None,
+            only: list[str] | None = None, table: bool = False, dry_run: bool = False, against: str = "",
             show: Sequence[str] = (), allow_code: bool = False, track: str = "", rerun: str = "none", csv: str = "",
-            latex: str = "") -> int:  # fmt: skip
+            latex: str = "", *, on: str = "local", per_gpu: int = 0, address: str = "", storage: str = "",
+            slurm: Sequence[str] = ()) -> int:  # fmt: skip
     """Run the unfinished cells within the budget, and print the table. Returns 0, or 75 when cells are left.
 
     `against`, as in intervention=plain or replay=none,update=plain, adds the differences from that arm, paired by seed;
     `show` adds columns to both. `allow_code`: code files that the recipe names may run.
     `track`: trackers for each cell's run; no part of a cell's identity. `rerun`: none, or changed: also the cells that
-    were run with older code. `csv`, `latex`: files for the tables.
+    were run with older code. `csv`, `latex`: files for the tables. `on`, `jobs`, `per_gpu`, `address`, `storage`,
+    `slurm`: where the cells run, see `executors`.
     """
     recipe = read_recipe(path)
     out = out or Path("runs") / str(recipe.get("name", path.stem))
     deadline = Deadline(time.monotonic() + seconds_of(budget))
-    at_least(1, "compare", jobs=jobs)
+    where = Where(on, jobs, per_gpu, address, storage, slurm)
     for file in (out / "compare.html", *(Path(name) for name in (csv, latex) if name)):
         check_writable(file)
     shown = Shown(against, show, csv, latex, path.read_text(encoding="utf-8", errors="replace"))
     with stopping(deadline):
-        return _compare(recipe, out, jobs, deadline, only or [], table, dry_run, shown, allow_code, track, rerun)
+        return _compare(recipe, out, where, deadline, only or [], table, dry_run, shown, allow_code, track, rerun)
 
 
 @dataclass(frozen=True)
@@ -123,26 +133,40 @@ class Shown:
     text: str = ""
 
 
-def _compare(recipe: Tree, out: Path, jobs: int, deadline: Deadline, only: list[str], table: bool, dry_run: bool,
+def _compare(recipe: Tree, out: Path, where: Where, deadline: Deadline, only: list[str], table: bool, dry_run: bool,
              shown: Shown, allow_code: bool, track: str, rerun: str) -> int:  # fmt: skip
     if track:
         from ..report.trackers import track_names
 
         track = ",".join(track_names(track))
-    if not (table or dry_run) and not teach_missing(recipe, out / "teachers", deadline, allow_code):
-        print("budget spent while training the teachers; rerun the command to resume.", file=sys.stderr)
-        return STOPPED
-    chosen = [c for c in cells(recipe, out / "teachers", allow_code) if _chosen(c, only)]
-    known = stored(out)
-    todo = _tasks(chosen, known, rerun == "changed")
+
+    def planned() -> tuple[list[Cell], list[Task]]:
+        chosen = [c for c in cells(recipe, out / "teachers", allow_code) if _chosen(c, only)]
+        return chosen, _tasks(chosen, stored(out), rerun == "changed")
+
+    taught = all((out / "teachers" / f"{name}.safetensors").exists() for name in recipe.get("teachers") or {})
+    plan = planned() if taught or table or dry_run else None
+    if plan is None or (plan[1] and not (table or dry_run)):
+        with closing(where.executor(out)) as executor:
+            if not taught and not _taught(recipe, out, where, executor, deadline, allow_code):
+                print("budget spent while training the teachers; rerun the command to resume.", file=sys.stderr)
+                return STOPPED
+            plan = plan or planned()
+            run_all(plan[1], out, executor, deadline, track, where.stored(out))
+    chosen, todo = plan
     if dry_run:
         of = {task.cell.key: "changed" if task.again else "todo" for task in todo}
         for cell in chosen:
             print(f"{of.get(cell.key, 'done')}  {cell.key}  {cell.label}")
         return 0
-    if not table:
-        run_all(todo, out, jobs, deadline, track)
     return _report(recipe, chosen, out, shown)
+
+
+def _taught(recipe: Tree, out: Path, where: Where, executor: Executor, deadline: Deadline, allow_code: bool) -> bool:
+    """Train the missing teachers where the cells run. Returns False when the budget ends first."""
+    if executor.here:
+        return teach_missing(recipe, out / "teachers", deadline, allow_code)
+    return teach_elsewhere(recipe, out / "teachers", executor, deadline, where.stored(out), allow_code)
 
 
 def _tasks(chosen: Sequence[Cell], known: Records, again: bool) -> list[Task]:
@@ -167,53 +191,6 @@ def _chosen(cell: Cell, only: list[str]) -> bool:
             raise DodistillError(f"--only {item}: write AXIS=LABEL, with one of the axes {', '.join(cell.label)}.")
         wanted.setdefault(axis, set()).add(value)
     return all(cell.label[axis] in values for axis, values in wanted.items())
-
-
-def teach_missing(recipe: Tree, folder: Path, deadline: Deadline, allow_code: bool = False) -> bool:
-    """Train the recipe's missing teachers, one after another. Returns False when the budget ends first."""
-    for name, settings in (recipe.get("teachers") or {}).items():
-        target = folder / f"{name}.safetensors"
-        settings = dict(settings)
-        if file := plugins.model_file(str(settings["model"])):
-            plugins.refuse(file, f"dodistill teach {settings['model']}", allow_code)
-        command = [*DODISTILL, "teach", str(settings.pop("model")), "--out", str(target)]
-        for key, value in settings.items():
-            command += [f"--{key}", str(value)]
-        told = False
-        while not target.exists():
-            if deadline.passed:
-                return False
-            folder.mkdir(parents=True, exist_ok=True)
-            left = ["--max-seconds", f"{max(1.0, deadline - time.monotonic()):.1f}"] if math.isfinite(deadline) else []
-            try:
-                with claimed(folder / f".{name}.lock", str(target)):
-                    done = target.exists()  # another process may have trained it meanwhile
-                    status = 0 if done else _status([*command, *left], deadline)
-            except Busy as busy:
-                if not told:
-                    print(f"{busy} Waiting.", file=sys.stderr)
-                told = True
-                time.sleep(min(2.0, max(0.0, deadline - time.monotonic()) + 0.1))
-                continue
-            if status == STOPPED:
-                return False
-            if status:
-                raise DodistillError(f"training teacher {name} failed, with the error above: {' '.join(command)}")
-    return True
-
-
-def _status(command: Sequence[str], deadline: Deadline) -> int:
-    """The exit status of a command, which is told to stop when this process is."""
-    process = subprocess.Popen(command)
-    try:
-        while process.poll() is None:
-            if deadline.stopped:
-                process.terminate()
-            time.sleep(0.1)
-    finally:
-        process.terminate()
-        process.wait()
-    return STOPPED if process.returncode == -signal.SIGTERM else process.returncode
 
 
 def _report(recipe: Tree, chosen: list[Cell], out: Path, shown: Shown) -> int:

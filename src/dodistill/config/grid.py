@@ -11,9 +11,9 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ..errors import DodistillError, nearest
 from ..files import read_object
 from .plugins import Allow
 from .strict_yaml import read_yaml
-from .tree import RUNTIME, Distill, Tree, expand, grown, merge, portable, resolve
+from .tree import RUNTIME, Distill, Tree, expand, merge, portable, resolve
 
 KEYS = ("name", "about", "teachers", "base", "grid", "when", "skip", "published")
 SHORT = {"seed": "loop.seed", "steps": "loop.steps", "lr": "optim.lr", "student": "student.spec"}
@@ -37,6 +37,11 @@ class Cell:
     config: Distill
     key: str
     published: float | None
+
+    @cached_property
+    def identity(self) -> Tree:
+        """`identity` of its config, with the weights as they are at the first call."""
+        return identity(self.config.to_tree())
 
     @property
     def slug(self) -> str:
@@ -134,7 +139,9 @@ def cells(recipe: Tree, teachers: Path, allow_code: Allow = False) -> Iterator[C
         published = next(
             (float(p["value"]) for p in recipe.get("published") or [] if _matches(p["where"], label)), None
         )
-        yield Cell(label, config, cell_key(config), published)
+        cell = Cell(label, config, "", published)
+        cell.key = _key(cell.identity)
+        yield cell
 
 
 def _matches(where: Mapping[str, Any], label: Mapping[str, str]) -> bool:
@@ -229,7 +236,11 @@ def identity(tree: Mapping[str, Any], weights: Mapping[str, str] | None = None) 
 
 def cell_key(config: Distill) -> str:
     """12 hex digits of the identity."""
-    return _digest(identity(config.to_tree()))[:12]
+    return _key(identity(config.to_tree()))
+
+
+def _key(its: Tree) -> str:
+    return _digest(its)[:12]
 
 
 def _digest(tree: Tree) -> str:
@@ -245,7 +256,8 @@ class Records:
         self._alike: dict[str, list[tuple[Tree, Tree]]] = {}
         for its, record in known:
             self._alike.setdefault(_choices(its), []).append((its, record))
-        self._defaults: dict[str, Tree] = {}
+        #: what a cell chose -> the identity of a record, with defaults for what it lacks -> the record
+        self._completed: dict[str, dict[Hashable, Tree]] = {}
         self._count = len(known)
 
     def __len__(self) -> int:
@@ -257,16 +269,44 @@ class Records:
         A record from before a setting existed also counts, if all its settings agree and the cell has the default of
         each newer setting: new settings do not invalidate old results.
         """
-        mine = identity(cell.config.to_tree())
-        if (record := self._exact.get(_digest(mine))) is not None:
-            return record
+        mine = cell.identity
         alike = self._alike.get(_choices(mine), [])
         if not alike:
             return None
-        chosen = " ".join([_choices(mine), *(mine[axis]["name"] for axis in ("criterion", "update", "replay"))])
-        if chosen not in self._defaults:
-            self._defaults[chosen] = resolve(cell.config.choices()).to_tree()
-        return next((record for its, record in alike if grown(its, mine, self._defaults[chosen])), None)
+        if (record := self._exact.get(_digest(mine))) is not None:
+            return record
+        others = {axis: mine[axis]["name"] for axis in ("criterion", "update", "replay")}
+        chosen = " ".join([_choices(mine), *others.values()])
+        if chosen not in self._completed:
+            default = identity(resolve(cell.config.choices()).to_tree())
+            self._completed[chosen] = {
+                _hashable(_complete(its, default)): record
+                for its, record in reversed(alike)  # the first of equal ones stays
+                if all(_may_choose(its.get(axis), name) for axis, name in others.items())
+            }
+        return self._completed[chosen].get(_hashable(mine))
+
+
+def _may_choose(choice: object, name: str) -> bool:
+    """Whether a record's choice on an axis can be `name`; an old record may have none."""
+    return choice is None or (isinstance(choice, Mapping) and choice.get("name") == name)
+
+
+def _complete(its: Tree, default: Tree) -> Tree:
+    """An identity with the default of each setting that it lacks, as if it were of this version."""
+    out = {**default, **its}
+    for key, value in its.items():
+        other = default.get(key)
+        if isinstance(value, Mapping) and isinstance(other, Mapping):
+            out[key] = _complete(dict(value), dict(other))
+    return out
+
+
+def _hashable(value: Any) -> Hashable:
+    """A plain tree as a value that hashes, equal where the trees are."""
+    if isinstance(value, Mapping):
+        return frozenset((key, _hashable(v)) for key, v in value.items())
+    return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value
 
 
 def _choices(its: Tree) -> str:

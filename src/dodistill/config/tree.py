@@ -20,6 +20,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from ..errors import DodistillError, nearest
@@ -289,19 +290,24 @@ def _fits(value: Any, hint: Any, where: str) -> Any:
     return value
 
 
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
 def build(cls: type[C], values: Any, where: str) -> C:
     """A dataclass from a mapping, strictly: unknown keys and wrong types are refused by name.
 
     An instance is returned unchanged, after a check of its `Literal` fields.
     """
     if isinstance(values, cls):
-        for name, hint in get_type_hints(type(values)).items():
+        for name, hint in _hints(type(values)).items():  # type: ignore[arg-type]
             if get_origin(hint) is Literal:
                 _fits(getattr(values, name), hint, f"{where}.{name}")
         return values
     if not isinstance(values, Mapping):
         raise DodistillError(f"{where} is {values!r}; it must be a mapping of its settings.")
-    hints = get_type_hints(cls)
+    hints = _hints(cls)  # type: ignore[arg-type]
     defaults = {f.name: f.default for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     known = list(defaults)
     for key in values:

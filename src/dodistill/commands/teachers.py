@@ -1,0 +1,113 @@
+"""The teachers of a recipe: those that are missing are trained before the cells, here or by an executor."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ..config import plugins
+from ..config.tree import Tree
+from ..core.deadline import Deadline
+from ..engine.run_folder import write_atomically
+from ..errors import STOPPED, Busy, DodistillError
+from ..files import claimed
+from .cell import DODISTILL
+from .cell_runs import environment
+from .executors.shared import Executor, Teaching
+from .storage import Storage
+
+
+def _lessons(recipe: Tree, allow_code: bool) -> Iterator[tuple[str, list[str]]]:
+    """The name of each teacher, and the words of `dodistill teach` without --out."""
+    for name, settings in (recipe.get("teachers") or {}).items():
+        settings = dict(settings)
+        if file := plugins.model_file(str(settings["model"])):
+            plugins.refuse(file, f"dodistill teach {settings['model']}", allow_code)
+        words = [str(settings.pop("model"))]
+        for key, value in settings.items():
+            words += [f"--{key}", str(value)]
+        yield name, words
+
+
+def teach_missing(recipe: Tree, folder: Path, deadline: Deadline, allow_code: bool = False) -> bool:
+    """Train the recipe's missing teachers, one after another. Returns False when the budget ends first."""
+    for name, (model, *flags) in _lessons(recipe, allow_code):
+        target, told = folder / f"{name}.safetensors", False
+        command = [*DODISTILL, "teach", model, "--out", str(target), *flags]
+        while not target.exists():
+            if deadline.passed:
+                return False
+            folder.mkdir(parents=True, exist_ok=True)
+            left = ["--max-seconds", f"{max(1.0, deadline - time.monotonic()):.1f}"] if math.isfinite(deadline) else []
+            try:
+                with claimed(folder / f".{name}.lock", str(target)):
+                    done = target.exists()  # another process may have trained it meanwhile
+                    status = 0 if done else _status([*command, *left], deadline)
+            except Busy as busy:
+                if not told:
+                    print(f"{busy} Waiting.", file=sys.stderr)
+                told = True
+                time.sleep(min(2.0, max(0.0, deadline - time.monotonic()) + 0.1))
+                continue
+            if status == STOPPED:
+                return False
+            if status:
+                raise DodistillError(f"training teacher {name} failed, with the error above: {' '.join(command)}")
+    return True
+
+
+def _status(command: Sequence[str], deadline: Deadline) -> int:
+    """The exit status of a command, which is told to stop when this process is."""
+    process = subprocess.Popen(command)
+    try:
+        while process.poll() is None:
+            if deadline.stopped:
+                process.terminate()
+            time.sleep(0.1)
+    finally:
+        process.terminate()
+        process.wait()
+    return STOPPED if process.returncode == -signal.SIGTERM else process.returncode
+
+
+def teach_elsewhere(
+    recipe: Tree, folder: Path, executor: Executor, deadline: Deadline, storage: str, allow_code: bool = False
+) -> bool:
+    """Let an executor train the missing teachers, all at once. Returns False when the budget ends first."""
+    missing = [(n, words) for n, words in _lessons(recipe, allow_code) if not (folder / f"{n}.safetensors").exists()]
+    left = deadline - time.monotonic()
+    until = time.time() + left if math.isfinite(left) else math.inf
+    works = [
+        Teaching(name, words, storage, f"teacher-{name}-{_digest(words)}", until, environment())
+        for name, words in missing
+    ]
+    if not works or deadline.passed:
+        return not works
+    print(f"training {', '.join(name for name, _ in missing)}", file=sys.stderr)
+    handles = executor.submit(works)
+    while not all(handle.done() for handle in handles):
+        if deadline.passed:
+            for handle in handles:
+                handle.cancel()
+        time.sleep(0.2)
+    outcomes = [handle.result() for handle in handles]
+    for work, outcome in zip(works, outcomes):
+        if outcome.weights:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / f"{work.teacher}.safetensors", outcome.weights)
+            Storage(storage).remove(work.name)
+    for work, outcome in zip(works, outcomes):
+        if not outcome.weights and not outcome.stopped:
+            raise DodistillError(f"training teacher {work.teacher}: {outcome.said} {outcome.log}")
+    return not any(outcome.stopped for outcome in outcomes)
+
+
+def _digest(words: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:8]
