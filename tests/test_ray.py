@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import threading
 import time
@@ -22,26 +24,28 @@ from test_trust import grid as grid  # a fixture
 
 pytest.importorskip("ray", reason="ray is an extra")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), pytest.mark.filterwarnings("ignore")]
-NODE = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
+NODE = {"num_cpus": 1, "num_gpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
 
 
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Two nodes of one CPU. Afterwards no process of theirs is left."""
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Two nodes of one CPU and a pretended GPU. Afterwards no process of theirs is left."""
     import ray
     from ray.cluster_utils import Cluster
 
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    its = Cluster(initialize_head=True, head_node_args=NODE)
-    session = Path(its.head_node.get_session_dir_path()).name
-    its.second = its.add_node(**NODE)
-    try:
-        yield its
-    finally:
-        ray.shutdown()
-        its.shutdown()
-        wait(lambda: session not in listed(), 60)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("RAY_USAGE_STATS_ENABLED", "0"), ("OMP_NUM_THREADS", "1"), ("RAY_TMPDIR", "/tmp")):
+            patch.setenv(name, value)
+        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("scratch")))  # a lost process leaves its folder there
+        its = Cluster(initialize_head=True, head_node_args=NODE)
+        session = Path(its.head_node.get_session_dir_path()).name
+        its.second = its.add_node(**NODE)
+        try:
+            yield its
+        finally:
+            ray.shutdown()
+            its.shutdown()
+            wait(lambda: session not in listed(), 60)
 
 
 def listed() -> str:
@@ -96,7 +100,7 @@ def test_a_lost_node_changes_no_bit(
     watch = Watch(storage, cluster)
     watch.start()
     try:
-        assert compare(grid, out, on="ray", address=cluster.address, storage=str(storage)) == 0
+        assert compare(grid, out, on="ray", address=cluster.address, storage=str(storage), per_gpu=2) == 0
     finally:
         watch.ended.set()
         watch.join()
@@ -123,3 +127,30 @@ def test_a_lost_node_changes_no_bit(
         students = [load_file(place / mine["folder"] / "student.safetensors") for place in (out, local)]
         same(*students)
         assert (out / mine["folder"] / "report.html").exists()
+
+
+def test_a_signal_stops_what_runs_and_drops_what_waits(
+    grid: Path, tmp_path: Path, cluster: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The running cell stores a checkpoint, from which the next start goes on."""
+    recipe = yaml.safe_load(grid.read_text())
+    recipe["base"]["loop"] |= {"steps": 100_000, "eval_every": 100_000, "log_every": 1, "checkpoint_seconds": 1e9}
+    recipe["grid"] = {"seed": [0, 1]}
+    grid.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    storage = Storage(str(tmp_path / "storage"))
+
+    def begun() -> bool:
+        there = Path(os.environ["TMPDIR"]).glob("dodistill-*/runs/it/metrics.jsonl")
+        return any('"log"' in metrics.read_text() for metrics in there)
+
+    def terminate() -> None:
+        wait(begun)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=terminate, daemon=True).start()
+    assert compare(grid, grid.parent / "out", on="ray", address=cluster.address, storage=storage.url) == 75
+    said = capsys.readouterr().err
+    assert said.count("stopped") >= 2
+    assert "FAILED" not in said
+    assert len([name for name in storage.names("") if storage.names(f"{name}/sets")]) in (1, 2)
+    assert "dodistill.commands.child" not in listed()
