@@ -60,7 +60,7 @@ def test_no_help_imports_torch() -> None:
 _WITHOUT = """
 import importlib, sys
 for name in ("sklearn", "timm", "torchvision", "onnx", "onnxscript", "onnxruntime", "huggingface_hub", "tensorboard",
-             "wandb", "trackio"):
+             "wandb", "trackio", "fsspec", "ray", "submitit"):
     sys.modules[name] = None
 for name in NAMES:
     importlib.import_module(name)
@@ -87,7 +87,7 @@ def test_everything_imports_and_runs_without_the_optional_libraries() -> None:
 
 OPTIONAL = [
     "sklearn", "timm", "torchvision", "onnx", "onnxscript", "onnxruntime", "huggingface_hub", "tensorboard", "wandb",
-    "trackio",
+    "trackio", "fsspec", "ray", "submitit",
 ]  # fmt: skip
 
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+import yaml
+
 from ..config import plugins
 from ..config.code import code_of
 from ..config.grid import Cell
@@ -151,7 +153,7 @@ def _work(task: Task, out: Path, deadline: float, track: str, storage: str) -> W
     return Work(
         cell.config.to_tree(), str(task.folder(out)), cell.label, cell.published, str(out / "teachers"), cell.key,
         cell.config.loop.device, cell.config.loop.threads, time.time() + left if math.isfinite(left) else math.inf,
-        track, storage, task.stored, environment(),
+        track, storage, task.stored, environment(), os.getcwd(),
     )  # fmt: skip
 
 
@@ -171,7 +173,13 @@ def _finish(it: Started, out: Path, here: bool, storage: str) -> tuple[str, floa
         return outcome.said, None
     kept = Kept(Storage(storage), it.task.stored, run, {"{teachers}": str(out / "teachers")}) if storage else None
     if kept is not None and not here:
-        kept.fetch()
+        try:
+            kept.fetch()
+        except DodistillError as error:
+            return f"FAILED {error} Its outcome stays there; rerun to read it again.", None
+        if not (run / "summary.json").exists():
+            return f"FAILED {storage} has lost what the cell put there; rerun to run it again.", None
+        beside(run, ".yaml").write_text(yaml.safe_dump(cell.config.to_tree()), encoding="utf-8")
     record = outcome.record | {"folder": f"runs/{run.name}"}
     (out / "cells").mkdir(parents=True, exist_ok=True)
     write_atomically(out / "cells" / f"{cell.key}.json", json.dumps(record, indent=1).encode())

@@ -58,6 +58,7 @@ class Kept:
         self._paths = {"{folder}": str(folder), **paths}
         self._attempt = uuid.uuid4().hex[:8]
         self._number = 0  #: of the newest set that is known
+        self._began = 0  #: number of the set that this attempt went on from; 0: from the beginning
         self._seen: object = None  #: the mark that was last written
         self._hashes: dict[tuple[int, int, int], str] = {}  #: of files that do not change
         self._there: set[str] = set()  #: hashes of files in the storage
@@ -79,6 +80,7 @@ class Kept:
                 if not here and self._state() is not None and not found.finished:
                     return False  # begun here without the storage
                 if self._download(found):
+                    self._began = number
                     self._marker.write_text(str(number))
                     self._seen = self._state()
                     return True
@@ -171,7 +173,7 @@ class Kept:
                 files[path.relative_to(staged).as_posix()] = (digest, path.stat().st_size)
         number = self._number + 1
         name = f"{number:08d}-{self._attempt}.json"
-        text = json.dumps({"finished": finished, "files": files}).encode()
+        text = json.dumps({"finished": finished, "began": self._began, "files": files}).encode()
         self._storage.write(f"{self._name}/sets/{name}", text)
         self._number = number
         self._marker.write_text(str(number))

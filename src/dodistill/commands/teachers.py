@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -85,7 +86,7 @@ def teach_elsewhere(
     left = deadline - time.monotonic()
     until = time.time() + left if math.isfinite(left) else math.inf
     works = [
-        Teaching(name, words, storage, f"teacher-{name}-{_digest(words)}", until, environment())
+        Teaching(name, words, storage, f"teacher-{name}-{_digest(words)}", until, environment(), os.getcwd())
         for name, words in missing
     ]
     if not works or deadline.passed:

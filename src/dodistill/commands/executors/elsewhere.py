@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import platform
@@ -38,8 +39,10 @@ def work_on(work: Work | Teaching, weights: Mapping[str, bytes], stop: Flag | No
             lost = True
             raise
 
+    there = contextlib.chdir(work.cwd) if work.cwd and Path(work.cwd).is_dir() else contextlib.nullcontext()
     try:
-        return outcome_of(do, scratch / "runs" / "it.log")
+        with there:
+            return outcome_of(do, scratch / "runs" / "it.log")
     finally:
         if not lost:
             shutil.rmtree(scratch, ignore_errors=True)

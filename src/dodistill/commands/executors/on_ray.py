@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,10 +64,14 @@ class OnRay:
         if self._began:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves the machine
             more = {"include_dashboard": False} if where == "local" else {}
+            before = signal.getsignal(signal.SIGTERM)
             try:
                 ray.init(address=where, logging_level=logging.WARNING, **more)
             except (ConnectionError, RuntimeError, ValueError) as error:
                 raise DodistillError(f"no Ray cluster at {where}: {error}; correct --address.") from error
+            finally:  # Ray would end this process at SIGTERM, before the cells have saved
+                if threading.current_thread() is threading.main_thread():
+                    signal.signal(signal.SIGTERM, before)
         self.jobs = jobs or 10**6
         self._gpus = 1 / per_gpu if per_gpu else float(ray.cluster_resources().get("GPU", 0) > 0)
         self._task = ray.remote(_work_on)

@@ -28,6 +28,7 @@ class Work:
         until: the time.time() at which it stops.
         storage: where its checkpoints are, under `name`; empty: in its folder alone.
         environment: variables for its process.
+        cwd: the driver's folder, where a machine has it: relative paths of a recipe count from there.
     """
 
     tree: Mapping[str, Any]
@@ -43,6 +44,7 @@ class Work:
     storage: str = ""
     name: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
+    cwd: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Teaching:
     name: str
     until: float = math.inf
     environment: Mapping[str, str] = field(default_factory=dict)
+    cwd: str = ""
     device: str = "auto"
     threads: int = 1
 
