@@ -7,12 +7,14 @@ The packed file is sparse: 600 000 images of 3x224x224 pixels claim 90 GB and ta
 predictions, and the student learns from these. The networks are small (one strided convolution), so that reading
 counts. A second start loads the checkpoint of the middle and must end in the same bits. Then steps that read from the
 file alternate with steps on a tensor of as many images as `--fits` says; both in wall time. The file's pages are in the
-system's cache where the machine has the memory; a file on a cold disk is slower.
+system's cache where the machine has the memory; `--cold` drops them before each step (with `--written` as large as
+`--n`, since a hole of a sparse file needs no disk).
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -42,6 +44,7 @@ def main() -> None:
     parser.add_argument("--fits", type=int, default=2000, help="images of the tensor to compare with")
     parser.add_argument("--rounds", type=int, default=6, help="alternations of the comparison")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cold", action="store_true", help="drop the file from the system's cache before each step")
     parser.add_argument("--folder", default=None, help="where the sparse file is made; default: the system's")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -104,6 +107,8 @@ def run(args: argparse.Namespace, folder: Path) -> None:
     found: dict[str, list[float]] = {"file": [], "tensor": []}
     for i in range(args.rounds + 1):
         for name, which in (("file", it), ("tensor", memory)) if i % 2 else (("tensor", memory), ("file", it)):
+            if args.cold:
+                evict(file)
             start = time.perf_counter()
             which.match()
             if i:
@@ -114,6 +119,14 @@ def run(args: argparse.Namespace, folder: Path) -> None:
         f"{1e3 * statistics.median(found['tensor']):.0f} ms; ratio {statistics.median(ratios):.2f} "
         f"({min(ratios):.2f} to {max(ratios):.2f})"
     )
+
+
+def evict(file: Path) -> None:
+    """Drop a file from the system's cache."""
+    handle = os.open(file, os.O_RDONLY)
+    os.fsync(handle)
+    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(handle)
 
 
 def network(seed: int) -> nn.Module:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..config.tree import Augment
 from ..data.reading import parts
-from ..data.rows import Pixels, Rows
+from ..data.rows import Pixels, Rows, rows_of
 from ..functional.augment import View, to_float
 from ..functional.memory_format import laid_out
 from .precision import Precision
@@ -41,6 +41,11 @@ class Context:
     capacity: int = 65_536  #: slots of the pool, the range of `Batch.index`
     progress: Callable[[str, int, int], None] = _silent  #: (what, done, total) inside a long acquisition
     extra: Mapping[str, Any] = field(default_factory=dict)  #: for one part only (the model of a foreign dictionary)
+
+    def __post_init__(self) -> None:
+        """`unlabeled` may be given as a tensor."""
+        if isinstance(self.unlabeled, Tensor):
+            self.unlabeled = rows_of(self.unlabeled)
 
     @property
     def num_classes(self) -> int:
