@@ -18,8 +18,10 @@ from .config.checks import seconds_in
 from .config.code import code_of
 from .config.contracts import InterventionSettings, SourceSettings
 from .config.plugins import Allow
-from .config.tree import Distill, Tree, expand, merge, resolve
+from .config.tree import Distill, Tree, expand, merge, portable, resolve
+from .core.launch import joined
 from .core.precision import emulated
+from .core.ranks import Ranks
 from .core.runtime import pick_device
 from .core.watch import Watcher
 from .data.accept import accept, as_labels
@@ -157,6 +159,9 @@ def distill(
 
     Raises:
         DodistillError: for errors that can be detected before the first step, and for diverging losses.
+
+    In a program that torchrun starts several times, all of these processes share the run (docs/scale.md). Each calls
+    `distill` with the same arguments, and gets the result; the first one writes the folder and tells the watchers.
     """
     for name, model in (("teacher", teacher), ("student", student), ("foreign", foreign)):
         if not isinstance(model, nn.Module) and not (name == "foreign" and model is None):
@@ -174,11 +179,23 @@ def distill(
     given = merge(given, expand({k: v for k, v in short.items() if v is not None}))
     require_one_length(given)
     tree, choice = {**given, "source": source, **chosen}, None
-    if methods.asks(tree):
-        teacher = Teacher(teacher, image_shape or shape_of(teacher))
-        tree, choice = settle(tree, teacher, unlabeled is not None, time_in(tree))
-        image_shape = teacher.image_shape
-    config = resolve(tree, allow_code=allow_code)
+    with joined() as ranks:
+        if methods.asks(tree):
+            wrapped = Teacher(teacher, image_shape or shape_of(teacher))
+            auto = tree
+            tree, choice = ranks.share(lambda: settle(auto, wrapped, unlabeled is not None, time_in(auto)))
+            teacher, image_shape = wrapped, wrapped.image_shape
+        config = resolve(tree, allow_code=allow_code)
+        ranks.require_same(lambda: _settings(config))
+        job = _job(config, teacher, student, image_shape, unlabeled, labels, test, foreign, classes, choice)
+        return run(job, out, verbose, watchers=watchers, began=began, track=track, ranks=ranks)
+
+
+def _job(
+    config: Distill, teacher: nn.Module, student: nn.Module, image_shape: Shape | None, unlabeled: Any, labels: Any,
+    test: Any, foreign: nn.Module | None, classes: Given | None, choice: methods.Choice | None,
+) -> Job:  # fmt: skip
+    """The job of `distill`, whose arguments these are."""
     shape = image_shape or shape_of(teacher)
     if labels is not None and not config.source.reads_labels:
         raise DodistillError(f"source {config.source.name} reads no labels; remove `labels`, or use source data.")
@@ -194,11 +211,10 @@ def distill(
         pixels, y = found.x, found.y if labels is None else as_labels(labels, len(found))
         notes += [found.note] if found.note else []
     tested = _test(test, teacher, names)
-    job = Job(
+    return Job(
         config, teacher, student, shape, pixels, y, tested, foreign=foreign, notes=tuple(notes), choice=choice,
         classes=names,
     )  # fmt: skip
-    return run(job, out, verbose, watchers=watchers, began=began, track=track)
 
 
 def time_in(tree: Mapping[str, Any]) -> float:
@@ -245,18 +261,20 @@ def choose_source(
 def distill_config(config: Distill, out: str | Path | None, verbose: bool = True, deadline: float = float("inf"),
                    command: str = "", report: bool = True, choice: methods.Choice | None = None,
                    began: float | None = None, track: str | Sequence[str] = "",
-                   allow_code: Allow = False) -> Result:  # fmt: skip
+                   allow_code: Allow = False, ranks: Ranks | None = None) -> Result:  # fmt: skip
     """`distill` from a config alone, which names the models and data. The command line calls this function.
 
     `began`: the start of the command in time.monotonic(), from which `loop.time` counts; None: now. `allow_code`: which
-    code may run that files of weights name as their network; see `load_model`.
+    code may run that files of weights name as their network; see `load_model`. `ranks`: the processes that share the
+    run; the first one alone has the folder.
     """
     track = track_names(track)
     began = monotonic() if began is None else began
-    if not config.loop.time:
-        config = longer(out, config)
+    ranks = ranks or Ranks()
+    ranks.require_same(lambda: _settings(config))
+    config = _continued(config, out, ranks)
     if out is not None:  # refuse a foreign folder before anything heavy is loaded
-        RunFolder(out, budget.begun(config, out), create=False)
+        ranks.share(lambda: RunFolder(out, budget.begun(config, out), create=False) and None)
     teacher, shape = load_teacher(config.teacher, config.data.image_shape, allow_code=allow_code)
     wrapped = Teacher(teacher, shape)
     names = names_for(teacher, wrapped.num_classes)
@@ -298,7 +316,21 @@ def distill_config(config: Distill, out: str | Path | None, verbose: bool = True
         command,
         names,
     )
-    return run(job, out, verbose, deadline, report, began=began, track=track)
+    return run(job, out, verbose, deadline, report, began=began, track=track, ranks=ranks)
+
+
+def _settings(config: Distill) -> Tree:
+    """The settings that the processes of a run must have in common."""
+    tree = portable(config.to_tree())
+    return tree | {"loop": {k: v for k, v in tree["loop"].items() if k not in ("device", "threads")}}
+
+
+def _continued(config: Distill, out: str | Path | None, ranks: Ranks) -> Distill:
+    """The config as it continues the run in `out`, which may be trained longer."""
+    if config.loop.time:
+        return config
+    restarts = ranks.share(lambda: longer(out, config).loop.restarts)
+    return dataclasses.replace(config, loop=dataclasses.replace(config.loop, restarts=restarts))
 
 
 def run(
@@ -310,27 +342,36 @@ def run(
     watchers: Sequence[Watcher] = (),
     began: float | None = None,
     track: str | Sequence[str] = "",
+    ranks: Ranks | None = None,
 ) -> Result:
     """Build, run (or resume), and write the results to the folder. A finished run is not repeated.
 
-    `began`: the time.monotonic() from which `loop.time` counts; None: now.
+    `began`: the time.monotonic() from which `loop.time` counts; None: now. `ranks`: the processes that share the run;
+    on all but the first one `out`, `watchers` and the like mean nothing.
     """
-    plan, record = None, None
+    plan, record, ranks = None, None, ranks or Ranks()
+    if not ranks.first:
+        out, verbose, report, watchers, track = None, False, False, (), ()
     if job.config.loop.time:
-        fit = budget.fit(job, out, monotonic() if began is None else began)
+        fit = budget.fit(job, out, monotonic() if began is None else began, ranks)
         job, plan, record = fit.job, fit.plan, fit.record
     else:
-        job = dataclasses.replace(job, config=longer(out, job.config))
+        job = dataclasses.replace(job, config=_continued(job.config, out, ranks))
     config = job.config
     if job.classes and isinstance(job.student, Normalized):
         job.student.spec["classes"] = job.classes
     names = f"{model_name(config.teacher, job.teacher)} -> {model_name(config.student, job.student)}"
     title = f"{config.source.name} + {config.intervention}: {names}"
-    it = Distiller(job, plan)
-    # After all checks, so that an error leaves no folder behind.
-    folder = NoFolder() if out is None else RunFolder(out, config, plan=record, classes=job.classes)
+    it = Distiller(job, plan, ranks)
+    folder: RunFolder | NoFolder = NoFolder()
+
+    def opened() -> None:
+        nonlocal folder
+        folder = NoFolder() if out is None else RunFolder(out, config, plan=record, classes=job.classes)
+
+    ranks.share(opened)  # after all checks, so that an error leaves no folder behind
     try:
-        if (done := folder.summary()) is not None:
+        if (done := ranks.share(folder.summary)) is not None:
             return _again(it, folder, done, report)
         return _run(it, folder, title if verbose else "", deadline, report, watchers, track)
     except BaseException:
@@ -365,8 +406,18 @@ def _run(
     if not finished:
         reached = {"finished": False, "step": it.step, "steps": it.plan.steps, "stopped": it.stopped}
         return result_of(it, it.matcher.student, reached, folder, recorder.history)
-    which, best = it.scorer.delivered()
-    best.eval()
+    which = it.ranks.share(lambda: it.scorer.delivered()[0])
+    best = it.scorer.complete(which).eval()
+    summary = it.ranks.share(lambda: _outcome(it, which, best, said, code, recorder, folder, report))
+    return result_of(it, best, summary, folder, recorder.history)
+
+
+def _outcome(
+    it: Distiller, which: str, best: nn.Module, said: list[str], code: dict[str, str], recorder: Recorder,
+    folder: RunFolder | NoFolder, report: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """The summary of a run that has ended, written to its folder with the student and the report."""
+    job, config = it.job, it.config
     if isinstance(best, Compensated):
         said.append(
             "at_test: the accuracies are those of the student with F(z), which is result.student in Python; "
@@ -392,24 +443,36 @@ def _run(
         summary["verdict"] = found.to_dict()
     if isinstance(folder, RunFolder):
         deliver(it, best, folder, summary, report)
-    return result_of(it, best, summary, folder, recorder.history)
+    return summary
 
 
 def _again(it: Distiller, folder: RunFolder | NoFolder, done: dict[str, Any], report: bool) -> Result:
     """The result in a finished run folder, without recomputation."""
-    assert isinstance(folder, RunFolder)
     require_same(done.get("made_of"), it.made_of)
-    saved, kept = folder.newest(), folder.path / "student.safetensors"
-    if saved is not None and saved[0].get("format") == FORMAT:
+    saved = it.ranks.share(folder.newest)
+    complete = saved is not None and saved[0].get("format") == FORMAT
+    if saved is not None and complete:
         it.load_state_dict(*saved)
+        best = it.scorer.complete(done["delivered"]).eval()
+    else:
+        it.ranks.share(lambda: _kept_student(it, folder))
+        it.ranks.alike(it.matcher.student)
+        best = it.matcher.student.eval()
+    if isinstance(folder, RunFolder) and complete:
+        kept = folder.path / "student.safetensors"
         if not kept.exists():
-            save_student(it.scorer.complete(done["delivered"]).eval(), kept, done)
+            save_student(best, kept, done)
         if report and not (folder.path / "report.html").exists():  # stopped while it was written
             write_report(folder.path, pdf=False)
-        return result_of(it, it.scorer.complete(done["delivered"]).eval(), done, folder, History())
-    if kept.exists():  # its checkpoints were deleted, or an older version of dodistill wrote them
+    return result_of(it, best, done, folder, History())
+
+
+def _kept_student(it: Distiller, folder: RunFolder | NoFolder) -> None:
+    """Load the delivered weights of a run whose checkpoints were deleted, or written by an older version."""
+    kept = (folder.path or Path()) / "student.safetensors"
+    if kept.exists():
         load_saved(it.matcher.student, kept)
-        return result_of(it, it.matcher.student.eval(), done, folder, History())
+        return
     raise DodistillError(f"the run in {folder.path} is finished, but has no student.safetensors; choose another --out.")
 
 

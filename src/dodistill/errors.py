@@ -18,6 +18,10 @@ class Busy(DodistillError):
     """Another process uses the file or folder. The CLI prints the message alone and exits with 75."""
 
 
+class Elsewhere(DodistillError):
+    """Another process of the same run has stopped by an error, which it reports itself. The CLI exits with 2."""
+
+
 def nearest(name: str, known: Iterable[str], what: str = "name") -> str:
     """A sentence that refuses `name` and lists the most similar names in `known`.
 

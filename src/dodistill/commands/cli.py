@@ -24,7 +24,7 @@ from .. import __version__
 from ..config import choices, outline
 from ..config.flags import Part, form, parse, part, typed
 from ..config.tree import build, expand
-from ..errors import STOPPED, Busy, DodistillError, nearest
+from ..errors import STOPPED, Busy, DodistillError, Elsewhere, nearest
 from ..files import shown
 
 COMMANDS = ("demo", "distill", "teach", "evaluate", "compare", "report", "look", "export", "pack", "methods", "doctor")
@@ -64,8 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if words and words[0] in COMMANDS:
             return call(words[0], words[1:], start)
         return _overview(words)
+    except Elsewhere:
+        return 2
     except DodistillError as error:
-        print(f"dodistill: {error}", file=sys.stderr)
+        print(f"dodistill: {_rank()}{error}", file=sys.stderr)
         return STOPPED if isinstance(error, Busy) else 2
     except SystemExit as end:  # raised by tyro after the help, or after an error that it has printed
         return end.code if isinstance(end.code, int) else 0
@@ -75,11 +77,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        print(f"dodistill: {unexpected(error, words)}", file=sys.stderr)
+        print(f"dodistill: {_rank()}{unexpected(error, words)}", file=sys.stderr)
         return 2 if isinstance(error, OSError | MemoryError) else 1
     except KeyboardInterrupt:
         print("\nstopped; rerun the command to resume from the last checkpoint.", file=sys.stderr)
         return 130
+
+
+def _rank() -> str:
+    """Which of several processes of one run speaks; empty for the first one."""
+    rank = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else "0"
+    return "" if rank == "0" else f"rank {rank}: "
 
 
 def unexpected(error: Exception, words: Sequence[str]) -> str:

@@ -15,6 +15,8 @@ from ..config.methods import asks
 from ..config.plugins import paths
 from ..config.tree import expand, merge, resolve
 from ..core.deadline import Deadline, stopping
+from ..core.launch import joined
+from ..core.ranks import Ranks
 from ..errors import STOPPED, DodistillError, at_least
 from ..report.format import duration, sentence
 
@@ -46,30 +48,38 @@ class Arguments:
 
 def run(arguments: Arguments, settings: Mapping[str, Any], words: Sequence[str], start: float) -> int:
     """`settings` are those that the command line gives, `words` the command line itself, `start` when it began."""
-    out = arguments.out
     if arguments.recipe and arguments.recipe != words[0]:
         raise DodistillError(
             f"unexpected argument {arguments.recipe!r}; give a recipe first, and settings as --part.field VALUE."
         )
     at_least(0, "distill", ", as in 600", max_seconds=arguments.max_seconds)
+    deadline = Deadline(start + arguments.max_seconds)
+    with stopping(deadline), joined(leave=True) as ranks:
+        return _run(arguments, settings, words, start, deadline, ranks)
+
+
+def _run(
+    arguments: Arguments, settings: Mapping[str, Any], words: Sequence[str], start: float, deadline: Deadline,
+    ranks: Ranks,
+) -> int:  # fmt: skip
+    out = arguments.out
     typed = expand(settings)
     require_one_length(typed)
     allowed = arguments.allow_code or paths(typed)
     tree, choice = merge(expand(read_recipe(arguments.recipe)), typed), None
     if asks(tree):
-        tree, choice = choose_source(tree, min(arguments.max_seconds, time_in(tree)), out or None, allowed)
+        auto, seconds = tree, min(arguments.max_seconds, time_in(tree))
+        tree, choice = ranks.share(lambda: choose_source(auto, seconds, arguments.out or None, allowed))
     config = resolve(tree, allow_code=allowed)
     out = out or f"runs/{config.source.name}-{config.intervention}-{config.key()}"
-    deadline = Deadline(start + arguments.max_seconds)
-    with stopping(deadline):
-        result = distill_config(
-            config, out, verbose=not arguments.quiet, deadline=deadline,
-            command=shell_command(["distill", *words]), report=not arguments.no_report, choice=choice,
-            allow_code=allowed,
-            began=start,
-            track=arguments.track,
-        )  # fmt: skip
+    result = distill_config(
+        config, out, verbose=not arguments.quiet, deadline=deadline, command=shell_command(["distill", *words]),
+        report=not arguments.no_report, choice=choice, allow_code=allowed, began=start, track=arguments.track,
+        ranks=ranks,
+    )  # fmt: skip
     reached = result.summary
+    if not ranks.first:
+        return 0 if reached.get("finished") else STOPPED
     if not reached.get("finished"):
         where = f"stopped at step {reached['step']} of {reached['steps']}"
         if reached["stopped"]:

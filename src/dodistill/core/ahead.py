@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .pool import Draw, Pool
+from .ranks import Ranks
 
 
 class Ahead:
@@ -17,8 +18,9 @@ class Ahead:
     sampler and generator is read.
     """
 
-    def __init__(self, pool: Pool, sampler: Draw, generator: torch.Generator) -> None:
-        self.pool, self.sampler, self.generator = pool, sampler, generator
+    def __init__(self, pool: Pool, sampler: Draw, generator: torch.Generator, ranks: Ranks | None = None) -> None:
+        """`ranks`: the processes of the run, each of which reads its part of the batch."""
+        self.pool, self.sampler, self.generator, self.ranks = pool, sampler, generator, ranks or Ranks()
         self._next: Tensor | None = None  # slots that are drawn already
         self._before: tuple[Tensor, dict[str, Any]] | None = None  # generator and sampler before that draw
 
@@ -29,7 +31,7 @@ class Ahead:
         index = self.sampler(n, self.generator) if self._next is None else self._next
         self._before = self.generator.get_state(), self.sampler.state_dict()
         self._next = self.sampler(n, self.generator)
-        self.pool.announce(self._next)
+        self.pool.announce(self.ranks.cut(self._next, n))
         return index
 
     def undo(self) -> None:

@@ -39,6 +39,7 @@ class Drawn:
         labels: long [B], true classes where the data have them, else the teacher's.
         index: long [B], slots in the pool; -1 for replayed inputs.
         theirs: the teacher's features of x, where a criterion or an intervention needs them.
+        total: images of the whole batch, of which several processes have a part each; 0: B.
     """
 
     x: Tensor
@@ -46,3 +47,4 @@ class Drawn:
     labels: Tensor
     index: Tensor
     theirs: Features = field(default_factory=Features)
+    total: int = 0

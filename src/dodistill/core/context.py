@@ -15,6 +15,7 @@ from ..data.rows import Pixels, Rows, rows_of
 from ..functional.augment import View, to_float
 from ..functional.memory_format import laid_out
 from .precision import Precision
+from .ranks import Ranks
 from .runtime import at_once, generator
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Context:
     capacity: int = 65_536  #: slots of the pool, the range of `Batch.index`
     progress: Callable[[str, int, int], None] = _silent  #: (what, done, total) inside a long acquisition
     extra: Mapping[str, Any] = field(default_factory=dict)  #: for one part only (the model of a foreign dictionary)
+    ranks: Ranks = field(default_factory=Ranks)  #: the processes of the run; one, as a rule
 
     def __post_init__(self) -> None:
         """`unlabeled` may be given as a tensor."""

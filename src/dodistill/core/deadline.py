@@ -12,6 +12,10 @@ from contextlib import contextmanager
 from types import FrameType
 
 
+class OutOfTime(Exception):
+    """The deadline has passed inside an acquisition or an evaluation, of which the text names the place."""
+
+
 class Deadline(float):
     """A time of time.monotonic() that `stop` brings forward. It compares as a float; once stopped, it has passed."""
 

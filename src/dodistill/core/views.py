@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from ..config.tree import Augment
-from ..functional.augment import crop_flip, shift_flip, to_float
+from ..functional.augment import shift_draws, shift_flip, to_float
 from .pool import Pool
+from .ranks import Ranks
 from .runtime import at_once
 
 #: Bytes beside the logits of a view: two shifts (int16) and whether it is mirrored.
@@ -129,18 +130,25 @@ class Views:
         )
         return to_float(x)
 
-    def __call__(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+    def __call__(
+        self, index: Tensor, generator: torch.Generator, ranks: Ranks | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """One view each of the images in slots `index` [B].
 
         Returns x, float in [0, 1], [B, C, H, W], and its stored teacher logits [B, K], or None if there are none.
-        `generator` draws the index of a stored view, or a new view.
+        `generator` draws the index of a stored view, or a new view. Of several `ranks`, each gets its
+        part of the batch.
         """
         a = self.augment
+        ranks, n = ranks or Ranks(), len(index)
+        mine = ranks.cut(index, n)
         if self.count:
-            view = torch.randint(self.count, (len(index),), device=index.device, generator=generator)
-            return self._pixels(index, view), self.t[index, view].float()
-        x = to_float(crop_flip(self.pool.x[index].to(self.pool.device), a.pad, generator, a.flip, a.padding))
-        return x, None if a.pad or a.flip else self.pool.logits[index]
+            view = ranks.cut(torch.randint(self.count, (n,), device=index.device, generator=generator), n)
+            return self._pixels(mine, view), self.t[mine, view].float()
+        shifts, mirrored = shift_draws(n, a.pad, generator, a.flip)
+        dy, dx, mirrored = (ranks.cut(v, n) for v in (*shifts, mirrored))
+        x = to_float(shift_flip(self.pool.x[mine].to(self.pool.device), dy, dx, mirrored, a.padding, a.pad))
+        return x, None if a.pad or a.flip else self.pool.logits[mine]
 
     def state_dict(self) -> dict[str, Any]:
         size = len(self.pool) if self.count else 0

@@ -22,6 +22,8 @@ from .shared.base import Criterion, CriterionConfig
 class Adaptation(Criterion):
     """KL at `temperature` + `noisy` * NLL(log(softmax(s) Q), argmax t); Q from the parameter a [K, K-1], at first 0."""
 
+    couples = False
+
     def __init__(self, num_classes: int, temperature: float, teacher_accuracy: float, noisy: float, lr: float):
         super().__init__()
         self.temperature, self.teacher_accuracy, self.noisy = temperature, teacher_accuracy, noisy

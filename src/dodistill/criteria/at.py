@@ -28,6 +28,7 @@ def attention(A: Tensor) -> Tensor:
 
 class AT(Labelled):
     needs = frozenset({"stages"})
+    couples = False
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

@@ -48,6 +48,7 @@ def class_shape(f: Tensor, h: Tensor, y: Tensor) -> Tensor:
 
 class CID(Criterion):
     needs = frozenset({"features"})
+    couples = True
 
     def __init__(self, config: Config, regressor: nn.Linear, labelled: bool) -> None:
         super().__init__()

@@ -43,6 +43,7 @@ def contrast(positive: Tensor, negatives: Tensor, valid: Tensor, N: int) -> Tens
 
 class CRD(Labelled):
     needs = frozenset({"features"})
+    couples = True
 
     memory: Tensor  #: [2, slots + 1, d], of student and teacher; the last slot is for inputs without one
     label: Tensor  #: [slots + 1], -1 for an unused slot

@@ -40,6 +40,8 @@ def decoupled(s: Tensor, t: Tensor, y: Tensor, T: float) -> tuple[Tensor, Tensor
 
 
 class DKD(Labelled):
+    couples = False
+
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.config = config

@@ -25,6 +25,7 @@ from .shared.base import Criterion, Labelled, LabelledConfig, paired, probes
 
 class FitNet(Labelled):
     needs = frozenset({"stages"})
+    couples = False  # but for the statistics of its BatchNorm, which are synchronised
 
     def __init__(self, config: Config, conv: nn.Conv2d, stage: int) -> None:
         super().__init__(config)

@@ -15,6 +15,8 @@ from .shared.base import Criterion, CriterionConfig
 
 
 class KL(Criterion):
+    couples = False
+
     def __init__(self, temperature: float):
         super().__init__()
         self.temperature = temperature

@@ -14,6 +14,8 @@ from .shared.base import Criterion, CriterionConfig
 
 
 class L1(Criterion):
+    couples = False
+
     def forward(self, s: Tensor, t: Tensor, batch: Batch | None = None) -> dict[str, Tensor]:
         return {"kd": losses.l1(s, t)}
 

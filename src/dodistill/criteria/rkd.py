@@ -40,6 +40,7 @@ def angles(f: Tensor) -> Tensor:
 
 class RKD(Labelled):
     needs = frozenset({"features"})
+    couples = True
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

@@ -28,6 +28,7 @@ def similarity(A: Tensor) -> Tensor:
 
 class SP(Labelled):
     needs = frozenset({"stages"})
+    couples = True
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

@@ -70,11 +70,12 @@ class Acquirer:
         self.sampler = Draw()
         self.views = Views(self.pool, config.augment, context.generator("views"))
         self.generators = {name: context.generator(name) for name in ("pool", "draw", "augment")}
-        self.slots = Ahead(self.pool, self.sampler, self.generators["draw"])  #: the draw of batches
+        self.slots = Ahead(self.pool, self.sampler, self.generators["draw"], context.ranks)  #: the draw of batches
         self.round = 0  #: acquisitions done
         self.seconds = 0.0  #: their total time
         self.signs: dict[str, Tensor] = {}  #: `vital_signs` of the newest inputs
         self._sound = torch.ones((), dtype=torch.bool, device=device)  # are all acquisitions since `check` finite?
+        self._remembers = False  # whether the replay of the first rank is ready
 
     # --------------------------------------------------------------------------------------------- acquire
 
@@ -101,13 +102,11 @@ class Acquirer:
 
     def acquire(self, student: nn.Module) -> None:
         """One acquisition, into pool, held-back inputs, replay and dictionary."""
-        start = time.perf_counter()
+        start, ranks, before = time.perf_counter(), self.context.ranks, self.round
         self.slots.undo()
         student.eval()
-        got = self.source.acquire(student, self.round)
-        _require_images(got, self.config.source.name, self.context.image_shape)
-        self.round += 1
-        got = self._labelled(got)
+        got = ranks.share(lambda: self._acquired(student), [self.context.unlabeled])
+        self.round = before + 1
         held, kept = self._split(got)
         g = self.generators["pool"]
         if self.round == 1:
@@ -116,15 +115,28 @@ class Acquirer:
         assert kept.logits is not None
         self.holdout.add(held.images, held.logits, g, held.labels)
         slots = self.pool.add(kept.images, kept.logits, g, kept.labels)
-        self._sound &= self.views.fill(slots, self._ask)
+        self._sound &= self.views.fill(slots, self._ask_together)
         if self.views.count and not self.frequent:
             self.check()
-        self.replay.remember(kept.images, kept.logits, self.round - 1)
+        self._remembers = ranks.share(lambda: self._remembered(kept))
         some = slice(None, None, max(1, len(got.images) // 512))
         assert got.logits is not None
         self.signs = vital_signs(got.images[some].to(got.logits.device), got.logits[some])
         self._rebuild(got)
         self.seconds += time.perf_counter() - start
+
+    def _acquired(self, student: nn.Module) -> Acquired:
+        """What the source acquires, labelled."""
+        got = self.source.acquire(student, self.round)
+        _require_images(got, self.config.source.name, self.context.image_shape)
+        self.round += 1
+        return self._labelled(got)
+
+    def _remembered(self, kept: Acquired) -> bool:
+        """Whether the replay is ready once it has seen what joined the pool."""
+        assert kept.logits is not None
+        self.replay.remember(kept.images, kept.logits, self.round - 1)
+        return self.replay.ready
 
     def _labelled(self, got: Acquired) -> Acquired:
         """The same in uint8, with the teacher's logits. Raises Diverged for values that are not finite."""
@@ -193,6 +205,11 @@ class Acquirer:
         with self.context.autocast():
             return self.context.teacher.answers(laid_out(x))
 
+    def _ask_together(self, x: Tensor) -> Tensor:
+        """The same, of a batch that every rank has; each rank asks about its part."""
+        ranks, n = self.context.ranks, len(x)
+        return self._ask(x) if n < ranks.world else ranks.whole(self._ask(ranks.cut(x, n)), n)
+
     def _features(self, x: Pixels, t: Tensor) -> Tensor:
         """M [n, d] of images x (uint8): the teacher's logits t, unless another model makes the dictionary."""
         foreign = self.context.extra.get(FOREIGN)
@@ -201,25 +218,32 @@ class Acquirer:
     # ------------------------------------------------------------------------------------------------ draw
 
     def draw(self) -> Drawn:
-        """The next batch. Nothing here waits for the device."""
+        """The next batch, of several ranks each one's part. Nothing here waits for the device."""
         index = self.slots(self.config.loop.batch)
-        x, known = self.views(index, self.generators["augment"])
-        drawn = self.answered(x, known, self.pool.labels[index], index)
+        ranks, n = self.context.ranks, len(index)
+        mine = ranks.cut(index, n)
+        x, known = self.views(index, self.generators["augment"], ranks)
+        drawn = self.answered(x, known, self.pool.labels[mine], mine, n)
         if self.dictionary is not None and self.dictionary.of == "batch":
-            self.dictionary.rebuild(self._features(self.pool.x[index], drawn.t))
+            t = ranks.whole(drawn.t, n)
+            self.dictionary.rebuild(self._features(self.pool.x[index], t))
         return drawn
 
     def replayed(self, student: nn.Module, step: int) -> Drawn | None:
         """A batch of replayed inputs; None without a replay, and while its memory is empty."""
-        if not self.replay.ready:
+        ranks = self.context.ranks
+        if not (self.replay.ready if ranks.first else self._remembers):
             return None
-        x, t = self.replay.draw(student, step)
-        return self.answered(x, t)
+        x, t = ranks.share(lambda: self.replay.draw(student, step))
+        n = len(x)
+        return self.answered(ranks.cut(x, n), ranks.cut(t, n), total=n)
 
     def answered(
-        self, x: Tensor, t: Tensor | None = None, labels: Tensor | None = None, index: Tensor | None = None
-    ) -> Drawn:
-        """A batch with the teacher's logits (`t`, else computed) and its features (if needed)."""
+        self, x: Tensor, t: Tensor | None = None, labels: Tensor | None = None, index: Tensor | None = None,
+        total: int = 0,
+    ) -> Drawn:  # fmt: skip
+        """A batch with the teacher's logits (`t`, else computed) and its features (if needed): all of it, or this
+        rank's part of `total` images."""
         x, theirs = laid_out(x), Features()
         if t is None and not self.needs:
             t = self._ask(x)
@@ -229,7 +253,7 @@ class Acquirer:
             t = asked if t is None else t
         assert t is not None
         index = torch.full((len(x),), -1, device=x.device) if index is None else index
-        return Drawn(x, t, t.argmax(1) if labels is None else labels, index, theirs)
+        return Drawn(x, t, t.argmax(1) if labels is None else labels, index, theirs, total)
 
     # ---------------------------------------------------------------------------------------------- report
 
@@ -279,7 +303,7 @@ class Acquirer:
         self.holdout.load_state_dict(state["holdout"])
         for name, generator in self.generators.items():
             generator.set_state(state["generators"][name].cpu())
-        self.round, self.seconds = state["round"], state["seconds"]
+        self.round, self.seconds, self._remembers = state["round"], state["seconds"], self.replay.ready
         self.source.terms, self.replay.terms, self.signs = (
             {k: v.to(self.context.device) for k, v in state[name].items()}
             for name in ("source_terms", "replay_terms", "signs")

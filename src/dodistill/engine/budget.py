@@ -25,6 +25,7 @@ from ..config.contracts import SourceSettings
 from ..config.tree import Distill
 from ..core.context import Context
 from ..core.precision import trial
+from ..core.ranks import Ranks
 from ..data.rows import as_uint8
 from ..evaluation.evaluate import predict
 from ..files import read_object
@@ -69,8 +70,24 @@ def begun(config: Distill, folder: str | Path | None) -> Distill:
     return config if record is None else _with(config, record)
 
 
-def fit(job: Job, folder: str | Path | None, began: float) -> Fitted:
-    """Fit a job to `loop.time`, counted from `began` (time.monotonic()). A run begun in `folder` keeps its fit."""
+def fit(job: Job, folder: str | Path | None, began: float, ranks: Ranks | None = None) -> Fitted:
+    """Fit a job to `loop.time`, counted from `began` (time.monotonic()). A run begun in `folder` keeps its fit.
+
+    Of several processes (`ranks`), the first one measures its own speed; the steps then follow that of the group.
+    """
+    if ranks is None or ranks.world == 1:
+        return _fit(job, folder, began)
+    mine: list[Fitted] = []
+
+    def record() -> dict[str, Any]:
+        mine.append(_fit(job, folder, began))
+        return mine[0].record
+
+    shared, seconds = ranks.share(record), seconds_in(job.config.loop.time, "loop.time")
+    return mine[0] if mine else _fitted(job, _with(job.config, shared), shared, seconds, began)
+
+
+def _fit(job: Job, folder: str | Path | None, began: float) -> Fitted:
     config, seconds = job.config, seconds_in(job.config.loop.time, "loop.time")
     if (record := _record(config, folder)) is not None:
         return _fitted(job, _with(config, record), record, seconds, began)

@@ -39,6 +39,8 @@ class Compiled:
 
     def _against(self) -> str:
         """The reason why torch.compile cannot be used for this run; else empty."""
+        if self.context.ranks.world > 1:
+            return "several processes synchronise BatchNorm, which torch.compile does not trace"
         if self.matcher.needs:
             return "the run reads features of the networks, by hooks that torch.compile ignores"
         if self.matcher.update.fp32:
@@ -95,5 +97,7 @@ class Compiled:
         return {"on": self.on, "reason": self.reason}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """A resumed run keeps its choice."""
+        """A resumed run keeps its choice, where it can be compiled."""
+        if self.context.ranks.world > 1:
+            return
         self.on, self.reason, self._begun = state["on"], state["reason"], True

@@ -15,6 +15,7 @@ from ..config.methods import Choice
 from ..config.tree import Distill
 from ..core.context import Context
 from ..core.precision import Precision
+from ..core.ranks import Ranks
 from ..core.runtime import pick_device
 from ..data.images import Images, require_fit
 from ..data.packed import Packed
@@ -74,14 +75,17 @@ class Job:
     command: str = ""
     classes: tuple[str, ...] = ()
 
-    def context(self) -> Context:
-        """The context for the run's parts: models on their device, streams, settings. Raises DodistillError for a
-        teacher that the source cannot use, a student whose outputs do not fit the teacher's, and pads that do not fit
-        the images."""
+    def context(self, ranks: Ranks | None = None) -> Context:
+        """The context for the run's parts: models on their device, streams, settings; `ranks`: the processes.
+
+        Raises DodistillError for a teacher that the source cannot use, a student whose outputs do not fit the
+        teacher's, and pads that do not fit the images.
+        """
         config, loop = self.config, self.config.loop
         if loop.threads:
             torch.set_num_threads(loop.threads)
         device = pick_device(loop.device)
+        (ranks or Ranks()).require_device(device)
         teacher = self.teacher if isinstance(self.teacher, Teacher) else Teacher(self.teacher, self.image_shape)
         place(teacher, device)
         _check_source(config.source, teacher, self.unlabeled is not None)
@@ -104,7 +108,7 @@ class Job:
         return Context(
             teacher=teacher, device=device, seed=loop.seed, autocast=Precision(device, loop.precision),
             augment=config.augment, view=choose_view(config.view, teacher), unlabeled=_rows(self.unlabeled, device),
-            labels=self.labels, student=student, capacity=config.pool.capacity, extra=extra,
+            labels=self.labels, student=student, capacity=config.pool.capacity, extra=extra, ranks=ranks or Ranks(),
         )  # fmt: skip
 
 

@@ -9,7 +9,11 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
+from torch import Tensor
+
+from ..core.deadline import OutOfTime
 from ..core.precision import trial
+from ..core.ranks import Ranks
 from ..core.watch import Watcher, Watchers
 from ..errors import DodistillError
 from .acquire import Acquirer
@@ -28,23 +32,22 @@ LONG = 5.0
 FORMAT = 3
 
 
-class _OutOfTime(Exception):
-    """The deadline has passed inside an acquisition."""
-
-
 class Distiller:
     """One run: its four parts and its progress. Raises DodistillError for a job that cannot run."""
 
-    def __init__(self, job: Job, plan: Plan | None = None) -> None:
-        """`plan`: how many steps there are; None: those of the config."""
-        self.job, self.config = job, job.config
+    def __init__(self, job: Job, plan: Plan | None = None, ranks: Ranks | None = None) -> None:
+        """`plan`: how many steps there are; None: those of the config. `ranks`: the processes that share the run."""
+        self.job, self.config, self.ranks = job, job.config, ranks or Ranks()
         self.plan = plan or Plan(job.config.loop.steps, job.config.loop.restarts)
-        self.context = job.context()
+        self.context = job.context(self.ranks)
+        self.ranks.require_same(lambda: self.made_of)
+        assert self.context.student is not None
+        self.ranks.alike(self.context.student)
         self.matcher = Matcher(self.config, self.context, self.plan)
         self.acquirer = Acquirer(self.config, self.context, self.matcher.interventions, self.matcher.needs)
-        self.scorer = Scorer(self.matcher, self.acquirer, job.test)
+        self.scorer = Scorer(self.matcher, self.acquirer, job.test if self.ranks.first else None)
         self.compiled = Compiled(self.config.loop.compile, self.matcher, self.context)
-        self.meter = Meter(self.context.num_classes, self.context.device)
+        self.meter = Meter(self.context.num_classes, self.context.device, self.ranks)
         self.clock = Clock()
         self.step = 0  #: matching steps done
         self._behind = False  # whether the last step was not yet logged and evaluated
@@ -55,10 +58,13 @@ class Distiller:
     def run(
         self, folder: RunFolder | NoFolder | None = None, watchers: Iterable[Watcher] = (), deadline: float = math.inf
     ) -> bool:
-        """Run to the last step, or to `deadline` (time.monotonic()). True when the last step is done."""
+        """Run to the last step, or to `deadline` (time.monotonic()). True when the last step is done.
+
+        Of several processes, all call this; only the first one has a folder and watchers.
+        """
         folder = folder or NoFolder()
         tell = Watchers([folder, *watchers])
-        if (saved := folder.load()) is not None:
+        if (saved := self.ranks.share(folder.load)) is not None:
             self.load_state_dict(*saved)
         else:
             self.settle()
@@ -69,7 +75,7 @@ class Distiller:
         try:
             with self._watched(tell, deadline):
                 finished = self._loop(folder, tell, deadline)
-        except _OutOfTime as reached:
+        except OutOfTime as reached:
             self.stopped = f"{reached}, of acquisition {self.acquirer.round + 1}"
         except Diverged as error:
             raise error.located(self.step, self.config.optim.lr) from None
@@ -84,7 +90,7 @@ class Distiller:
         def progress(what: str, done: int, total: int) -> None:
             tell.on_progress(what, done, total)
             if time.monotonic() > deadline and done < total:
-                raise _OutOfTime(f"in {what}, {done} of {total}")
+                raise OutOfTime(f"in {what}, {done} of {total}")
 
         before, self.context.progress = self.context.progress, progress
         try:
@@ -93,11 +99,18 @@ class Distiller:
             self.context.progress = before
 
     def settle(self) -> None:
-        """Choose precision and compilation by measurements, before the first step."""
+        """Choose precision and compilation by measurements on the first rank, before the first step."""
+        precision, compiled = self.ranks.share(self._settled)
+        if not self.ranks.first:
+            self.context.autocast.load_state_dict(precision)
+            self.compiled.load_state_dict(compiled)
+
+    def _settled(self) -> tuple[dict[str, str], dict[str, Any]]:
         context = self.context
         work = trial(self.matcher.student, context.image_shape, context.device, context.teacher.answers)
         context.autocast.settle(work)
         self.compiled.settle(work)
+        return context.autocast.state_dict(), self.compiled.state_dict()
 
     def _loop(self, folder: RunFolder | NoFolder, tell: Watcher, deadline: float) -> bool:
         if self._behind and not self.looked(tell):  # stopped in the evaluation after a step
@@ -109,8 +122,9 @@ class Distiller:
             now, expected = (self.acquirer.round, self.step), self.acquirer.expected
             if self.acquirer.due(self.step):
                 # an acquisition that would not end in time is left to the next start; a stop inside it loses nothing
-                stop = now != saved and time.monotonic() + expected > deadline
-                if now != saved and (stop or expected > LONG):
+                late = time.monotonic() + expected > deadline
+                stop, long = self.ranks.any(late, expected > LONG) if now != saved else (False, False)
+                if stop or long:
                     self.save(folder)
                     saved = now
                 if stop:
@@ -121,8 +135,9 @@ class Distiller:
                 if not self.looked(tell):
                     self.save(folder)
                     return False
-            stop = time.monotonic() > deadline and self.step < self.plan.steps
-            if stop or (folder.due() and self.step < self.plan.steps):
+            stop, due = self.ranks.any(time.monotonic() > deadline, folder.due())
+            stop = stop and self.step < self.plan.steps
+            if stop or (due and self.step < self.plan.steps):
                 self.save(folder)
                 saved = (self.acquirer.round, self.step)
             if stop:
@@ -155,7 +170,7 @@ class Distiller:
         """`look`; False if the deadline came during the evaluation. Then nothing of it counts, and it is due again."""
         try:
             self.look(tell)
-        except _OutOfTime as reached:
+        except OutOfTime as reached:
             self.stopped = str(reached)
             return False
         self._behind = False
@@ -164,14 +179,15 @@ class Distiller:
     def look(self, tell: Watcher) -> None:
         """Log and evaluate, each at its own cadence and at the last step, which a time limit may bring forward."""
         loop = self.config.loop
-        if self.plan.adjust(self.step):
+        if self.plan.limited and self._adjusted():
             tell.on_steps(self.step, self.plan.steps)
         last = self.step == self.plan.steps
         evaluating = last or self.step % loop.eval_every == 0
+        scores = {}
         if evaluating:
-            self.meter.check()
-        # under a time limit the test images count once, at the end
-        scores = self.scorer.evaluate(tests=last or not self.plan.limited) if evaluating else {}
+            self.meter.agree()
+            # under a time limit the test images count once, at the end
+            scores = self.ranks.share(lambda: self._scored(tests=last or not self.plan.limited))
         looking = last or self.step % loop.log_every == 0
         values = self.read() if looking else {}
         done = self.plan.done(self.step)
@@ -185,6 +201,16 @@ class Distiller:
                 tell.on_warning(self.step, symptom, text)
             tell.on_log(self.step, {"seconds": round(self.clock.seconds, 3), **values})
 
+    def _adjusted(self) -> bool:
+        """Whether the number of steps changed, by the speed of the first rank."""
+        changed, state = self.ranks.share(lambda: (self.plan.adjust(self.step), self.plan.state_dict()))
+        self.plan.follow(state)
+        return changed
+
+    def _scored(self, tests: bool) -> dict[str, float]:
+        self.meter.check()
+        return self.scorer.evaluate(tests=tests)
+
     def show_pool(self, tell: Watcher) -> None:
         """Describe the pool, and offer some of its images."""
         tell.on_pool(self.step, self.acquirer.describe())
@@ -196,12 +222,23 @@ class Distiller:
 
     def read(self) -> dict[str, float]:
         """Mean terms since the last look, with one device sync."""
+        self.meter.agree()
+        of_batch = self.matcher.terms(self.acquirer.dictionary)
+        values = self.ranks.share(lambda: self._read(of_batch))
+        self.meter.begin(values)
+        return values
+
+    def _read(self, of_batch: dict[str, Tensor]) -> dict[str, float]:
         if self.acquirer.frequent:
             self.acquirer.check()
-        return self.meter.read(self.acquirer.terms() | self.matcher.terms(self.acquirer.dictionary))
+        return self.meter.read(self.acquirer.terms() | of_batch)
 
     def save(self, folder: RunFolder | NoFolder) -> None:
         """Write a checkpoint. Raises Diverged for values that are not finite, to keep the last good checkpoint."""
+        self.meter.agree()
+        self.ranks.share(lambda: self._save(folder))
+
+    def _save(self, folder: RunFolder | NoFolder) -> None:
         self.acquirer.check()
         if bad := self.matcher.infinite():
             raise Diverged("the student's weights are not finite", self.meter.infinite() or bad[:3])

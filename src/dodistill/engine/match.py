@@ -21,6 +21,7 @@ from ..models.taps import tapped
 from ..updates.shared.base import Update
 from .job import require_kind
 from .plan import Plan
+from .shared_batch import couples, require_shareable, whole
 
 
 class Matcher:
@@ -44,6 +45,12 @@ class Matcher:
         self.criterion = criterion.to(context.device)
         self.update = config.update.build()
         require_kind(self.update, Update, config.update)
+        self.ranks = self.update.ranks = context.ranks
+        parts: dict[str, object] = {f"intervention {s.name}": act for act, s in zip(acts, config.interventions)}
+        parts |= {f"criterion {config.criterion.name}": criterion, f"update {config.update.name}": self.update}
+        require_shareable(parts, self.student, context.ranks, config.loop.batch)
+        #: whether each process needs the whole batch for the loss
+        self.couples = any(couples(part) for part in parts.values())
         #: features of both networks that criterion and interventions read
         self.needs: frozenset[str] = self.criterion.needs | self.interventions.needs
         self.optimizers = self._optimizers()
@@ -98,8 +105,9 @@ class Matcher:
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         terms = self.update.backward(self.student, acquire, remember)
-        self.criterion.observe(drawn.t, acquire.batch)
-        self.interventions.observe(drawn.t, acquire.batch)
+        self.ranks.average(p for o in self.optimizers for group in o.param_groups for p in group["params"])
+        self.criterion.observe(acquire.t, acquire.batch)
+        self.interventions.observe(acquire.t, acquire.batch)
         for optimizer in self.optimizers:
             optimizer.step()
         self._average(step)
@@ -118,7 +126,8 @@ class Matcher:
         """Log values of the interventions for the last batch; unsynced scalars."""
         if self.last is None:
             return {}
-        return self.interventions.log(self.last.batch.raw, self.last.drawn.t, dictionary, self.last.batch)
+        batch, t = self.last.whole()
+        return self.interventions.log(batch.raw, t, dictionary, batch)
 
     def infinite(self) -> list[str]:
         """Names of the student's parameters that are not finite. Waits for the device."""
@@ -143,7 +152,8 @@ class Matcher:
 class Objective:
     """The matching loss on one batch, as a function of the student (or of the student at other weights).
 
-    `batch` is the batch of the last call. `exactly`: the student's passes in fp32, whatever the run's precision.
+    `batch` is the batch of the last call, and `t` the teacher's logits of it: this process's part, or the whole batch
+    where the loss couples its images. `exactly`: the student's passes in fp32, whatever the run's precision.
     """
 
     def __init__(
@@ -151,6 +161,7 @@ class Objective:
     ) -> None:
         self.matcher, self.drawn, self.dictionary, self.done = matcher, drawn, dictionary, done
         self.precision = nullcontext if exactly else matcher.context.autocast
+        self.t, self.total = drawn.t, drawn.total or len(drawn.x)
         self._batch: Batch | None = None
 
     @property
@@ -162,9 +173,20 @@ class Objective:
     def __call__(self, student: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         m, d = self.matcher, self.drawn
         run = m.compiled if student is m.student and m.compiled is not None else student
-        with self.precision(), tapped(m.student, m.needs) as own:
-            s = run(d.x)
-        s = s.float()
-        batch = Batch(d.index, d.labels, s, self.done, own, d.theirs)
-        self._batch = batch
-        return dict(m.criterion(m.interventions.compensate(s, self.dictionary, batch), d.t, batch))
+        with m.ranks.synchronised():
+            with self.precision(), tapped(m.student, m.needs) as own:
+                s = run(d.x)
+            self._batch, self.t = Batch(d.index, d.labels, s.float(), self.done, own, d.theirs), d.t
+            if m.couples:
+                self._batch, self.t = self.whole()
+            batch = self._batch
+            terms = m.criterion(m.interventions.compensate(batch.raw, self.dictionary, batch), self.t, batch)
+        weight = 1.0 if m.couples else m.ranks.weight(self.total)
+        return dict(terms) if weight == 1.0 else {name: weight * value for name, value in terms.items()}
+
+    def whole(self) -> tuple[Batch, Tensor]:
+        """The whole batch and the teacher's logits of it. With several processes, all of them call this."""
+        n, ranks = self.total, self.matcher.ranks
+        if len(self.t) == n:
+            return self.batch, self.t
+        return whole(self.batch, n, ranks), ranks.whole(self.t, n)

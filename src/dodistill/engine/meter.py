@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.ranks import Ranks
 from ..errors import DodistillError
 from ..evaluation.collapse import symptoms
 
@@ -37,8 +38,8 @@ class Diverged(DodistillError):
 class Meter:
     """Sums each term of the matching steps between two log lines, and remembers the reported symptoms of collapse."""
 
-    def __init__(self, classes: int, device: torch.device) -> None:
-        self.classes, self.device = classes, device
+    def __init__(self, classes: int, device: torch.device, ranks: Ranks | None = None) -> None:
+        self.classes, self.device, self.ranks = classes, device, ranks or Ranks()
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
         self.last: dict[str, float] = {}  #: the values of the last log line
@@ -49,6 +50,11 @@ class Meter:
         for name, value in terms.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
             self.counts[name] = self.counts.get(name, 0) + 1
+
+    def agree(self) -> None:
+        """Replace the sums by their means over the processes, each of which has the terms of its part of the batch."""
+        means = zip(self.sums, self.ranks.averaged(list(self.sums.values())))
+        self.sums = {name: value for name, value in means if value is not None}
 
     def read(self, more: Mapping[str, Tensor]) -> dict[str, float]:
         """Mean terms since the last call, and `more` unchanged, with one device sync; the matching loss as `loss`.
@@ -61,10 +67,13 @@ class Meter:
         bad = [k for k, v in out.items() if not math.isfinite(v)]
         if bad:
             raise Diverged("the loss is not a finite number", bad)
-        self.sums, self.counts = {}, {}
         out["loss"] = sum(v for k, v in out.items() if k.startswith("match/"))
-        self.last = dict(out)
+        self.begin(out)
         return out
+
+    def begin(self, last: Mapping[str, float]) -> None:
+        """Sum anew, after `last` was read: here, or by the first process of the run."""
+        self.sums, self.counts, self.last = {}, {}, dict(last)
 
     def check(self) -> None:
         """Raise Diverged for a term that is not finite so far. Waits for the device."""

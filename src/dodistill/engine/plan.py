@@ -95,6 +95,11 @@ class Plan:
         """Empty without a time limit: the config has the steps."""
         return {"steps": self.steps, "since": self._anchor[0], "share": self._anchor[1]} if self.limited else {}
 
+    def follow(self, state: Mapping[str, Any]) -> None:
+        """Take the steps of another process of the same run, from its `state_dict`."""
+        if state:
+            self.steps, self._anchor = state["steps"], (state["since"], state["share"])
+
     def load_state_dict(self, state: Mapping[str, Any], used: float) -> None:
         """`used`: the seconds of the run before this process."""
         if state:

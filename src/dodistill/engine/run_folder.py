@@ -175,6 +175,9 @@ class NoFolder(Watcher):
     def load(self) -> None:
         """No checkpoint."""
 
+    def newest(self) -> None:
+        """No checkpoint."""
+
     def due(self) -> bool:
         """Never."""
         return False

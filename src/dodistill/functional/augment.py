@@ -46,10 +46,15 @@ def crop_flip(x: Tensor, pad: int, generator: torch.Generator, flip: bool = True
     Any dtype; for floats differentiable in x. `generator` lives on x's device. Pixels outside the image
     are reflected (`mode="reflect"`, pad < H, W) or zero (`mode="zeros"`). Never synchronises with the device.
     """
-    b = x.shape[0]
-    shifts = torch.randint(-pad, pad + 1, (2, b), device=x.device, generator=generator)
-    mirrored = torch.rand(b, device=x.device, generator=generator) < 0.5
-    return shift_flip(x, shifts[0], shifts[1], mirrored if flip else torch.zeros_like(mirrored), mode, pad)
+    shifts, mirrored = shift_draws(len(x), pad, generator, flip)
+    return shift_flip(x, shifts[0], shifts[1], mirrored, mode, pad)
+
+
+def shift_draws(n: int, pad: int, generator: torch.Generator, flip: bool = True) -> tuple[Tensor, Tensor]:
+    """The draws of `crop_flip`: shifts dy and dx [2, n] in pixels, and mirrored [n] bool, on the generator's device."""
+    shifts = torch.randint(-pad, pad + 1, (2, n), device=generator.device, generator=generator)
+    mirrored = torch.rand(n, device=generator.device, generator=generator) < 0.5
+    return shifts, mirrored if flip else torch.zeros_like(mirrored)
 
 
 def shift_flip(x: Tensor, dy: Tensor, dx: Tensor, mirrored: Tensor, mode: str, limit: int) -> Tensor:

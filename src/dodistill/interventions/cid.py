@@ -47,6 +47,7 @@ class CID(Intervention):
 
     at_test = True
     needs = frozenset({"features"})
+    couples = True
 
     C: Tensor  #: [K, d], the current prototypes
     share: Tensor  #: [K], class shares in the pass of these prototypes (uniform: 1 / K)

@@ -76,6 +76,8 @@ class PriorAttention(nn.Module):
 
 
 class KDCI(Intervention):
+    couples = False
+
     def __init__(self, config: Config, classes: int, dim: int, mapped: bool, generator: torch.Generator):
         super().__init__()
         self.config, self.name = config, config.name

@@ -24,6 +24,8 @@ class Config(UpdateConfig):
 class Plain(Update):
     """One forward and one backward pass."""
 
+    couples = False
+
     def backward(self, student: nn.Module, acquire: Objective, retain: Objective | None = None) -> dict[str, Tensor]:
         terms = acquire(student)
         total(terms).backward()

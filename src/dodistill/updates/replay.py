@@ -106,6 +106,8 @@ class Config(UpdateConfig):
 class Replaying(Update):
     """Two forward and two backward passes, and the sum of their gradients."""
 
+    couples = False
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
@@ -115,13 +117,14 @@ class Replaying(Update):
         before = take(parameters)
         terms, retained = acquire(student), {}
         total(terms).backward()
-        g = take(parameters)
+        g: Gradients = take(parameters)
         u: Gradients = [None] * len(parameters)
         self.terms = {}
         if retain is not None:
             retained = retain(stand_in(student))
             (weight * total(retained)).backward()
             u = take(parameters)
+            g, u = (self.ranks.averaged(v) for v in (g, u))
             self.terms = alignment(g, u)
         give(parameters, before, g, u)
         return report(terms, retained, weight)

@@ -67,6 +67,8 @@ class Config(UpdateConfig):
 class Retain(Update):
     """The inner step, the retention pass at its end, and the gradient of both losses at its start."""
 
+    couples = False
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
@@ -102,15 +104,17 @@ class Retain(Update):
             else:
                 loss.backward()
                 g = take(parameters)
+        mean = self.ranks.averaged(g)
         with torch.no_grad():
-            moved = {n: p if d is None else p - c.alpha * d for (n, p), d in zip(named.items(), g)}
+            moved = {n: p if d is None else p - c.alpha * d for (n, p), d in zip(named.items(), mean)}
         moved = {n: w.detach().requires_grad_() for n, w in moved.items()}
         with recomputed() if exact else nullcontext():
             retained = retain(stand_in(student, moved))
         (c.weight * total(retained)).backward()
-        u = [w.grad for w in moved.values()]
+        u = self.ranks.averaged([w.grad for w in moved.values()])
         del moved
-        self.terms = alignment(g, u) | {"inner_step": c.alpha * length(g) / length(parameters)}
+        self.terms = alignment(mean, u) | {"inner_step": c.alpha * length(mean) / length(parameters)}
+        del mean
         if exact:
             # grad L_Acq - alpha * H u in one pass: the loss with weight 1 and its gradients with weight -alpha * u
             reached = [v for v in u if v is not None]

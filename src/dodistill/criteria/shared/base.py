@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch.nn.functional as nnf
 from torch import Tensor, nn
@@ -20,6 +21,10 @@ class Criterion(nn.Module):
 
     own_lr: float | None = None  #: learning rate of an Adam for its own parameters; None: the student's optimiser
     needs: frozenset[str] = frozenset()  #: of both networks, for `batch`: `features` (penultimate), `stages` (maps)
+    #: whether the images of a batch are coupled, for runs in several processes. False: each term is a mean over images
+    #: of a value of each image, and `observe` stores nothing; each process gets its part of the batch. True: each gets
+    #: the whole batch, and must compute the same. None: unknown, which several processes refuse.
+    couples: ClassVar[bool | None] = None
 
     def forward(self, s: Tensor, t: Tensor, batch: Batch | None = None) -> dict[str, Tensor]:
         raise NotImplementedError
@@ -44,6 +49,8 @@ class Labelled(Criterion):
 
     y are the labels of the data, else the teacher's predictions. A term of weight 0 is left out.
     """
+
+    couples = False
 
     def __init__(self, config: LabelledConfig) -> None:
         super().__init__()

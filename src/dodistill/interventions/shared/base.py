@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,8 @@ class Intervention(nn.Module):
     decays: bool = False  #: whether the student's weight decay applies to its parameters, in the student's optimiser
     at_test: bool = False  #: whether `compensate` is part of the delivered student
     needs: frozenset[str] = frozenset()  #: features of both networks in `batch`: `features` (the penultimate ones)
+    #: whether `compensate` or `observe` couple the images of a batch; see `Criterion.couples`. Without them, it cannot.
+    couples: ClassVar[bool | None] = False
 
     def weights(self, pool: PoolLike, dictionary: ConfounderDictionary | None) -> Tensor | None:
         """On the draw: a weight >= 0 for each image of the pool, [len(pool)], in any scale; None: no weights."""

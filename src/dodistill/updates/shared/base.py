@@ -10,6 +10,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from ...config.plugins import Named
+from ...core.ranks import Ranks
 
 #: student (or a function that evaluates it at other weights) -> named loss terms on the current batch
 Objective = Callable[[Callable[[Tensor], Tensor]], dict[str, Tensor]]
@@ -27,6 +28,12 @@ class UpdateConfig(Named, ABC):
 
 class Update(ABC):
     """Writes the gradient of its objective into the parameters. The matcher then steps the optimisers."""
+
+    #: False: the gradient is right where each process has its part of the batch, and the mean over the processes is
+    #: taken after `backward`; what is not linear in gradients takes `self.ranks.averaged` of them. None: unknown, which
+    #: several processes refuse.
+    couples: ClassVar[bool | None] = None
+    ranks: Ranks = Ranks()  #: the processes of the run; the matcher sets it
 
     def __init__(self) -> None:
         #: further quantities of its last step (tensors, unsynced), for the log
