@@ -138,9 +138,7 @@ def arguments(config: Distill, run: Path, threads: int, seconds: float = math.in
     """The words of `dodistill distill` that run a cell, whose settings lie beside the run folder."""
     words = ["distill", str(beside(run, ".yaml")), "--out", str(run), "--quiet", "--no-report",
              "--loop.threads", str(config.loop.threads or threads)]  # fmt: skip
-    if plugins.paths(
-        config.to_tree()
-    ):  # this process has run the same code to read the config, and `code` has its hash
+    if plugins.paths(config.to_tree()):  # this process ran the same code to read the config; `code` has its hash
         words.append("--allow-code")
     if track:
         words += ["--track", track]
