@@ -1,13 +1,13 @@
 """One cell of a grid, for any executor: `run_cell` runs or resumes it in a process of its own, and returns its record.
 
-from concurrent.futures import ThreadPoolExecutor
-from dodistill import run_cell
-from dodistill.config.grid import cells, read_recipe
+    from concurrent.futures import ThreadPoolExecutor
+    from dodistill import run_cell
+    from dodistill.config.grid import cells, read_recipe
 
-with ThreadPoolExecutor(4) as pool:
-    waiting = [pool.submit(run_cell, c.config, out / "runs" / c.slug, c.label, threads=1)
-               for c in cells(read_recipe(path), out / "teachers")]
-    records = [future.result() for future in waiting]
+    with ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(run_cell, c.config, out / "runs" / c.slug, c.label, threads=1)
+                   for c in cells(read_recipe(path), out / "teachers")]
+        records = [future.result() for future in waiting]
 """
 
 from __future__ import annotations
