@@ -149,6 +149,7 @@ class Kept:
         """Write what the run left: its outcome, or its last checkpoint. Raises Unwritable, which says where it is."""
         try:
             if finished:
+                self._there.clear()  # another attempt that finished first has deleted what was there
                 self._upload(finished=True)
             elif (state := self._state()) is not None and state != self._seen:
                 self._upload(finished=False)
