@@ -8,6 +8,8 @@
         waiting = [pool.submit(run_cell, c.config, out / "runs" / c.slug, c.label, threads=1)
                    for c in cells(read_recipe(path), out / "teachers")]
         records = [future.result() for future in waiting]
+
+runs four cells at a time, as `compare --jobs 4` does.
 """
 
 from __future__ import annotations
