@@ -188,6 +188,17 @@ class Scenes:
         it = self.made(helpers.tree("dfnd", optim={"lr": 1e30}, loop={"log_every": 2, "eval_every": 2}))
         return refused(it.run)
 
+    def dropout(self) -> Any:
+        """How many elements the masks of two passes keep together, on both ranks and on this one."""
+        ones, before = torch.ones(4000), torch.get_rng_state()
+        masks = []
+        for _ in range(2):
+            with self.ranks.synchronised():
+                masks.append(nn.functional.dropout(ones, 0.5) / 2)
+        whole = self.ranks.whole(masks[0], 8000).view(2, 4000)
+        unmoved = self.ranks.first or torch.equal(before, torch.get_rng_state())
+        return [float((whole[0] * whole[1]).sum()), float((masks[0] * masks[1]).sum()), unmoved]
+
     def an_error_of_the_first(self) -> Any:
         def work() -> None:
             raise ValueError("no room")

@@ -190,6 +190,14 @@ def test_distill_in_python_gives_each_process_the_result(found: list[dict[str, A
     assert found[0]["distilled"][0][3].endswith("whole")
 
 
+def test_each_process_has_its_own_dropout(found: list[dict[str, Any]]) -> None:
+    for its in found:
+        on_both, twice, unmoved = its["dropout"]
+        assert 800 < on_both < 1200  # a quarter of 4000, as of independent masks
+        assert 800 < twice < 1200
+        assert unmoved
+
+
 def test_parts_of_a_batch() -> None:
     group = [Group(rank, 3, torch.device("cpu")) for rank in range(3)]
     x = torch.arange(8)
