@@ -124,7 +124,7 @@ def test_every_command_reads_large_test_images_as_the_field_does(
     predict = evaluate.predict
 
     def watched(model: nn.Module, x: Tensor, *rest: object, **named: object) -> Tensor:
-        shown.append(float(x[0, 0, 0, -1].float() - x[0, 0, 0, 0].float()) / 255)
+        shown.append(float(x[:1][0, 0, 0, -1].float() - x[:1][0, 0, 0, 0].float()) / 255)
         return predict(model, x, *rest, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(evaluate, "predict", watched)

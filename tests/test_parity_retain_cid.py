@@ -423,7 +423,7 @@ class Cid:
         x, y = it.context.unlabeled, it.context.labels
         assert x is not None
         with torch.no_grad():
-            it.acquirer.pool.add(x, it.context.teacher(to_float(x)), it.acquirer.generators["pool"], y)
+            it.acquirer.pool.add(x, it.context.teacher(to_float(x[:])), it.acquirer.generators["pool"], y)
         part, r = next(iter(it.matcher.interventions)), it.matcher.criterion.r
         assert isinstance(part, CID)
         assert isinstance(r, nn.Linear)
@@ -436,7 +436,7 @@ class Cid:
         it, rows = self.it, []
         before = {k: [p.detach().clone() for p in m.parameters()] for k, m in self.modules.items()}
         for k in (first, first + 1):
-            it.acquirer.sampler = lambda n, g, k=k: torch.arange(16 * k, 16 * k + n)  # type: ignore[assignment,misc]
+            it.acquirer.slots.sampler = lambda n, g, k=k: torch.arange(16 * k, 16 * k + n)  # type: ignore[assignment,misc]
             it.meter.sums = {}
             it.match()
             rows.append([float(it.meter.sums[f"match/{n}"]) for n in ("kd", "sample", "class", "supervised")

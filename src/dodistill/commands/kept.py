@@ -72,7 +72,7 @@ class Kept:
         while (sets := self._sets()) != before:  # another machine may replace them meanwhile
             before = sets
             self._number = max(number for number, _ in sets)
-            here = self._marker.read_text() if self._marker.exists() else ""
+            here = self._marker.read_text(encoding="utf-8") if self._marker.exists() else ""
             for number, name in sets:
                 found = self._read(name)
                 if found is None or (here.isdigit() and int(here) >= number):
@@ -81,7 +81,7 @@ class Kept:
                     return False  # begun here without the storage
                 if self._download(found):
                     self._began = number
-                    self._marker.write_text(str(number))
+                    self._marker.write_text(str(number), encoding="utf-8")
                     self._seen = self._state()
                     return True
         return False
@@ -177,7 +177,7 @@ class Kept:
         text = json.dumps({"finished": finished, "began": self._began, "files": files}).encode()
         self._storage.write(f"{self._name}/sets/{name}", text)
         self._number = number
-        self._marker.write_text(str(number))
+        self._marker.write_text(str(number), encoding="utf-8")
         with contextlib.suppress(DodistillError):  # what is left is deleted with the cell
             self._prune(number if finished else number - 1)
 

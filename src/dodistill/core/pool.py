@@ -146,7 +146,8 @@ class Pool:
         slots = (last >= 0).nonzero()[:, 0]
         arrivals = last[slots]
         for kept, offered in ((self._x, held), (self._logits, logits), (self._labels, labels)):
-            kept[slots] = offered[arrivals.to(offered.device)].to(kept.device, kept.dtype)  # each from its own device
+            # each from its own device, to its own
+            kept[slots.to(kept.device)] = offered[arrivals.to(offered.device)].to(kept.device, kept.dtype)
         self.size = min(self.size + n, self.capacity)
         self.seen += n
         self.version += 1
