@@ -184,6 +184,17 @@ class Scenes:
         it = Distiller(job, plan, self.ranks)
         return [it.run(), it.step, plan.steps]
 
+    def synthesis(self) -> Any:
+        """The batches that the teacher's first layer passes on this rank, in an acquisition of 32 images."""
+        it, seen = self.made(helpers.tree("deepinv")), set()
+        layer = next(m for m in it.context.teacher.modules() if isinstance(m, nn.Conv2d))
+        with torch.random.fork_rng():
+            hook = layer.register_forward_pre_hook(lambda _, args: seen.add(len(args[0])))
+            it.acquirer.acquire(it.matcher.student)
+        hook.remove()
+        untouched = "forward" not in vars(it.matcher.student) and it.context.teacher.shared_passes is None
+        return [sorted(seen), untouched]
+
     def diverged(self) -> Any:
         it = self.made(helpers.tree("dfnd", optim={"lr": 1e30}, loop={"log_every": 2, "eval_every": 2}))
         return refused(it.run)

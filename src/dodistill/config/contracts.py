@@ -33,6 +33,7 @@ class SourceSettings(Settings, Protocol):
     needs: ClassVar[frozenset[str]]
     reads_labels: ClassVar[bool]
     generates: ClassVar[bool]
+    together: ClassVar[bool]
     presets: ClassVar[dict[str, dict[str, Any]]]
     origin: ClassVar[dict[str, str]]
     trains: ClassVar[str]

@@ -74,6 +74,14 @@ class _Cut(torch.autograd.Function):
         return _Gather.apply(v, ctx.rows, ctx.n), None, None  # type: ignore[no-untyped-call]
 
 
+def combined(each: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(count, mean [C], biased variance [C]) of all parts, from rows of these, [parts, 1 + 2 C] (Chan et al., 1979)."""
+    n, (means, variances) = each[:, :1].detach(), each[:, 1:].chunk(2, 1)
+    share = n / n.sum()
+    mean = (share * means).sum(0)
+    return n.sum(), mean, (share * (variances + (means - mean).square())).sum(0)
+
+
 class synchronised(TorchFunctionMode):
     """Within the block, BatchNorm in train mode has the statistics of the batch of all processes.
 
@@ -110,17 +118,13 @@ class synchronised(TorchFunctionMode):
         return out
 
     def _moments(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(count, mean [C], biased variance [C]) over all processes, from those of each (Chan et al., 1979)."""
+        """(count, mean [C], biased variance [C]) over all processes."""
         if x.dim() == 4:
             mean, var = channel_moments(x)
         else:
             var, mean = torch.var_mean(_wide(x), [d for d in range(x.dim()) if d != 1], correction=0)
         count = mean.new_tensor([x.numel() // x.shape[1]])
-        each = gathered(torch.cat([count, mean, var])[None], slice(self.rank, self.rank + 1), self.world)
-        n, (means, variances) = each[:, :1].detach(), each[:, 1:].chunk(2, 1)
-        share = n / n.sum()
-        mean = (share * means).sum(0)
-        return n.sum(), mean, (share * (variances + (means - mean).square())).sum(0)
+        return combined(gathered(torch.cat([count, mean, var])[None], slice(self.rank, self.rank + 1), self.world))
 
 
 class _Scaled(torch.autograd.Function):

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from ..config.tree import difference
 from ..errors import DodistillError, Elsewhere
+from ..models.teacher import Teacher
 from .collective import Lost, gathered, reduced, spread, synchronised
 from .deadline import OutOfTime
+from .passes import shared_passes
 
 T = TypeVar("T")
 
@@ -54,6 +56,10 @@ class Ranks:
     def synchronised(self) -> AbstractContextManager[Any]:
         """Within the block, BatchNorm in train mode has the statistics of the whole batch, and each rank has its own
         global random stream (dropout)."""
+        return nullcontext()
+
+    def sharing(self, teacher: Teacher, student: nn.Module) -> AbstractContextManager[Any]:
+        """Within the block, each rank passes its part of a batch that all have; see `core/passes.py`."""
         return nullcontext()
 
     def averaged(self, values: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -144,6 +150,9 @@ class Group(Ranks):
                 _set_stream(device, self._streams[device])
             yield
             self._streams = {device: _stream(device) for device in devices}
+
+    def sharing(self, teacher: Teacher, student: nn.Module) -> AbstractContextManager[Any]:
+        return shared_passes(teacher, student, self.rank, self.world)
 
     @torch.no_grad()
     def averaged(self, values: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -75,6 +75,7 @@ class Acquirer:
         self.seconds = 0.0  #: their total time
         self.signs: dict[str, Tensor] = {}  #: `vital_signs` of the newest inputs
         self._sound = torch.ones((), dtype=torch.bool, device=device)  # are all acquisitions since `check` finite?
+        self.sharing = False  #: whether all ranks are inside the same acquisition
         self._remembers = False  # whether the replay of the first rank is ready
 
     # --------------------------------------------------------------------------------------------- acquire
@@ -105,7 +106,8 @@ class Acquirer:
         start, ranks, before = time.perf_counter(), self.context.ranks, self.round
         self.slots.undo()
         student.eval()
-        got = ranks.share(lambda: self._acquired(student), [self.context.unlabeled])
+        got = self._acquired_together(student) if self.config.source.together and ranks.world > 1 else None
+        got = ranks.share(lambda: got or self._acquired(student), [self.context.unlabeled])
         self.round = before + 1
         held, kept = self._split(got)
         g = self.generators["pool"]
@@ -124,6 +126,19 @@ class Acquirer:
         self.signs = vital_signs(got.images[some].to(got.logits.device), got.logits[some])
         self._rebuild(got)
         self.seconds += time.perf_counter() - start
+
+    def _acquired_together(self, student: nn.Module) -> Acquired:
+        """The same on every rank, but for the rounding of some devices; the passes of networks are shared out."""
+        ranks, self.sharing = self.context.ranks, True
+        try:
+            with ranks.sharing(self.context.teacher, student):
+                got = self._acquired(student)
+        finally:
+            self.sharing = False
+        for part in self.source.parts().values():
+            if isinstance(part, nn.Module):
+                ranks.alike(part)
+        return got
 
     def _acquired(self, student: nn.Module) -> Acquired:
         """What the source acquires, labelled."""

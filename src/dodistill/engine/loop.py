@@ -89,7 +89,10 @@ class Distiller:
 
         def progress(what: str, done: int, total: int) -> None:
             tell.on_progress(what, done, total)
-            if time.monotonic() > deadline and done < total:
+            late = time.monotonic() > deadline
+            if self.acquirer.sharing:
+                (late,) = self.ranks.any(late)
+            if late and done < total:
                 raise OutOfTime(f"in {what}, {done} of {total}")
 
         before, self.context.progress = self.context.progress, progress

@@ -28,15 +28,25 @@ def _hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
             handle.remove()
 
 
+def _shared(model: nn.Module) -> Any:
+    """How several processes share the passes of a teacher (`teacher.Shared`); None for others, and without sharing."""
+    return getattr(model, "shared_passes", None)
+
+
 class BatchNormInputs(Sequence[Moments]):
     """Per layer of `modules`: (mean [C], biased variance [C]) of its input in the latest forward; fp32, in graph."""
 
-    def __init__(self, modules: list[nn.BatchNorm2d | nn.SyncBatchNorm]) -> None:
-        self.modules = modules
+    def __init__(self, modules: list[nn.BatchNorm2d | nn.SyncBatchNorm], shared: Any = None) -> None:
+        """`shared`: how several processes share the passes of the network; see `teacher.Shared`."""
+        self.modules, self.shared = modules, shared
         self._moments: dict[int, Moments] = {}
 
     def _record(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._moments[id(module)] = channel_moments(args[0])
+        x: Tensor = args[0]
+        self._moments[id(module)] = self._over_all(channel_moments(x), x)
+
+    def _over_all(self, moments: Moments, x: Tensor) -> Moments:
+        return moments if self.shared is None else self.shared.moments(moments, x.numel() // x.shape[1])
 
     def clear(self) -> None:
         """Forget the latest forward pass, and with it its graph."""
@@ -63,7 +73,7 @@ class BatchNormInputs(Sequence[Moments]):
 @contextmanager
 def batchnorm_inputs(model: nn.Module) -> Iterator[BatchNormInputs]:
     """Record the input moments of every BatchNorm2d of `model` within the block."""
-    taps = BatchNormInputs(batchnorms(model))
+    taps = BatchNormInputs(batchnorms(model), _shared(model))
     with _hooked(m.register_forward_pre_hook(taps._record) for m in taps.modules):
         try:
             yield taps
@@ -133,8 +143,8 @@ def stages(model: nn.Module) -> Iterator[dict[tuple[int, int], Tensor]]:
 class Penultimate:
     """`value` [B, D] (or the shape of the layer's input): the input of the classifier in the latest forward pass."""
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
-        self.layer = layer
+    def __init__(self, layer: nn.Linear | nn.Conv2d, shared: Any = None) -> None:
+        self.layer, self.shared = layer, shared
         self._value: Tensor | None = None
 
     @property
@@ -145,7 +155,8 @@ class Penultimate:
 
     def _record(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
         x: Tensor = args[0]
-        self._value = x.mean((2, 3)) if isinstance(self.layer, nn.Conv2d) else x
+        x = x.mean((2, 3)) if isinstance(self.layer, nn.Conv2d) else x
+        self._value = x if self.shared is None else self.shared.whole(x)
 
 
 def classifier(model: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d]:
@@ -165,7 +176,7 @@ def classifier(model: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d]:
 @contextmanager
 def penultimate(model: nn.Module) -> Iterator[Penultimate]:
     """Record the input of the `classifier` of `model` within the block (averaged over space for a convolution)."""
-    tap = Penultimate(classifier(model)[1])
+    tap = Penultimate(classifier(model)[1], _shared(model))
     with _hooked([tap.layer.register_forward_pre_hook(tap._record)]):
         yield tap
 
@@ -173,19 +184,24 @@ def penultimate(model: nn.Module) -> Iterator[Penultimate]:
 class PooledInputs(BatchNormInputs):
     """`BatchNormInputs`, and `features`: the inputs of `layers`, image by image."""
 
-    def __init__(self, norms: list[nn.BatchNorm2d | nn.SyncBatchNorm], layers: Sequence[nn.Module]) -> None:
-        super().__init__(norms)
+    def __init__(
+        self, norms: list[nn.BatchNorm2d | nn.SyncBatchNorm], layers: Sequence[nn.Module], shared: Any = None
+    ) -> None:
+        super().__init__(norms, shared)
         self.layers = list(layers)
         self._means: dict[int, Tensor] = {}
 
     def _record(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         x: Tensor = args[0]
         if not any(module is m for m in self.layers):
-            self._moments[id(module)] = channel_moments(x)
-        elif any(module is m for m in self.modules):
-            self._means[id(module)], self._moments[id(module)] = pooled_moments(x)
+            self._moments[id(module)] = self._over_all(channel_moments(x), x)
+            return
+        if any(module is m for m in self.modules):
+            means, moments = pooled_moments(x)
+            self._moments[id(module)] = self._over_all(moments, x)
         else:
-            self._means[id(module)] = spatial_mean(x) if x.dim() > 2 else x
+            means = spatial_mean(x) if x.dim() > 2 else x
+        self._means[id(module)] = means if self.shared is None else self.shared.whole(means)
 
     def clear(self) -> None:
         super().clear()
@@ -209,7 +225,7 @@ def pooled_inputs(model: nn.Module, layers: Sequence[nn.Module] = (), moments: b
     With `moments`, also the statistics of `batchnorm_inputs`, in the same pass over the activations.
     """
     norms = batchnorms(model)
-    taps = PooledInputs(norms if moments else [], layers or norms)
+    taps = PooledInputs(norms if moments else [], layers or norms, _shared(model))
     with _hooked(m.register_forward_pre_hook(taps._record) for m in dict.fromkeys([*taps.modules, *taps.layers])):
         try:
             yield taps

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import DodistillError
+from ..functional.moments import Moments
 from .batchnorm import batchnorms
 from .folded import folded
 from .normalized import answering
@@ -16,6 +17,19 @@ from .patches import attentions, kinds
 
 #: Most values that an image may have.
 LARGEST = 1 << 27
+
+
+class Shared(Protocol):
+    """How several processes share the passes of a network, if they do."""
+
+    def through(self, network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """network(x), of which each process computes a part."""
+
+    def whole(self, x: Tensor) -> Tensor:
+        """Inner activations [B, ...] of all parts, from those of one."""
+
+    def moments(self, moments: Moments, count: int) -> Moments:
+        """Moments of an inner activation over all parts, from those of `count` numbers for each channel of one."""
 
 
 class Teacher(nn.Module):
@@ -46,9 +60,13 @@ class Teacher(nn.Module):
         #: the network of `answers`, made by its first call; in a tuple, so that it is no submodule
         self.answering: tuple[Callable[[Tensor], Tensor], ...] = ()
         self._compiles = False
+        self.shared_passes: Shared | None = None  #: set while several processes share its passes
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] in [0, 1] -> logits [B, K] in fp32, whatever autocast is active."""
+        return self._logits(x) if self.shared_passes is None else self.shared_passes.through(self._logits, x)
+
+    def _logits(self, x: Tensor) -> Tensor:
         return self._checked(self.model(x), x)
 
     @torch.no_grad()
@@ -61,6 +79,9 @@ class Teacher(nn.Module):
         if not self.answering:
             network = folded(self.model, x[:2]) or self.model
             self.answering = (torch.compile(network, dynamic=True) if self._compiles else network,)
+        return self._answers(x) if self.shared_passes is None else self.shared_passes.through(self._answers, x)
+
+    def _answers(self, x: Tensor) -> Tensor:
         return self._checked(self.answering[0](x), x)
 
     def _checked(self, logits: Tensor, x: Tensor) -> Tensor:

@@ -93,6 +93,7 @@ class Config(FreshConfig):
 
     name: ClassVar[str] = "adversarial"
     kind: ClassVar[Kind] = "generator"
+    together: ClassVar[bool] = True
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "zskt": _preset(
             {**_RELEASE, "loss": "kl", "every": 10, "fresh": 0, "batch": 128, "latent": 100},

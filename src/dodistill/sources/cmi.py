@@ -106,6 +106,7 @@ class Config(SourceConfig):
 
     name: ClassVar[str] = "cmi"
     kind: ClassVar[Kind] = "inversion"
+    together: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"batchnorm"})
     costs: ClassVar[tuple[dict[str, float], ...]] = ({"iterations": 10}, {"batch": 16})
     trains: ClassVar[str] = "a generator per acquisition, a head"

@@ -107,6 +107,7 @@ class Config(FreshConfig):
 
     name: ClassVar[str] = "dafl"
     kind: ClassVar[Kind] = "generator"
+    together: ClassVar[bool] = True
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "huawei": _huawei(0.05, 5.0, 0.01),
         "huawei-cifar100": _huawei(0.5, 20.0, 0.1),

@@ -52,6 +52,7 @@ class Config(SourceConfig):
 
     name: ClassVar[str] = "data"
     kind: ClassVar[Kind] = "data"
+    together: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"unlabeled"})
     reads_labels: ClassVar[bool] = True
     costs: ClassVar[tuple[dict[str, float], ...]] = ({"share": 0.0},)

@@ -101,6 +101,7 @@ class Config(SourceConfig):
 
     name: ClassVar[str] = "deepinv"
     kind: ClassVar[Kind] = "inversion"
+    together: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"batchnorm"})
     costs: ClassVar[tuple[dict[str, float], ...]] = ({"iterations": 10, "low": 0, "lr_warmup": 0}, {"batch": 16})
     trains: ClassVar[str] = "pixels"

@@ -46,6 +46,7 @@ class Config(SourceConfig):
 
     name: ClassVar[str] = "dfnd"
     kind: ClassVar[Kind] = "sampler"
+    together: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"unlabeled"})
     costs: ClassVar[tuple[dict[str, float], ...]] = ({"candidates": 64},)
     presets: ClassVar[dict[str, dict[str, Any]]] = {

@@ -84,6 +84,7 @@ class Config(GuidedConfig):
 
     name: ClassVar[str] = "fast"
     kind: ClassVar[Kind] = "generator"
+    together: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"batchnorm"})
     costs: ClassVar[tuple[dict[str, float], ...]] = ({"K": 2}, {"batch": 16})
     trains: ClassVar[str] = "a meta-generator, a copy per acquisition"

@@ -86,6 +86,7 @@ class Config(GuidedConfig):
 
     name: ClassVar[str] = "fast_imagenet"
     kind: ClassVar[Kind] = "generator"
+    together: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"batchnorm"})
     costs: ClassVar[tuple[dict[str, float], ...]] = ({"K": 2}, {"batch": 16})
     trains: ClassVar[str] = "a meta-generator and latents, or one generator per class"

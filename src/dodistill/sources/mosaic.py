@@ -88,6 +88,7 @@ class Config(SourceConfig):
 
     name: ClassVar[str] = "mosaic"
     kind: ClassVar[Kind] = "sampler"
+    together: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"unlabeled"})
     generates: ClassVar[bool] = True
     costs: ClassVar[tuple[dict[str, float], ...]] = ({"batch": 16},)

@@ -113,6 +113,7 @@ class Config(GuidedConfig):
 
     name: ClassVar[str] = "nayer"
     kind: ClassVar[Kind] = "generator"
+    together: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"batchnorm"})
     costs: ClassVar[tuple[dict[str, float], ...]] = ({"iterations": 2}, {"batch": 16})
     trains: ClassVar[str] = "a generator, noisy layers per batch"

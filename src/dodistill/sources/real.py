@@ -34,6 +34,7 @@ class Config(SourceConfig):
 
     name: ClassVar[str] = "real"
     kind: ClassVar[Kind] = "data"
+    together: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"unlabeled"})
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "desk": {

@@ -29,6 +29,9 @@ class SourceConfig(Named, ABC):
         origin: preset name -> the origin of its numbers (`ours` where the papers have none).
         costs: for `loop.time`: groups of settings, each with its smallest value. The time of an acquisition is
             proportional to each group, whose settings are reduced together.
+        together: whether `acquire` may run on every process of a run, which then share the passes of teacher and
+            student (`core/passes.py`). All random numbers must come from the context's generators, and of inner
+            activations only `batchnorm_inputs` may be read.
         trains, keeps: for `dodistill methods`: the networks that it trains, and its memory besides the pool.
     """
 
@@ -39,6 +42,7 @@ class SourceConfig(Named, ABC):
     needs: ClassVar[frozenset[str]] = frozenset()
     reads_labels: ClassVar[bool] = False
     generates: ClassVar[bool] = False
+    together: ClassVar[bool] = False
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     origin: ClassVar[dict[str, str]] = {}
     costs: ClassVar[tuple[dict[str, float], ...]] = ()
