@@ -181,6 +181,12 @@ def test_large_files_stay_on_the_disk(file: Path, digits: Images, monkeypatch: p
         open_images(file, image_shape=(3, 4, 4))
     with pytest.raises(DodistillError, match=r"the model reads \(3, 4, 4\)"):
         accept(FileRows(file), (3, 4, 4), "unlabelled")
+    monkeypatch.setenv("DODISTILL_DATA", str(file.parent))
+    file.rename(file.with_name("flickr.npy"))
+    assert isinstance(open_images("flickr", labels=False), Packed)
+    with pytest.raises(DodistillError, match="no flickr"):
+        open_images("flickr", "test")
+    file.with_name("flickr.npy").rename(file)
     monkeypatch.setenv("DODISTILL_MEMORY_GB", "much")
     with pytest.raises(DodistillError, match="DODISTILL_MEMORY_GB is 'much'"):
         open_images(file)

@@ -92,7 +92,8 @@ def load_images(
       labelled by class subfolders, if there are any; a `train` or `test` (or `val`) subfolder is the split, if there is
       one; Tiny-ImageNet as published is read by its own lists (see `layouts`);
     * `mnist`, `cifar10`, `cifar100`, `tiny_imagenet`, `imagenet32`, `imagenet64`, `imagenet`, `flickr`:
-      `$DODISTILL_DATA/NAME.npz`; the last five may be a folder `$DODISTILL_DATA/NAME` instead;
+      `$DODISTILL_DATA/NAME.npz`; the last five may be a folder `$DODISTILL_DATA/NAME` instead, or for the train split
+      a packed file `$DODISTILL_DATA/NAME.npy`;
     * `digits`: scikit-learn's 1797 scans (8x8, or resized to `image_shape`), 1297 for train and 500 for test;
     * `photos` or `photos:20000`: `n` (or the given number of) random patches of scikit-learn's two photographs at
       `image_shape` and several scales, by `seed`;
@@ -119,11 +120,11 @@ def load_images(
             raise DodistillError(f"{name!r} has no number of patches; write it as in {kind}:20000.")
         patches = _photos(split, image_shape or (3, 32, 32), int(number or n), seed)
         return patches if kind == "photos" else Images(_strokes(patches.x, seed))
-    folder = _named_folder(name)
-    if name in _NAMED and folder is None:
+    folder, file = _named_folder(name), packed_file(name, split)
+    if name in _NAMED and folder is None and file is None:
         images = _named(name, split)
     else:
-        path = folder or Path(spec).expanduser()
+        path = file or folder or Path(spec).expanduser()
         if path.is_dir():
             whole = 1.0 if split == "train" else 0.0
             return Images(*load_folder(path, split, labels, image_shape, crop or whole))
@@ -343,6 +344,14 @@ def _named_folder(name: str) -> Path | None:
         return None
     folder = Path(root) / name
     return folder if folder.is_dir() else None
+
+
+def packed_file(spec: str | Path, split: str) -> Path | None:
+    """The packed file that `spec` is, or the one of a data set by name, where there is no NAME.npz; None for others."""
+    root, name, path = os.environ.get("DODISTILL_DATA", ""), str(spec), Path(spec).expanduser()
+    if root and split == "train" and name in _NAMED and not (Path(root) / f"{name}.npz").is_file():
+        path = Path(root) / f"{name}.npy"
+    return path if path.suffix == ".npy" and path.is_file() else None
 
 
 def _named(name: str, split: str) -> Images:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from ..errors import DodistillError
-from .images import Images, Shape, beside, load_images
+from .images import Images, Shape, beside, load_images, packed_file
 from .rows import FileRows, Rows
 
 #: Packed files of more GB stay on the disk; the environment variable DODISTILL_MEMORY_GB sets another limit.
@@ -56,8 +56,8 @@ def open_images(
 
     Raises DodistillError as `load_images` does.
     """
-    path = Path(spec).expanduser()
-    if path.suffix != ".npy" or not path.is_file() or path.stat().st_size <= 1e9 * _memory():
+    path = packed_file(spec, split)
+    if path is None or path.stat().st_size <= 1e9 * _memory():
         return load_images(spec, split, labels, image_shape, crop=crop, **more)
     rows = FileRows(path)
     if image_shape is not None and rows.image_shape != tuple(image_shape):
