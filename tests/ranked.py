@@ -33,6 +33,7 @@ from dodistill.engine import Distiller, Job, Test
 from dodistill.engine.plan import Plan
 from dodistill.engine.run_folder import NoFolder, RunFolder, fingerprint
 from dodistill.errors import DodistillError
+from dodistill.files import replacing
 from dodistill.report.result import Recorder
 from helpers import SHAPE, fitting, student
 
@@ -308,7 +309,8 @@ def main(folder: Path) -> None:
 
     def keep(name: str, value: Any) -> None:
         found[name] = value
-        (folder / f"found-{ranks.rank}.json").write_text(json.dumps(found))
+        with replacing(folder / f"found-{ranks.rank}.json") as file:
+            file.write(json.dumps(found).encode())
 
     with joined(leave=True) as ranks:
         for turn, (name, case) in enumerate(cases.items()):

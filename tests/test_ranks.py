@@ -125,7 +125,7 @@ def found(given: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> li
     both = [json.loads(file.read_text()) if file.exists() else {} for file in files]
     for status, _, error in ends:
         if status:
-            print(error[-4000:])  # pytest shows it with the test that misses something
+            print(status, error[-4000:])  # pytest shows it with the test that misses something
     return both
 
 
