@@ -2,6 +2,7 @@
 
     python benchmarks/papers.py recipes/table2.yaml
     python benchmarks/papers.py recipes/table3.yaml --arm kdci --where student=resnet18
+    python benchmarks/papers.py recipes/table3.yaml --arithmetic
 
 Image sizes, batches, networks and the numbers of classes are the recipe's. Made-up are the weights, 64 unlabelled
 images, and the number of iterations of an acquisition (one for each resolution). Each cell is a process of its own,
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("--arm", default="kdci", help="label of the intervention axis")
     parser.add_argument("--where", nargs="*", default=[], help="AXIS=LABEL of the cells to run; default: all")
     parser.add_argument("--tflops", type=float, default=100.0, help="10^12 operations a second, for the last column")
+    parser.add_argument("--arithmetic", action="store_true", help="no steps: pool, operations and hours alone")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cell", type=int, default=-1, help="this cell alone, in this process")
@@ -58,8 +60,11 @@ def main() -> None:
         print(row(found[args.cell], args))
         return
     print(f"{args.recipe.name}, {args.arm}, {args.threads} thread(s), torch {torch.__version__}")
-    print("| cell | batch | peak, GiB | pool, GiB | step, s | acquisition of one iteration, s | PFLOP | hours |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|", flush=True)
+    columns = ["cell", "batch", "pool, GiB", "PFLOP", "hours"]
+    if not args.arithmetic:
+        columns += ["peak, GiB", "step, s", "acquisition of one iteration, s"]
+    print("| " + " | ".join(columns) + " |")
+    print("|---" + "|---:" * (len(columns) - 1) + "|", flush=True)
     for i, cell in enumerate(found):
         if all(cell.label.get(axis, label) == label for axis, label in wanted.items()):
             subprocess.run([sys.executable, __file__, *sys.argv[1:], "--cell", str(i)], check=True)
@@ -74,6 +79,12 @@ def row(cell: Cell, args: argparse.Namespace) -> str:
         model("resnet34" if classes == 200 else config.teacher.spec, classes, shape),
         model(config.student.spec, classes, shape),
     )
+    work = operations(config, *(flops(m, torch.zeros(1, *shape)) for m in (teacher, student)))
+    name = " ".join(v for k, v in cell.label.items() if k not in ("seed", "intervention"))
+    known = [name, f"{config.loop.batch}", f"{pool(config, classes):.1f}", f"{work / 1e15:,.0f}"]
+    known.append(f"{work / args.tflops / 1e12 / 3600:,.0f}")
+    if args.arithmetic:
+        return "| " + " | ".join(known) + " |"
     images = torch.randint(0, 256, (64, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     given = images if "unlabeled" in config.source.needs else None
     it = Distiller(Job(short(config, args), teacher, student, shape, given))
@@ -87,12 +98,8 @@ def row(cell: Cell, args: argparse.Namespace) -> str:
     step = (time.perf_counter() - start) / 2
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    work = operations(config, flops(teacher, images[:1]), flops(student, images[:1]))
-    name = " ".join(v for k, v in cell.label.items() if k not in ("seed", "intervention"))
-    return (
-        f"| {name} | {config.loop.batch} | {(peak_memory_mb(device) or 0) / 1024:.1f} | {pool(config, classes):.1f} | "
-        f"{step:.1f} | {acquired:.0f} | {work / 1e15:,.0f} | {work / args.tflops / 1e12 / 3600:,.0f} |"
-    )
+    known += [f"{(peak_memory_mb(device) or 0) / 1024:.1f}", f"{step:.1f}", f"{acquired:.0f}"]
+    return "| " + " | ".join(known) + " |"
 
 
 def short(config: Distill, args: argparse.Namespace) -> Distill:
@@ -117,7 +124,7 @@ def flops(network: nn.Module, image: Tensor) -> float:
     """Operations of a forward pass of one image."""
     network.eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network(image.float() / 255)
+        network(image)
     return float(counter.get_total_flops())
 
 

@@ -256,7 +256,7 @@ def test_compare_ends_its_children(grid: Path) -> None:
     assert process.returncode == 75
     (run_folder,) = [p for p in (out / "runs").iterdir() if p.is_dir()]
     assert (run_folder / "checkpoint.pt").exists()
-    listed = subprocess.run(["ps", "ax", "-o", "args"], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(["ps", "axww", "-o", "args"], capture_output=True, text=True, check=True).stdout
     assert str(run_folder) not in listed
 
 
