@@ -98,7 +98,7 @@ def last_step(run: Path) -> int:
 
 
 def work(name: str, device: str = "auto") -> Work:
-    return Work({}, name, {}, None, "", device)
+    return Work({}, name, {}, None, "", device=device)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_each_cell_has_a_card_or_a_share(
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     executor = Local(jobs, per_gpu, list(gpus))
     assert executor.jobs == at_a_time
-    records = [h.result() for h in executor.submit([work(str(i)) for i in range(4 * at_a_time)])]
+    records = [h.result().record or {} for h in executor.submit([work(str(i)) for i in range(4 * at_a_time)])]
     executor.close()
     assert max(count for count, _ in seen) == at_a_time
     assert all(cards.get(name, 0) <= most for _, cards in seen for name, most in of_a_card.items())
@@ -149,7 +149,7 @@ def test_a_cell_that_names_its_device_keeps_it(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(local, "run_cell", lambda *_, environment, **__: environment)
     executor = Local(2, 0, ["3"])
     handles = executor.submit([work("a", "cpu"), work("b", "cuda:1"), work("c", "cuda")])
-    assert [h.result() for h in handles] == [{}, {}, {"CUDA_VISIBLE_DEVICES": "3"}]
+    assert [h.result().record for h in handles] == [{}, {}, {"CUDA_VISIBLE_DEVICES": "3"}]
     executor.close()
 
 
