@@ -6,6 +6,7 @@ import json
 import signal
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,14 @@ from dodistill.core.deadline import Deadline
 from dodistill.errors import DodistillError
 from test_cell import the_cell
 from test_trust import grid as grid  # a fixture
+
+
+@pytest.fixture(autouse=True)
+def _sigterm() -> Iterator[None]:
+    """The stand-in takes the signal, as Ray does; processes that later tests start would inherit it."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 class Ray(types.ModuleType):
