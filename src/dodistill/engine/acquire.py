@@ -15,7 +15,7 @@ from ..core.batch import Drawn
 from ..core.context import Context
 from ..core.pool import Draw, Pool
 from ..core.views import Views
-from ..data.rows import Pixels, as_uint8
+from ..data.rows import Pixels, as_uint8, rows_of
 from ..errors import DodistillError
 from ..evaluation.collapse import vital_signs
 from ..evaluation.evaluate import predict
@@ -241,7 +241,8 @@ class Acquirer:
         drawn = self.answered(x, known, self.pool.labels[mine], mine, n)
         if self.dictionary is not None and self.dictionary.of == "batch":
             t = ranks.whole(drawn.t, n)
-            self.dictionary.rebuild(self._features(self.pool.x[index], t))
+            # as rows: their pixels are read for a foreign model alone
+            self.dictionary.rebuild(self._features(rows_of(self.pool.x).select(index), t))
         return drawn
 
     def replayed(self, student: nn.Module, step: int) -> Drawn | None:
