@@ -10,10 +10,13 @@ teacher's answers are known, and the engine does not run its forward pass.
 
 from __future__ import annotations
 
+import argparse
+
 import torch
 
 import measure
 from dodistill.config.tree import resolve
+from dodistill.core.runtime import repeatable
 from dodistill.engine import Distiller, Job
 from dodistill.sources.shared.base import Acquired
 
@@ -24,17 +27,22 @@ def main() -> None:
     parser.add_argument("--pool", type=int, default=10_000, help="images in it")
     parser.add_argument("--every", type=int, default=400, help="steps per acquisition (the papers' value)")
     parser.add_argument("--views", type=int, default=0, help="augment.views; above 0 no step asks the teacher")
-    parser.add_argument("--compile", action="store_true", help="loop.compile on, for the engine's step")
+    parser.add_argument("--compile", default="off", choices=["off", "on", "graphs"], help="of the engine's step")
     parser.add_argument("--log-every", type=int, default=50)
     args = parser.parse_args()
     device = measure.start(args)
     shape = (3, args.image, args.image)
     loop = {"batch": args.batch, "precision": args.precision, "device": str(device), "threads": args.threads}
-    loop |= {"compile": "on" if args.compile else "off"}
+    loop |= {"compile": args.compile}
     config = resolve({"source": {"name": "fast", "every": args.every}, "intervention": args.intervention, "loop": loop,
                       "augment": {"views": args.views}})  # fmt: skip
     teacher, student = (measure.model(spec, args, device) for spec in (args.teacher, args.student))
     it = Distiller(Job(config, teacher, student, shape))
+    with repeatable(device):
+        measured(args, it, device, shape)
+
+
+def measured(args: argparse.Namespace, it: Distiller, device: torch.device, shape: tuple[int, int, int]) -> None:
     it.compiled.begin()
     images = torch.randint(0, 256, (args.pool, *shape), dtype=torch.uint8, device=device)
     logits = measure.fill(it, images)

@@ -26,6 +26,7 @@ from dodistill.evaluation import probe
 THERE = torch.device("lazy:0")
 aten = torch.ops.aten
 _CROSSING = (aten.copy_.default, aten._to_copy.default)
+_JOINING = (aten.cat.default, aten.stack.default)  #: take numbers, too, from one device only
 _INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)  #: may be indexed from the CPU
 
 
@@ -102,7 +103,7 @@ def _run(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
 
 def _together(func: Any, args: Any, here: list[Tensor]) -> None:
     """Raise RuntimeError where a GPU would: a number may lie elsewhere, and the index of a tensor that lies there."""
-    stray = [x for x in here if x.dim()]
+    stray = [x for x in here if x.dim() or func in _JOINING]
     if func in _INDEXED:
         if not isinstance(args[0], There):
             raise RuntimeError(f"{func}: indices should be on the same device as the indexed tensor (cpu)")

@@ -124,8 +124,9 @@ class Loop:
     seed: int = 0
     ema: float = 0.998  #: decay of the student's moving average
     precision: Literal["auto", "fp32", "bf16"] = "auto"  #: of forward passes; retain's exact step is always in fp32
-    compile: Literal["off", "on", "auto"] = "off"
-    #: torch.compile for the student's step and the teacher's logits; auto: if the remaining steps repay it
+    compile: Literal["off", "on", "graphs", "auto"] = "off"
+    #: the student's step and the teacher's logits by torch.compile (on) or as CUDA graphs; auto: graphs on a GPU,
+    #: on a CPU torch.compile if the remaining steps repay it
     device: str = "auto"
     threads: int = 0  #: CPU threads (0: PyTorch's choice); bit-identical results need the same number
     log_every: int = 50

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
-from collections.abc import Callable
-from typing import TypeVar
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -41,6 +44,33 @@ def at_once(device: torch.device, most: int) -> int:
     WRN-16-2 is 1.7 times as fast with 64 images at a time as with 512 (benchmarks/README.md).
     """
     return min(most, 64) if device.type == "cpu" else most
+
+
+@contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """In this block a GPU runs its deterministic kernels, so that two runs have the same bits. A CPU always does.
+
+    The few operations that have no deterministic kernel run as they are.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    # cuBLAS reads this when it is first used
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    cudnn, fill = torch.backends.cudnn, cast(Any, torch.utils.deterministic)
+    before = (
+        torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(),
+        cudnn.deterministic, fill.fill_uninitialized_memory,
+    )  # fmt: skip
+    try:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        cudnn.deterministic, fill.fill_uninitialized_memory = True, False
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*deterministic implementation.*")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        cudnn.deterministic, fill.fill_uninitialized_memory = before[2:]
 
 
 def peak_memory_mb(device: torch.device) -> float | None:

@@ -1,14 +1,16 @@
-"""torch.compile for a run's networks: the student's training step and the teacher's label passes.
+"""The student's training passes and the teacher's label passes, by torch.compile or as CUDA graphs.
 
-A compiled network rounds differently from the eager one. So the choice is made once, before the first step, and a
-resumed run keeps it. torch.compile ignores hooks, and its networks have no second derivatives: runs that read features
-and updates that need second derivatives stay eager.
+A compiled network rounds differently from the eager one. A CUDA graph runs the kernels of the eager network without the
+launches from Python, which bound the steps of small networks on a GPU. The choice is made once, before the first step,
+and a resumed run keeps it. Both ignore hooks and have no second derivatives: runs that read features and updates that
+need second derivatives stay eager.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ import torch
 from ..core.context import Context
 from ..errors import DodistillError
 from ..functional.memory_format import laid_out
+from .graphs import recorded, recorded_training
 from .match import Matcher
 
 #: Compilation takes up to minutes and saves at most a fifth of a step. `auto` compiles for this many seconds of steps.
@@ -23,22 +26,31 @@ REPAYS = 1800.0
 
 
 class Compiled:
-    """Whether a run's networks are compiled, and the reason.
+    """How a run's networks are run, and the reason.
 
     Args:
-        mode: `off`, `on`, or `auto`: if the remaining steps repay the compilation.
+        mode: `off`, `on` (torch.compile), `graphs` (CUDA graphs), or `auto`: graphs on a GPU; on a CPU torch.compile
+            if the remaining steps repay it.
+
+    Raises:
+        DodistillError: for `graphs` on a device that is no GPU.
     """
 
     def __init__(self, mode: str, matcher: Matcher, context: Context) -> None:
+        if mode == "graphs" and context.device.type != "cuda":
+            raise DodistillError(f"loop.compile graphs needs a GPU, and the device is {context.device}; use off.")
+        if mode == "auto" and context.device.type == "cuda":
+            mode = "graphs"
         self.mode, self.matcher, self.context = mode, matcher, context
-        #: whether they are compiled, and the reason in one sentence for the summary
-        self.on, self.reason = mode == "on", "compiled" if mode == "on" else "eager (loop.compile is off)"
+        #: whether they are compiled or recorded, and the reason in one sentence for the summary
+        self.on = mode in ("on", "graphs")
+        self.reason = {"on": "compiled", "graphs": "CUDA graphs"}.get(mode, "eager (loop.compile is off)")
         self._begun = False
         if mode != "off" and (against := self._against()):
             self.on, self.mode, self.reason = False, "off", f"eager: {against}"
 
     def _against(self) -> str:
-        """The reason why torch.compile cannot be used for this run; else empty."""
+        """The reason why neither can be used for this run; else empty."""
         if self.context.ranks.world > 1:
             return "several processes synchronise BatchNorm, which torch.compile does not trace"
         if self.matcher.needs:
@@ -62,42 +74,49 @@ class Compiled:
         self.reason = f"{'compiled' if self.on else 'eager'}: {seconds:.3g} s of steps {verb} compiling"
 
     def begin(self) -> None:
-        """Compile, if so decided. Raises DodistillError if torch.compile fails, unless `auto` can choose eager."""
+        """Compile or record, if so decided. Raises DodistillError if it fails, unless `auto` can choose eager."""
         if not self.on:
             return
+        what = "a CUDA graph" if self.mode == "graphs" else "torch.compile"
         try:
-            self._compile()
+            self._prepare()
         except Exception as error:  # errors of many kinds; on the CPU it needs a C++ compiler
             self.matcher.compiled = None
-            self.context.teacher.compile_answers(False)
+            self.context.teacher.prepare_answers(None)
             said = (str(error).strip() or type(error).__name__).splitlines()[0]
-            if self.mode == "on" or self._begun:
-                raise DodistillError(f"torch.compile fails here ({said}); use --loop.compile off.") from error
-            self.on, self.reason = False, f"eager: torch.compile fails here ({said})"
+            if self.matcher.config.loop.compile != "auto" or self._begun:
+                raise DodistillError(f"{what} fails here ({said}); use --loop.compile off.") from error
+            self.on, self.reason = False, f"eager: {what} fails here ({said})"
 
-    def _compile(self) -> None:
-        """Run each network once at the sizes of the run, so that it compiles, or fails, before the first step."""
+    def _prepare(self) -> None:
+        """Run each network at the sizes of the run, so that it compiles, or fails, before the first step."""
         m, context = self.matcher, self.context
         grey = laid_out(torch.full((m.config.loop.batch, *context.image_shape), 0.5, device=context.device))
         kept = {k: v.clone() for k, v in m.student.state_dict().items()}
-        m.compiled = torch.compile(m.student, dynamic=False)
         m.student.train()
-        with torch.random.fork_rng(devices=[]):  # a student may have dropout
+        with torch.random.fork_rng(devices=[context.device] if context.device.type == "cuda" else []):  # dropout
+            if self.mode == "graphs":
+                m.compiled = recorded_training(m.student, grey, context.autocast)
+                context.teacher.prepare_answers(lambda network: recorded(network, grey, context.autocast))
+            else:
+                m.compiled = torch.compile(m.student, dynamic=False)
+                context.teacher.prepare_answers(lambda network: torch.compile(network, dynamic=True))
             with context.autocast():
                 s = m.compiled(grey)
             s.float().square().mean().backward()
         m.student.zero_grad()
         m.student.load_state_dict(kept)
         m.student.eval()
-        context.teacher.compile_answers()
-        with context.autocast():
+        with nullcontext() if self.mode == "graphs" else context.autocast():
             context.teacher.answers(grey)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"on": self.on, "reason": self.reason}
+        return {"on": self.on, "reason": self.reason, "graphs": self.on and self.mode == "graphs"}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """A resumed run keeps its choice, where it can be compiled."""
         if self.context.ranks.world > 1:
             return
         self.on, self.reason, self._begun = state["on"], state["reason"], True
+        if self.on:
+            self.mode = "graphs" if state.get("graphs") else "on"

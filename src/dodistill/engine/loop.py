@@ -14,6 +14,7 @@ from torch import Tensor
 from ..core.deadline import OutOfTime
 from ..core.precision import trial
 from ..core.ranks import Ranks
+from ..core.runtime import repeatable
 from ..core.watch import Watcher, Watchers
 from ..errors import DodistillError
 from .acquire import Acquirer
@@ -62,7 +63,10 @@ class Distiller:
 
         Of several processes, all call this; only the first one has a folder and watchers.
         """
-        folder = folder or NoFolder()
+        with repeatable(self.context.device):
+            return self._run(folder or NoFolder(), watchers, deadline)
+
+    def _run(self, folder: RunFolder | NoFolder, watchers: Iterable[Watcher], deadline: float) -> bool:
         tell = Watchers([folder, *watchers])
         if (saved := self.ranks.share(folder.load)) is not None:
             self.load_state_dict(*saved)

@@ -59,7 +59,7 @@ class Teacher(nn.Module):
         self.has_attention = bool(attentions(self.model))
         #: the network of `answers`, made by its first call; in a tuple, so that it is no submodule
         self.answering: tuple[Callable[[Tensor], Tensor], ...] = ()
-        self._compiles = False
+        self._prepare: Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]] | None = None
         self.shared_passes: Shared | None = None  #: set while several processes share its passes
 
     def forward(self, x: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class Teacher(nn.Module):
         """
         if not self.answering:
             network = folded(self.model, x[:2]) or self.model
-            self.answering = (torch.compile(network, dynamic=True) if self._compiles else network,)
+            self.answering = (network if self._prepare is None else self._prepare(network),)
         return self._answers(x) if self.shared_passes is None else self.shared_passes.through(self._answers, x)
 
     def _answers(self, x: Tensor) -> Tensor:
@@ -93,9 +93,9 @@ class Teacher(nn.Module):
             )
         return logits.float()
 
-    def compile_answers(self, on: bool = True) -> None:
-        """Turn torch.compile on or off for the network of `answers`, for batches of any size."""
-        self.answering, self._compiles = (), on
+    def prepare_answers(self, by: Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]] | None) -> None:
+        """Replace the network of `answers` by what `by` makes of it, as torch.compile does; None: as it is."""
+        self.answering, self._prepare = (), by
 
     def train(self, mode: bool = True) -> Teacher:
         """A teacher stays in eval mode."""
