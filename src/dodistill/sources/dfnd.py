@@ -100,7 +100,10 @@ class Dfnd(Source):
             some = torch.randperm(len(images), generator=self.generator, device=self.context.device)[: c.candidates]
         x, t = ask(self.context, c.chunk, some)
         keep = select(t, min(c.n, len(x)), c.select, self.generator)
-        self.terms = {"selected": t.new_tensor(len(keep)), "ce": nnf.cross_entropy(t[keep], t[keep].argmax(1))}
+        self.terms = {
+            "selected": torch.tensor(float(len(keep)), device=t.device),
+            "ce": nnf.cross_entropy(t[keep], t[keep].argmax(1)),
+        }
         return Acquired(x.select(keep), t[keep])
 
 
