@@ -34,6 +34,7 @@ def main() -> None:
     source: dict[str, Any] = {"name": "fast", "batch": args.batch}
     source |= {k: v for k, v in (("K", args.K), ("width", args.width)) if v}
     loop = {"batch": args.batch, "precision": args.precision, "device": str(device), "threads": args.threads}
+    loop |= {"compile": "graphs"}  # on a GPU; eager on a CPU
     base = {"preset": args.preset, "source": source, "loop": loop}
 
     def cell(views: int, **more: Any) -> Distiller:
@@ -45,6 +46,7 @@ def main() -> None:
 
     def filled(views: int) -> Distiller:
         it = cell(views)
+        it.compiled.begin()
         measure.fill(it, torch.randint(0, 256, (8 * args.batch, *shape), dtype=torch.uint8, device=device))
         it.acquirer.round = it.config.source.warmup + 2  # so that acquisitions have the adversarial term
         return it

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dodistill.functional.augment import crop_flip, shift_flip, to_float, to_uint8
+from dodistill.functional.augment import crop_flip, mix_weights, shift_flip, to_float, to_uint8
 
 
 def slowly(x, dy, dx, mirrored, mode, limit):
@@ -86,3 +86,28 @@ def test_levels() -> None:
     assert to_uint8(torch.tensor([-0.3, 0.999, 1.7])).tolist() == [0, 255, 255]
     assert to_uint8(torch.tensor([0.999, 0.5]), truncate=True).tolist() == [254, 127]
     assert to_uint8(torch.tensor([0.5])).tolist() == [128]
+
+
+def test_mixup_weights_are_uniform_and_those_of_whole_images() -> None:
+    w = mix_weights(8000, 3, 4, torch.Generator().manual_seed(0), "mixup", 0.25)
+    assert w.shape == (8000, 1, 3, 4)
+    assert bool((w == w[:, :, :1, :1]).all())
+    mixed = w[w[:, 0, 0, 0] < 1, 0, 0, 0]
+    assert len(mixed) / 8000 == pytest.approx(0.25, abs=0.02)
+    assert mixed.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist() == pytest.approx([0.1, 0.5, 0.9], abs=0.03)
+
+
+def test_cutmix_weights_are_boxes() -> None:
+    w = mix_weights(3000, 16, 16, torch.Generator().manual_seed(0), "cutmix", 1.0)[:, 0]
+    assert set(w.unique().tolist()) == {0.0, 1.0}
+    hole = 1 - w
+    rows, columns = hole.amax(2), hole.amax(1)
+    assert torch.equal(hole, rows[:, :, None] * columns[:, None, :])  # the box of its rows and columns
+    # a box with sides sqrt(1 - lam), cut at the border: each side keeps s - s^2 / 4 of itself on average
+    s = torch.linspace(0, 1, 10_001).sqrt()
+    assert hole.mean().item() == pytest.approx(float((s - s**2 / 4).square().mean()), abs=0.01)
+
+
+def test_no_share_mixes_nothing() -> None:
+    for how in ("mixup", "cutmix"):
+        assert bool((mix_weights(9, 4, 4, torch.Generator().manual_seed(0), how, 0.0) == 1).all())

@@ -123,3 +123,10 @@ def test_compiling_changes_nothing(teacher: nn.Module, quick: list[nn.Module]) -
     same(dict(it.matcher.student.state_dict()), before)
     assert all(p.grad is None for p in it.matcher.student.parameters())
     assert torch.equal(torch.get_rng_state(), stream)
+
+
+def test_graphs_on_a_cpu_are_the_eager_run(teacher: nn.Module, quick: list[nn.Module]) -> None:
+    result = run(teacher, loop={"compile": "graphs"})
+    assert result.summary["compiled"] == "eager: CUDA graphs need a GPU, and the device is cpu"
+    same(result.student.state_dict(), run(teacher).student.state_dict())
+    assert not quick

@@ -155,7 +155,7 @@ def other(name: str, value: Any, hint: str) -> Any:
         "loop.precision": "bf16", "loop.compile": "on", "loop.restarts": [100], "loop.time": "10m",
         "source.meta": "reptile", "kdci.weights": "constant", "stratified.by": "cluster",
         "stratified.prior": [1.0, 2.0], "preset": "wrn", "view.crop": "resized", "view.padding": "reflect",
-        "view.flip": True, "augment.padding": "reflect", "view.scale": [0.2, 0.9],
+        "view.flip": True, "augment.padding": "reflect", "view.scale": [0.2, 0.9], "augment.mix": "mixup",
     }  # fmt: skip
     if name in special:
         return special[name]

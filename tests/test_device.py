@@ -75,6 +75,7 @@ CASES += [
     ("pre", "none", {"update": {"name": "retain", "order": "first_order"}, "replay": {
         "name": "generative", "size": 8, "new": 8, "latent": 4, "width": 4}}),
     ("fast", "kdci", {"pool": {"eviction": "reservoir", "capacity": 64}}),
+    ("fast", "kdci", {"augment": {"mix": "cutmix"}}),
     ("fast", "kdci", {"dictionary": {"of": "batch"}}),
     ("fast", "kdci", {"dictionary": {"of": "pool", "random": True}}),
     ("dfnd", "stratified", {"stratified": {"by": "cluster"}, "source": {"select": "balanced"}}),

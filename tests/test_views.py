@@ -13,6 +13,7 @@ from dodistill.api import distill
 from dodistill.config.tree import Augment, resolve
 from dodistill.core.pool import Pool
 from dodistill.core.views import Views
+from dodistill.core.watch import Watcher
 from dodistill.data.images import Images
 from dodistill.engine import Distiller
 from dodistill.engine.meter import Diverged
@@ -134,6 +135,40 @@ class Loud(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.model(x) * 1e6
         return out
+
+
+# ------------------------------------------------------------------------------------------- mixed images
+
+
+@pytest.mark.parametrize("how", ["mixup", "cutmix"])
+def test_mixed_images_lie_between_two_of_the_batch(how: str) -> None:
+    pool = Pool(6, SHAPE, 3, CPU)
+    pool.add(torch.rand(6, *SHAPE, generator=rng()), torch.zeros(6, 3), rng())
+    seen = Views(pool, Augment(pad=0, flip=False, mix=how, mix_share=1.0, views=4), rng(1))  # type: ignore[arg-type]
+    seen.plan(99.0, 6)
+    assert seen.count == 0
+    assert how in seen.reason
+    index = torch.arange(6)
+    x, t = seen(index, rng())
+    assert t is None
+    clean = to_float(pool.x)
+    lows, highs = torch.minimum(clean[:, None], clean[None]), torch.maximum(clean[:, None], clean[None])
+    between = ((x[:, None] >= lows - 1e-6) & (x[:, None] <= highs + 1e-6)).flatten(2).all(2)
+    assert bool(between.any(1).all())
+    assert not torch.equal(x, clean)
+
+
+def test_a_run_with_mixed_images_asks_the_teacher_about_them(
+    teacher: nn.Module, digits: Images, tmp_path: Path
+) -> None:
+    cfg = config("data", "none", steps=4, augment={"mix": "mixup", "mix_share": 1.0}, criterion={"name": "kl"})
+    it = job(teacher, cfg, digits.x[:200])
+    it.acquire(Watcher())
+    drawn = it.acquirer.draw()
+    torch.testing.assert_close(drawn.t, it.context.teacher(drawn.x), rtol=1e-3, atol=1e-3)
+    assert torch.equal(drawn.labels, drawn.t.argmax(1))
+    clean = it.acquirer.pool.logits[drawn.index]
+    assert not torch.allclose(drawn.t, clean, atol=0.1)
 
 
 # ------------------------------------------------------------------------------------------- the arithmetic

@@ -98,6 +98,8 @@ class Augment:
     pad: int = 4  #: random crop after padding by this many pixels (0: none)
     flip: bool = True  #: random horizontal flip
     padding: Literal["zeros", "reflect"] = "zeros"  #: values of the pixels outside the image
+    mix: Literal["none", "mixup", "cutmix"] = "none"  #: images blended with another one of the batch, as new inputs
+    mix_share: float = 0.5  #: share of the batch that is blended
     views: int = 0  #: views per image with teacher logits computed once, on entering the pool (0: new at each draw)
     views_gb: float = 2.0  #: memory limit for these logits, in GB; it may reduce the number of views
 
@@ -125,8 +127,8 @@ class Loop:
     ema: float = 0.998  #: decay of the student's moving average
     precision: Literal["auto", "fp32", "bf16"] = "auto"  #: of forward passes; retain's exact step is always in fp32
     compile: Literal["off", "on", "graphs", "auto"] = "off"
-    #: the student's step and the teacher's logits by torch.compile (on) or as CUDA graphs; auto: graphs on a GPU,
-    #: on a CPU torch.compile if the remaining steps repay it
+    #: the student's step and the teacher's logits by torch.compile (on) or as CUDA graphs (graphs; eager on a CPU);
+    #: auto: graphs on a GPU, on a CPU torch.compile if the remaining steps repay it
     device: str = "auto"
     threads: int = 0  #: CPU threads (0: PyTorch's choice); bit-identical results need the same number
     log_every: int = 50

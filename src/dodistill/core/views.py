@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..config.tree import Augment
-from ..functional.augment import shift_draws, shift_flip, to_float
+from ..functional.augment import mix_weights, shift_draws, shift_flip, to_float
 from .pool import Pool
 from .ranks import Ranks
 from .runtime import at_once
@@ -76,7 +76,9 @@ class Views:
         each = self.pool.num_classes * 2 + _DRAW
         fit = math.floor(a.views_gb * 1e9 / (max(most, 1) * each))
         V = min(wanted, fit)
-        if not (a.pad or a.flip):
+        if a.mix != "none":
+            self.reason = f"new inputs at each draw, each with a teacher pass (augment.mix is {a.mix})"
+        elif not (a.pad or a.flip):
             self.reason = "without augmentation an image has one view, with teacher logits computed once"
         elif not wanted:
             self.reason = "new views at each draw, each with a teacher pass (augment.views is 0)"
@@ -146,9 +148,20 @@ class Views:
             view = ranks.cut(torch.randint(self.count, (n,), device=index.device, generator=generator), n)
             return self._pixels(mine, view), self.t[mine, view].float()
         shifts, mirrored = shift_draws(n, a.pad, generator, a.flip)
-        dy, dx, mirrored = (ranks.cut(v, n) for v in (*shifts, mirrored))
-        x = to_float(shift_flip(self.pool.x[mine].to(self.pool.device), dy, dx, mirrored, a.padding, a.pad))
-        return x, None if a.pad or a.flip else self.pool.logits[mine]
+
+        def seen(order: Tensor | None = None) -> Tensor:
+            """This rank's part of the batch in another order."""
+            draws = (index, *shifts, mirrored)
+            slots, dy, dx, m = (ranks.cut(v if order is None else v[order], n) for v in draws)
+            return to_float(shift_flip(self.pool.x[slots].to(self.pool.device), dy, dx, m, a.padding, a.pad))
+
+        x = seen()
+        if a.mix == "none":
+            return x, None if a.pad or a.flip else self.pool.logits[mine]
+        partner = torch.randperm(n, generator=generator, device=generator.device)
+        h, w = x.shape[2:]
+        weight = ranks.cut(mix_weights(n, h, w, generator, a.mix, a.mix_share), n)
+        return torch.lerp(seen(partner), x, weight), None
 
     def state_dict(self) -> dict[str, Any]:
         size = len(self.pool) if self.count else 0

@@ -158,7 +158,8 @@ class Acquirer:
         images = as_uint8(got.images)
         logits = self.context.label(images) if got.logits is None else got.logits
         whole = [got.images, logits] if isinstance(got.images, Tensor) and got.images.is_floating_point() else [logits]
-        self._sound &= torch.stack([torch.isfinite(v).all() for v in (*whole, *self.source.terms.values())]).all()
+        values = (*whole, *self.source.terms.values())
+        self._sound &= torch.stack([torch.isfinite(v).all().to(logits.device) for v in values]).all()
         if self.round == 1 or not self.frequent:
             self.check(got.images, logits)
         return Acquired(images, logits, got.labels, got.reference)
@@ -238,7 +239,8 @@ class Acquirer:
         ranks, n = self.context.ranks, len(index)
         mine = ranks.cut(index, n)
         x, known = self.views(index, self.generators["augment"], ranks)
-        drawn = self.answered(x, known, self.pool.labels[mine], mine, n)
+        labels = self.pool.labels[mine] if self.config.augment.mix == "none" else None
+        drawn = self.answered(x, known, labels, mine, n)
         if self.dictionary is not None and self.dictionary.of == "batch":
             t = ranks.whole(drawn.t, n)
             # as rows: their pixels are read for a foreign model alone

@@ -29,16 +29,11 @@ class Compiled:
     """How a run's networks are run, and the reason.
 
     Args:
-        mode: `off`, `on` (torch.compile), `graphs` (CUDA graphs), or `auto`: graphs on a GPU; on a CPU torch.compile
-            if the remaining steps repay it.
-
-    Raises:
-        DodistillError: for `graphs` on a device that is no GPU.
+        mode: `off`, `on` (torch.compile), `graphs` (CUDA graphs; eager on a CPU), or `auto`: graphs on a GPU; on a CPU
+            torch.compile if the remaining steps repay it.
     """
 
     def __init__(self, mode: str, matcher: Matcher, context: Context) -> None:
-        if mode == "graphs" and context.device.type != "cuda":
-            raise DodistillError(f"loop.compile graphs needs a GPU, and the device is {context.device}; use off.")
         if mode == "auto" and context.device.type == "cuda":
             mode = "graphs"
         self.mode, self.matcher, self.context = mode, matcher, context
@@ -51,6 +46,8 @@ class Compiled:
 
     def _against(self) -> str:
         """The reason why neither can be used for this run; else empty."""
+        if self.mode == "graphs" and self.context.device.type != "cuda":
+            return f"CUDA graphs need a GPU, and the device is {self.context.device}"
         if self.context.ranks.world > 1:
             return "several processes synchronise BatchNorm, which torch.compile does not trace"
         if self.matcher.needs:
