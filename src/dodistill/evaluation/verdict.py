@@ -220,11 +220,6 @@ def _few_images(summary: Record, config: Record) -> Cause | None:
         if candidates := number(source, "candidates"):
             changes["source.candidates"] = int(4 * candidates)
         return Cause("too few images", said, "Take four times as many images.", changes)
-    often = {name: every for name, part in (source.get("of") or {}).items() if (every := number(part, "every"))}
-    if often:
-        name = min(often, key=lambda name: often[name])
-        changes = {f"source.of.{name}.every": max(1, int(often[name]) // 4)}
-        return Cause("too few images", said, f"Make images by {name} more often.", changes)
     if every and every > 1:
         return Cause("too few images", said, "Make images more often.", {"source.every": max(1, int(every) // 4)})
     return Cause("too few images", said, *_other_source(summary, config))

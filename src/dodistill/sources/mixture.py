@@ -6,8 +6,10 @@ Each part acquires as if it were alone: in its warm-up, and then every `every` s
 the images of all parts whose turn it is. Its `every` is the smallest of the parts', its `warmup` the longest:
 
     round r <= warmup       part p takes part while r <= warmup_p; a part with every 0 ends here
-    round warmup + j        part p takes part if floor(j every / every_p) has grown: at the first acquisition at or
-                            after its own turn
+    round warmup + j        part p takes part if floor(j min(every_p) / every_p) has grown: at the first acquisition at
+                            or after its own turn
+
+Another `every`, given or set by `--time`, stretches the cadence of all parts alike.
 
 A part's share of the pool is its images per acquisition times its acquisitions. A draw is uniform over the pool, unless
 an intervention weights it.
@@ -53,7 +55,8 @@ class Config(SourceConfig):
     """The parts with their settings. `--source.of.NAME.KEY VALUE` sets one of them."""
 
     warmup: int = -1  #: acquisitions before the first matching step; -1: as many as the longest warm-up of a part
-    every: int = -1  #: matching steps per acquisition; 0 acquires once; -1: as often as the most frequent part
+    every: int = -1  #: matching steps per acquisition; 0 acquires once; -1: the smallest of the parts'. Another value
+    #: stretches the cadence of all parts alike
     of: Annotated[Parts, "{NAME: SETTINGS}"] = _DEFAULT
     #: the sources and their settings; null: the defaults, false: without this source
     scale: float = 1.0  #: cost of each part's acquisitions, as a share of that by its settings; `--time` lowers it
@@ -82,15 +85,14 @@ class Config(SourceConfig):
         parts = Parts({name: _built(name, given) for name, given in self.of.items() if given is not False})
         if not parts:
             raise DodistillError("source.of has no source; name at least one, as in {fast: {}, procedural: {}}.")
-        cadence = [part.every for part in parts.values() if part.every > 0]
-        longest, shortest = max(part.warmup for part in parts.values()), min(cadence, default=0)
-        warmup, every = (mine if mine >= 0 else derived for mine, derived in ((self.warmup, longest),
-                                                                              (self.every, shortest)))  # fmt: skip
-        if warmup > longest or (every and not 0 < shortest <= every):
+        longest, shortest = max(part.warmup for part in parts.values()), _shortest(parts)
+        warmup = longest if self.warmup < 0 else self.warmup
+        every = shortest if self.every < 0 else self.every
+        if warmup > longest or (every and not shortest):
             raise DodistillError(
                 f"source.warmup is {warmup} and source.every {every}, but the longest warm-up of a part is {longest}, "
-                f"and the most frequent one acquires every {shortest} steps: some acquisitions would be empty. "
-                "Remove both keys, or set them for a part, as source.of.NAME.every."
+                f"and the smallest every {shortest}: some acquisitions would be empty. Remove both keys, or set them "
+                "for a part, as source.of.NAME.every."
             )
         kinds = {part.kind for part in parts.values()}
         own = {
@@ -111,7 +113,7 @@ class Config(SourceConfig):
         """How many of the first `rounds` acquisitions a part takes part in."""
         warm = min(rounds, min(part.warmup, self.warmup) + 1)
         ticks = max(0, rounds - self.warmup - 1)
-        return warm + (min(ticks, ticks * self.every // part.every) if part.every else 0)
+        return warm + (ticks * _shortest(self.of) // part.every if part.every else 0)
 
     def teacher_passes(self) -> tuple[float, float]:
         """Those of the part that acquires most often; of several, the most expensive one."""
@@ -125,6 +127,11 @@ class Config(SourceConfig):
 
     def build(self, context: Context) -> Source:
         return Mixture(self, context)
+
+
+def _shortest(parts: Mapping[str, SourceSettings]) -> int:
+    """The smallest `every` of parts; 0 if all of them acquire once."""
+    return min((part.every for part in parts.values() if part.every), default=0)
 
 
 def _built(name: str, given: Any) -> SourceSettings:
