@@ -38,6 +38,12 @@ SOURCES: dict[str, Tree] = {
     "cmi": {"name": "cmi", "batch": 16, "width": 4, "latent": 8, "iterations": 2, "bank": 32, "negatives": 8},
     "dafl": {"name": "dafl", "batch": 16, "width": 4, "latent": 8, "every": 1, "fresh": 0},
     "data": {"name": "data"},
+    "mixture": {
+        "name": "mixture", "of": {
+            "fast": {"K": 2, "batch": 32, "warmup": 1, "every": 4, "latent": 16, "width": 4, "reset_at": 2},
+            "procedural": {"n": 80, "candidates": 160},
+        },
+    },
     "mosaic": {
         "name": "mosaic", "batch": 16, "width": 4, "latent": 8, "base": 8, "patches": 4, "every": 2, "pad": 1,
     },

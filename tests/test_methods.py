@@ -175,6 +175,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "dfnd": {"n": 50},
     "fast": {"K": 3, "batch": 8, "width": 2, "latent": 4},
     "fast_imagenet": {"K": 3, "batch": 8, "width": 2, "latent": 4, "doublings": 2},
+    "mixture": {
+        "of": {"fast": {"K": 3, "batch": 8, "width": 2, "latent": 4}, "procedural": {"n": 40, "candidates": 100}}
+    },
     "mosaic": {"batch": 8, "width": 2, "latent": 4, "base": 4, "patches": 4, "every": 2, "pad": 1},
     "nayer": {"iterations": 3, "batch": 20, "width": 2, "noise": 4, "loops": 2, "warmup": 0},
     "noise": {"n": 20, "candidates": 30, "batch": 10},

@@ -281,7 +281,8 @@ def distill_config(config: Distill, out: str | Path | None, verbose: bool = True
     student = load_student(config.student, teacher, wrapped.num_classes, shape, config.loop.seed, allow_code)
     unlabeled = labels = None
     notes = []
-    if config.data.unlabeled and config.source.kind in ("sampler", "data"):
+    source = config.source
+    if config.data.unlabeled and (source.kind in ("sampler", "data") or "unlabeled" in source.needs):
         found = open_images(config.data.unlabeled, labels=config.source.reads_labels, image_shape=shape)
         refuse_one_class(found, config.data.unlabeled)
         found = fitted(found, names, wrapped.num_classes, config.data.unlabeled)

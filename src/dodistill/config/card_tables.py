@@ -168,7 +168,10 @@ def _default(key: str, plain: Tree, values: Mapping[str, Tree]) -> str:
         return shown(getattr(registry.config("intervention", axis)(), field))
     if not field or axis not in registry.AXES:
         return shown(plain[key])
-    names = dict.fromkeys(str(v[axis]) for v in values.values() if key in v)
+    names = list(dict.fromkeys(str(v[axis]) for v in values.values() if key in v))
+    if "." in field:  # of one of several sources, as in source.of.fast.K
+        _, name, field = field.split(".")
+        names = [name]
     defaults = {name: shown(getattr(registry.config(axis, name)(), field)) for name in names}
     same = len(set(defaults.values())) == 1
     return next(iter(defaults.values())) if same else ", ".join(f"{value} ({name})" for name, value in defaults.items())

@@ -35,6 +35,8 @@ def check(config: Distill) -> None:
     for where, settings in _parts(config):
         if id(type(settings)) not in outside and where in ("source", "criterion", "update", "replay", *_acts(config)):
             _method(where, settings)
+    for name, part in config.source.members.items():
+        _method(f"source.of.{name}", part)
 
 
 def seconds_in(text: str, name: str) -> float:

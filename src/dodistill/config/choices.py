@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from ..errors import DodistillError, nearest
 from . import outline, registry
-from .flags import LONG, Flag, Part, part, spelled, typed
+from .flags import LONG, Flag, Part, part, spelled, typed, value
 from .methods import AUTO, asks, choosing
+from .parts import Parts
 from .plugins import Allow, label, paths
 from .strict_yaml import read_yaml
 from .tree import DEFAULTS, PLAIN, Tree, expand, merge
@@ -47,7 +49,32 @@ def parts(words: Sequence[str]) -> list[Part]:
         tree, preset = _with_preset(tree, source)
         choosers = Part([*_axes(tree), preset], about=_listed(source))
         classes, open_part = {"source": source, **_classes(tree, words, allow)}, []
-    return [choosers, *open_part, *(part(cls, prefix, _settings(tree, prefix)) for prefix, cls in classes.items())]
+    found = [part(cls, prefix, _settings(tree, prefix)) for prefix, cls in classes.items()]
+    return [choosers, *open_part, *(p for one in found for p in _with_members(one, words))]
+
+
+def _with_members(whole: Part, words: Sequence[str]) -> list[Part]:
+    """A part; and for its flags that hold several choices, such as `source.of`, the flags of each of these choices."""
+    flags, members = [], list[Part]()
+    for flag in whole.flags:
+        if flag.type is Parts:
+            given = _members(flag, words)
+            flag = dataclasses.replace(flag, default=Parts(dict.fromkeys(given)))  # its help shows the names alone
+            for name, settings in given.items():
+                members.append(part(outline.choice(whole.prefix, name), f"{flag.name}.{name}", settings))
+        flags.append(flag)
+    return [dataclasses.replace(whole, flags=flags), *members]
+
+
+def _members(flag: Flag, words: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+    """Name -> settings of the choices that a flag holds, by its default and the command line."""
+    start = f"{flag.name}."
+    inner = [spelled(word).removeprefix(start) for word in words if spelled(word).startswith(start)]
+    of = [flag.default, value(typed(words, [flag.name]).get(flag.name, ""))]
+    given: Tree = {path.partition(".")[0]: None for path in inner if "." in path}
+    for one in of:
+        given = merge(given, one) if isinstance(one, Mapping) else given
+    return {k: v if isinstance(v, Mapping) else {} for k, v in given.items() if v is not False}
 
 
 def _with_preset(tree: Tree, source: Any) -> tuple[Tree, Flag]:

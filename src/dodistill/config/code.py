@@ -24,6 +24,7 @@ def code_of(config: Distill) -> dict[str, str]:
     """{"source fast": 16 hex digits, "intervention kdci": ...} for each choice of a config."""
     outside = {(m.axis, m.config): m.code for m in config.methods}
     chosen = [(axis, getattr(config, axis)) for axis in ("source", "criterion", "update", "replay")]
+    chosen += [("source", part) for part in config.source.members.values()]
     chosen += [("intervention", act) for act in config.interventions]
     out = {}
     for axis, settings in chosen:

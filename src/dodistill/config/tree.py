@@ -35,6 +35,7 @@ from .contracts import (
     SourceSettings,
     UpdateSettings,
 )
+from .parts import Parts
 from .plugins import Allow, Method
 
 Tree = dict[str, Any]
@@ -208,13 +209,20 @@ class Distill:
     def choices(self) -> Tree:
         """The tree of the same choices with their default settings."""
         acts = tuple(type(i) for i in self.interventions)
-        return {"intervention": acts, **{axis: type(choice) for axis, choice in self._chosen().items()}}
+        return {"intervention": acts, **{axis: _bare(choice) for axis, choice in self._chosen().items()}}
 
     def key(self) -> str:
         """12 hex digits that change with anything that changes the result."""
         tree = portable(self.to_tree())
         tree["loop"] = {k: v for k, v in tree["loop"].items() if k not in RUNTIME}
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _bare(choice: Settings) -> Any:
+    """A choice with its default settings; one that has parts keeps them, each with its own defaults."""
+    values = {f.name: getattr(choice, f.name) for f in dataclasses.fields(choice)}
+    parts = {key: dict.fromkeys(value) for key, value in values.items() if isinstance(value, Parts)}
+    return {"name": type(choice), **parts} if parts else type(choice)
 
 
 def code_in(tree: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
@@ -275,6 +283,10 @@ def _fits(value: Any, hint: Any, where: str) -> Any:
                 raise DodistillError(f"{where} is {value!r}; it must have {len(args)} entries.")
             return tuple(_fits(v, a, f"{where}[{i}]") for i, (v, a) in enumerate(zip(value, args)))
         return origin(_fits(v, args[0], f"{where}[{i}]") for i, v in enumerate(value))
+    if hint is Parts:
+        if not isinstance(value, Mapping):
+            raise DodistillError(f"{where} is {value!r}; it must map names to settings, as in {{fast: {{}}}}.")
+        return Parts(value)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return build(hint, {"spec": value} if hint is Model and isinstance(value, str) else value, where)
     if hint is float and isinstance(value, str):  # YAML reads 1e-3 as a string
@@ -365,7 +377,11 @@ def _is_config(value: object) -> bool:
 
 def _own(config: Any) -> Tree:
     """The settings of a config."""
-    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
+    own = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
+    return {
+        key: {name: _own(part) for name, part in value.items()} if isinstance(value, Parts) else value
+        for key, value in own.items()
+    }
 
 
 def _unpacked(tree: Tree) -> Tree:

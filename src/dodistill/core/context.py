@@ -40,6 +40,7 @@ class Context:
     labels: Tensor | None = None  #: long [n], their true classes, if the user gives them and the source reads them
     student: nn.Module | None = None  #: before training, for the widths of its features (`taps.probe`)
     capacity: int = 65_536  #: slots of the pool, the range of `Batch.index`
+    eviction: str = "oldest"  #: which image leaves the full pool: oldest, reservoir
     progress: Callable[[str, int, int], None] = _silent  #: (what, done, total) inside a long acquisition
     extra: Mapping[str, Any] = field(default_factory=dict)  #: for one part only (the model of a foreign dictionary)
     ranks: Ranks = field(default_factory=Ranks)  #: the processes of the run; one, as a rule

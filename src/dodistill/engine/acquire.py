@@ -112,7 +112,8 @@ class Acquirer:
         held, kept = self._split(got)
         g = self.generators["pool"]
         if self.round == 1:
-            self.views.plan(*self._draws(len(kept.images)), asked_each_time=bool(self.needs))
+            draws, most = ranks.share(lambda: self._draws(len(kept.images)))
+            self.views.plan(draws, most, asked_each_time=bool(self.needs))
         assert held.logits is not None
         assert kept.logits is not None
         self.holdout.add(held.images, held.logits, g, held.labels)
@@ -193,13 +194,14 @@ class Acquirer:
         return got.take(order[:held]), got.take(order[held:])
 
     def _draws(self, n: int) -> tuple[float, int]:
-        """(average draws of one image in the run, images in the full pool), for `n` images per acquisition."""
+        """(average draws of one image in the run, images in the full pool), for `n` images in the first acquisition."""
         source, loop, capacity = self.config.source, self.config.loop, self.config.pool.capacity
         rounds = source.warmup + max(1, math.ceil(loop.steps / source.every) if source.every else 1)
-        joining: float = min(n, capacity) * rounds
+        each = self.source.expected(n, rounds) / rounds
+        joining = min(each, capacity) * rounds
         if self.config.pool.eviction == "reservoir":  # acquisition k stays with probability capacity / kn
-            joining = sum(min(n, capacity / k) for k in range(1, rounds + 1))
-        return loop.steps * loop.batch / joining, min(n * rounds, capacity)
+            joining = sum(min(each, capacity / k) for k in range(1, rounds + 1))
+        return loop.steps * loop.batch / joining, min(round(each * rounds), capacity)
 
     def _rebuild(self, got: Acquired) -> None:
         """Rebuild the dictionary from the newest inputs or the pool, then update the interventions' draw weights.

@@ -31,6 +31,7 @@ from ..evaluation.evaluate import predict
 from ..files import read_object
 from ..functional.memory_format import place
 from ..models.teacher import Teacher
+from ..sources.shared.base import scaled
 from .job import Job
 from .plan import Plan
 
@@ -202,21 +203,6 @@ def _acquisition(settings: SourceSettings, context: Context, student: torch.nn.M
 
 
 # --------------------------------------------------------------------------------------------------- fitting
-
-
-def scaled(settings: SourceSettings, share: float) -> tuple[Any, float]:
-    """The same source with acquisitions of about `share` of the cost, and the share that its smallest values allow."""
-    values: dict[str, Any] = {}
-    reached, groups = 1.0, list(settings.costs)
-    for i, group in enumerate(groups):
-        wanted = (share / reached) ** (1 / (len(groups) - i)) if share else 0.0
-        have = {name: getattr(settings, name) for name in group if getattr(settings, name)}
-        least = max((group[name] / value for name, value in have.items()), default=1.0)
-        part = min(1.0, max(wanted, least, 1e-3))
-        for name, value in have.items():
-            values[name] = value * part if isinstance(value, float) else max(1, math.ceil(value * part))
-        reached *= part
-    return _set(settings, values), reached
 
 
 def fitted(

@@ -108,7 +108,8 @@ class Job:
         return Context(
             teacher=teacher, device=device, seed=loop.seed, autocast=Precision(device, loop.precision),
             augment=config.augment, view=choose_view(config.view, teacher), unlabeled=_rows(self.unlabeled, device),
-            labels=self.labels, student=student, capacity=config.pool.capacity, extra=extra, ranks=ranks or Ranks(),
+            labels=self.labels, student=student, capacity=config.pool.capacity, eviction=config.pool.eviction,
+            extra=extra, ranks=ranks or Ranks(),
         )  # fmt: skip
 
 
@@ -147,7 +148,8 @@ def require_same(began: Mapping[str, str] | None, mine: Mapping[str, str]) -> No
 def _check_source(source: SourceSettings, teacher: Teacher, has_unlabeled: bool) -> None:
     """Refuse a teacher that this source cannot use, and name the sources that can."""
     able = [n for n in registry.names("source") if teacher.has(registry.config("source", n).needs - {"unlabeled"})]
-    teacher.require(source.needs - {"unlabeled"}, source.name, able)
+    for one in (*source.members.values(), source):
+        teacher.require(one.needs - {"unlabeled"}, one.name, able)
     if "unlabeled" in source.needs and not has_unlabeled:
         raise DodistillError(
             f"source {source.name} needs unlabelled images; give --data.unlabeled FOLDER (or .npz, .npy), or in Python "

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from ...config.contracts import Kind as Kind
+from ...config.contracts import SourceSettings
 from ...config.plugins import Named
 from ...core.context import Context
 from ...data.rows import Pixels, Rows, chosen
@@ -57,8 +60,28 @@ class SourceConfig(Named, ABC):
         """The same settings, with the number of unlabelled images in place of a 0 that means all of them."""
         return self
 
+    @property
+    def members(self) -> Mapping[str, SourceSettings]:
+        """Name -> settings of the sources that this one consists of; none, as a rule."""
+        return {}
+
     @abstractmethod
     def build(self, context: Context) -> Source: ...
+
+
+def scaled(settings: SourceSettings, share: float) -> tuple[Any, float]:
+    """The same source with acquisitions of about `share` of the cost, and the share that its smallest values allow."""
+    values: dict[str, Any] = {}
+    reached, groups = 1.0, list(settings.costs)
+    for i, group in enumerate(groups):
+        wanted = (share / reached) ** (1 / (len(groups) - i)) if share else 0.0
+        have = {name: getattr(settings, name) for name in group if getattr(settings, name)}
+        least = max((group[name] / value for name, value in have.items()), default=1.0)
+        part = min(1.0, max(wanted, least, 1e-3))
+        for name, value in have.items():
+            values[name] = value * part if isinstance(value, float) else max(1, math.ceil(value * part))
+        reached *= part
+    return replace(settings, **values), reached  # type: ignore[type-var]
 
 
 def balanced_labels(n: int, classes: int, generator: torch.Generator) -> Tensor:
@@ -109,6 +132,12 @@ class Source(ABC):
     @abstractmethod
     def acquire(self, student: nn.Module, round: int) -> Acquired:
         """The inputs of acquisition number `round` (from 0). The student is in eval mode and gets no gradients."""
+
+    def expected(self, first: int, rounds: int) -> float:
+        """The images of `rounds` acquisitions, the first of which, already made, brought `first` to the pool.
+
+        The run asks once, for all of its acquisitions. Raises DodistillError if they cannot have their effect."""
+        return first * rounds
 
     def makes_with(self) -> tuple[nn.Module, int, int] | None:
         """(generator, d, its steps per acquisition) of a generator that is trained through the whole run, else None.
