@@ -7,6 +7,7 @@ of PyTorch, or reads values of its tensors in Python, would repeat what it did w
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -35,20 +36,20 @@ def recorded_training(student: nn.Module, x: Tensor, cast: Cast) -> Network:
         with cast():
             return cast_to(Tensor, functional_call(student, dict(zip(trained, weights)), (batch,)))
 
-    # Recorded with aliases of the parameters: autograd keeps the stream of the recording for these, not for the
-    # parameters.
+    # Recorded with aliases of the parameters: autograd ties these to the streams of the recording, and warns of it.
     aliases = [p.detach().requires_grad_() for p in trained.values()]
-    graphed = torch.cuda.make_graphed_callables(
-        passed, (x, *aliases), num_warmup_iters=WARMUP, allow_unused_input=True
-    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream")
+        graphed = torch.cuda.make_graphed_callables(
+            passed, (x, *aliases), num_warmup_iters=WARMUP, allow_unused_input=True
+        )  # fmt: skip
 
     def run(batch: Tensor) -> Tensor:
         if batch.shape != x.shape or not student.training:
             with cast():
                 return student(batch)  # type: ignore[no-any-return]
-        return cast_to(
-            Tensor, graphed(batch, *trained.values())
-        ).clone()  # the next replay overwrites what the graph returned
+        out = cast_to(Tensor, graphed(batch, *trained.values()))
+        return out.clone()  # the next replay overwrites what the graph returned
 
     return run
 
