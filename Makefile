@@ -1,9 +1,9 @@
-# Targets: demo (the main job in minutes), test (everything CI checks), docs (the site, in build/docs), notebooks (runs them), wheel (in dist), bench, soak (random kills and bad inputs), clean. Each makes its own environment.
+# Targets: demo (the main job in minutes), test (everything CI checks), gpu (the tests and benchmarks of a machine with a GPU), docs (the site, in build/docs), notebooks (runs them), wheel (in dist), bench, soak (random kills and bad inputs), clean. Each makes its own environment.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: help demo test lint docs notebooks wheel bench soak clean
+.PHONY: help demo test gpu lint docs notebooks wheel bench soak clean
 help:
 	@grep -E '^# Targets' Makefile
 
@@ -23,6 +23,12 @@ lint: $(BIN)/.installed
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+gpu: $(BIN)/.installed
+	$(BIN)/python -m pytest -n 4 tests/test_gpu.py
+	$(BIN)/python benchmarks/step.py --precision bf16 --repeat 20 --compile graphs
+	$(BIN)/python benchmarks/whole.py --precision bf16 --repeat 20 --real-steps 300
+	$(BIN)/python benchmarks/papers.py recipes/table2.yaml
 
 $(BIN)/.docs: $(BIN)/.installed
 	$(BIN)/python -m pip install --quiet -e '.[docs]'

@@ -43,7 +43,7 @@ SIDEBAR = {
     "Notebooks": ["notebooks/*"],
     "Methods": ["made/researchers", "tutorial", "methods/README"],
     "Method cards": ["methods/*"],
-    "Results": ["made/found", "results", "speed", "made/benchmarks", "trust", "made/missing"],
+    "Results": ["made/found", "results", "short", "speed", "made/benchmarks", "trust", "made/missing"],
     "Reference": ["made/commands", "made/settings", "made/recipes", "made/api", "view"],
     "Project": ["architecture", "made/contributing", "made/security", "made/changelog"],
 }

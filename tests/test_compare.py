@@ -209,7 +209,22 @@ def test_planning_resolves_and_hashes_once_for_each_cell(
 
 @pytest.mark.parametrize(
     "name",
-    ["mnist", "skew", "methods", "cifar10_sources", "cid", "lra", "planted", "skew_cifar10", "table1_small", "vit"],
+    [
+        "mnist",
+        "skew",
+        "methods",
+        "cifar10_sources",
+        "cid",
+        "lra",
+        "planted",
+        "skew_cifar10",
+        "table1_small",
+        "vit",
+        "view",
+        "views",
+        "half_million",
+        "hour_search",
+    ],
 )
 def test_the_committed_results_are_those_of_the_committed_recipes(name: str) -> None:
     """docs/results.md says that `--table` prints its tables from results/, without data."""
