@@ -99,12 +99,20 @@ class Config(GuidedConfig):
             "optim": {"lr": 0.1, "weight_decay": 5e-4, "floor": 0.0},
             "loop": {"steps": 2000, "batch": 128},
         },
+        "hour": {
+            **_COMMON,
+            "source": {"K": 10, "batch": 256, "width": 32, "warmup": 5, "every": 60, "reset_at": 0},
+            "optim": {"lr": 0.1, "weight_decay": 5e-4, "floor": 0.0},
+            "augment": {"mix": "cutmix"},
+            "loop": {"steps": 6000, "batch": 128},
+        },
     }
     origin: ClassVar[dict[str, str]] = {
         **_origins("wrn", "WRN-40-2 pairs on CIFAR"),
         **_origins("vgg11", "VGG-11 -> ResNet-18 on CIFAR"),
         **_origins("resnet34", "ResNet-34 -> ResNet-18 on CIFAR"),
         "desk": "ours: the same losses on a schedule for two CPU cores",
+        "hour": "ours: Fast-10 and cutmix, about an hour of a CPU core; chosen by recipes/hour_search.yaml, one seed",
     }
 
     def teacher_passes(self) -> tuple[float, float]:
