@@ -130,6 +130,12 @@ def test_what_ray_reports_is_an_outcome(tmp_path: Path, monkeypatch: pytest.Monk
     stopped.cancel()
     stopped.cancel()
     assert [task["cancelled"] for task in module.tasks if "cancelled" in task] == [stopped.reference]
+    with monkeypatch.context() as patch:  # it runs on: it is told again, but not at once
+        patch.setattr(module, "wait", lambda references, timeout: ([], references))
+        for again in (on_ray.AGAIN, -1.0):
+            patch.setattr(on_ray, "AGAIN", again)
+            assert not stopped.done()
+    assert [task["cancelled"] for task in module.tasks if "cancelled" in task] == 2 * [stopped.reference]
     assert stopped.result() == Outcome(stopped=True, said="stopped; rerun to resume")
     executor.close()
     assert module.is_initialized()  # the caller began it

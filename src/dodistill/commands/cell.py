@@ -14,6 +14,7 @@ runs four cells at a time, as `compare --jobs 4` does.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -172,7 +173,7 @@ def supervise(
             time.sleep(0.1)
     finally:
         process.terminate()
-        process.wait()
+        _outlast(process)
         if process.stdin is not None:
             process.stdin.close()
         if kept is not None and process.returncode:  # its last checkpoint
@@ -184,6 +185,13 @@ def supervise(
     if kept is not None and not process.returncode:
         kept.close(finished=True)
     return process.returncode
+
+
+def _outlast(process: subprocess.Popen[bytes]) -> None:
+    """Wait for the end of a command that was told to stop. A second interrupt does not cut its saving short."""
+    while process.returncode is None:
+        with contextlib.suppress(KeyboardInterrupt):
+            process.wait()
 
 
 def beside(run: Path, suffix: str) -> Path:

@@ -104,6 +104,11 @@ class Augment:
     views: int = 0  #: views per image with teacher logits computed once, on entering the pool (0: new at each draw)
     views_gb: float = 2.0  #: memory limit for these logits, in GB; it may reduce the number of views
 
+    @property
+    def mixes(self) -> bool:
+        """Whether inputs are blended, so that each is new to the teacher."""
+        return self.mix != "none"
+
 
 @dataclass(frozen=True)
 class ViewConfig:

@@ -76,7 +76,7 @@ class Views:
         each = self.pool.num_classes * 2 + _DRAW
         fit = math.floor(a.views_gb * 1e9 / (max(most, 1) * each))
         V = min(wanted, fit)
-        if a.mix != "none":
+        if a.mixes:
             self.reason = f"new inputs at each draw, each with a teacher pass (augment.mix is {a.mix})"
         elif not (a.pad or a.flip):
             self.reason = "without augmentation an image has one view, with teacher logits computed once"
@@ -156,7 +156,7 @@ class Views:
             return to_float(shift_flip(self.pool.x[slots].to(self.pool.device), dy, dx, m, a.padding, a.pad))
 
         x = seen()
-        if a.mix == "none":
+        if not a.mixes:
             return x, None if a.pad or a.flip else self.pool.logits[mine]
         partner = torch.randperm(n, generator=generator, device=generator.device)
         h, w = x.shape[2:]

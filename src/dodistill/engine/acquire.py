@@ -241,7 +241,7 @@ class Acquirer:
         ranks, n = self.context.ranks, len(index)
         mine = ranks.cut(index, n)
         x, known = self.views(index, self.generators["augment"], ranks)
-        labels = self.pool.labels[mine] if self.config.augment.mix == "none" else None
+        labels = None if self.config.augment.mixes else self.pool.labels[mine]
         drawn = self.answered(x, known, labels, mine, n)
         if self.dictionary is not None and self.dictionary.of == "batch":
             t = ranks.whole(drawn.t, n)

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from .shared import Outcome, Teaching, Work, extra
 
 #: How often a task is begun again whose node or process was lost.
 RETRIES = 100
+#: Seconds after which a task that was told to stop, and runs on, is told again: an interrupt can get lost.
+AGAIN = 20.0
 
 
 def _work_on(work: Work | Teaching, names: Sequence[str], *weights: bytes) -> Outcome:
@@ -31,24 +34,30 @@ class Sent:
 
     ray: Any
     reference: Any
-    cancelled: bool = False
+    cancelled: float | None = None  #: when it was last told to stop, time.monotonic()
 
     def done(self) -> bool:
-        return bool(self.ray.wait([self.reference], timeout=0)[0])
+        done = bool(self.ray.wait([self.reference], timeout=0)[0])
+        if not done and self.cancelled is not None and time.monotonic() - self.cancelled > AGAIN:
+            self._interrupt()
+        return done
 
     def result(self) -> Outcome:
         try:
             out: Outcome = self.ray.get(self.reference)
         except self.ray.exceptions.RayError as error:
-            if self.cancelled:
+            if self.cancelled is not None:
                 return Outcome(stopped=True, said="stopped; rerun to resume")
             return Outcome(said=f"FAILED {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
         return out
 
     def cancel(self) -> None:
-        if not self.cancelled:
-            self.cancelled = True
-            self.ray.cancel(self.reference)  # an interrupt in the task, which saves and stores its run
+        if self.cancelled is None:
+            self._interrupt()
+
+    def _interrupt(self) -> None:
+        self.cancelled = time.monotonic()
+        self.ray.cancel(self.reference)  # an interrupt in the task, which saves and stores its run
 
 
 class OnRay:
