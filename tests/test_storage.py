@@ -214,7 +214,7 @@ def test_a_cell_goes_on_elsewhere_and_loses_nothing(
 ) -> None:
     """Stopped in one folder, it goes on in another; the storage then refuses, and the outcome stays in the folder."""
     tree, url = the_cell(grid).config.to_tree(), str(tmp_path / "s")
-    tree["loop"] |= {"steps": 300, "eval_every": 300, "log_every": 1, "checkpoint_seconds": 0.0}
+    tree["loop"] |= {"steps": 150, "eval_every": 150, "log_every": 1, "checkpoint_seconds": 0.0}
     one, two = tmp_path / "one" / "run", tmp_path / "two" / "run"
 
     class Soon:
@@ -230,8 +230,8 @@ def test_a_cell_goes_on_elsewhere_and_loses_nothing(
         run_cell(tree, two, **named)
     monkeypatch.undo()
     lines = [json.loads(line)["step"] for line in (two / "metrics.jsonl").read_text().splitlines()]
-    assert 0 < begun < 300
-    assert lines[-1] == 300
+    assert 0 < begun < 150
+    assert lines[-1] == 150
     assert (two / "student.safetensors").exists()
     record = run_cell(tree, two, **named)
     plain = run_cell(tree, tmp_path / "three", threads=1)
