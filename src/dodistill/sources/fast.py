@@ -112,7 +112,7 @@ class Config(GuidedConfig):
         **_origins("vgg11", "VGG-11 -> ResNet-18 on CIFAR"),
         **_origins("resnet34", "ResNet-34 -> ResNet-18 on CIFAR"),
         "desk": "ours: the same losses on a schedule for two CPU cores",
-        "hour": "ours: Fast-10 and cutmix; chosen by recipes/hour_search.yaml, one seed. With --time 60m: recipes/hour.yaml",
+        "hour": "ours: Fast-10 and cutmix; chosen by recipes/hour_search.yaml, one seed. See recipes/hour.yaml",
     }
 
     def teacher_passes(self) -> tuple[float, float]:
