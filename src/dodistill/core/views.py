@@ -161,7 +161,8 @@ class Views:
         partner = torch.randperm(n, generator=generator, device=generator.device)
         h, w = x.shape[2:]
         weight = ranks.cut(mix_weights(n, h, w, generator, a.mix, a.mix_share), n)
-        return torch.lerp(seen(partner), x, weight), None
+        other = x[partner] if len(x) == n else seen(partner)  # another rank's image is read here, too
+        return torch.lerp(other, x, weight), None
 
     def state_dict(self) -> dict[str, Any]:
         size = len(self.pool) if self.count else 0
