@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dodistill import DodistillError, distill
+from dodistill.config.tree import resolve
 from dodistill.core.watch import Watcher
 from dodistill.engine import compiled
+from dodistill.sources.shared.generators import ConvGenerator
 from helpers import SHAPE, job, same, student, tree
 from helpers import config as config_of
 
@@ -43,9 +46,9 @@ def test_off_is_the_default(teacher: nn.Module, quick: list[nn.Module]) -> None:
     assert not quick
 
 
-def test_on_compiles_both_and_ends_near_the_eager_run(teacher: nn.Module, quick: list[nn.Module]) -> None:
+def test_on_compiles_all_three_and_ends_near_the_eager_run(teacher: nn.Module, quick: list[nn.Module]) -> None:
     eager, fast = run(teacher), run(teacher, loop={"compile": "on"})
-    assert len(quick) == 2
+    assert len(quick) == 4  # student, teacher, and the two generators of `fast`
     assert fast.summary["compiled"] == "compiled"
     for a, b in zip(eager.student.parameters(), fast.student.parameters()):
         assert torch.allclose(a, b, rtol=1e-2, atol=1e-3)
@@ -63,9 +66,9 @@ def test_a_resumed_run_ends_in_the_same_bits(teacher: nn.Module, quick: list[nn.
         run(teacher, loop=loop, out=tmp_path / "cut", watchers=[Enough()])
     before = len(quick)
     same(run(teacher, loop=loop, out=tmp_path / "cut").student.state_dict(), whole.student.state_dict())
-    assert len(quick) == before + 2
+    assert len(quick) == before + 4
     run(teacher, loop=loop, out=tmp_path / "cut")  # finished: nothing is compiled for it
-    assert len(quick) == before + 2
+    assert len(quick) == before + 4
 
 
 @pytest.mark.parametrize(("seconds", "on"), [(compiled.REPAYS / 2, False), (compiled.REPAYS * 2, True)])
@@ -82,7 +85,7 @@ def test_auto_goes_by_the_work_ahead(
     it.compiled.settle(work)
     it.compiled.begin()
     assert it.compiled.on is on
-    assert len(quick) == 2 * on
+    assert len(quick) == 4 * on
     assert ("do not repay" in it.compiled.reason) is not on
 
 
@@ -118,11 +121,46 @@ def test_where_torch_compile_fails(teacher: nn.Module, monkeypatch: pytest.Monke
 def test_compiling_changes_nothing(teacher: nn.Module, quick: list[nn.Module]) -> None:
     it = job(teacher, config_of(loop={"compile": "on"}))
     before = {k: v.clone() for k, v in it.matcher.student.state_dict().items()}
+    made = copy.deepcopy(it.acquirer.source.state_dict())
     stream = torch.get_rng_state()
     it.compiled.begin()
     same(dict(it.matcher.student.state_dict()), before)
     assert all(p.grad is None for p in it.matcher.student.parameters())
+    assert it.acquirer.source.state_dict().keys() == made.keys()
+    same(it.acquirer.source.state_dict(), made)
     assert torch.equal(torch.get_rng_state(), stream)
+
+
+@pytest.mark.parametrize("name", ["adversarial", "cmi", "dafl", "fast", "fast_imagenet", "mosaic", "nayer", "pre"])
+def test_the_generators_of_a_source(name: str, teacher: nn.Module, quick: list[nn.Module]) -> None:
+    """What a compiled generator makes, and its gradients, are the eager one's to rounding."""
+    unlabeled = torch.zeros(20, *SHAPE, dtype=torch.uint8)
+    eager, compiled_ = (
+        job(teacher, config_of(name, loop={"compile": mode}), unlabeled).acquirer for mode in ("off", "on")
+    )
+    found = compiled_.source.generators()
+    assert found
+    assert len(found) == len(eager.source.generators())
+    for net in found:
+        net.compile(dynamic=False)
+    made = []
+    for source in (eager.source, compiled_.source):
+        student_ = student().eval()
+        made.append([source.acquire(student_, round).images for round in range(2)])
+    assert quick
+    for a, b in zip(*made):
+        assert isinstance(a, Tensor)
+        assert isinstance(b, Tensor)
+        if a.is_floating_point():
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-3)
+        else:
+            assert int((a.int() - b.int()).abs().max()) <= 1
+
+
+def test_a_mixture_has_the_generators_of_its_parts(teacher: nn.Module) -> None:
+    cfg = resolve({"source": {"name": "mixture", "of": {"fast": {}, "noise": {}}}})
+    source = job(teacher, cfg).acquirer.source
+    assert [type(net) for net in source.generators()] == [ConvGenerator] * 2
 
 
 def test_graphs_on_a_cpu_are_the_eager_run(teacher: nn.Module, quick: list[nn.Module]) -> None:

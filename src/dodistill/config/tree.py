@@ -133,8 +133,8 @@ class Loop:
     ema: float = 0.998  #: decay of the student's moving average
     precision: Literal["auto", "fp32", "bf16"] = "auto"  #: of forward passes; retain's exact step is always in fp32
     compile: Literal["off", "on", "graphs", "auto"] = "off"
-    #: the student's step and the teacher's logits by torch.compile (on) or as CUDA graphs (graphs; eager on a CPU);
-    #: auto: graphs on a GPU, on a CPU torch.compile if the remaining steps repay it
+    #: torch.compile for student, teacher and generators (on), or CUDA graphs of the student's step and the teacher's
+    #: logits (graphs; eager on a CPU); auto: graphs on a GPU, on a CPU torch.compile if the remaining steps repay it
     device: str = "auto"
     threads: int = 0  #: CPU threads (0: PyTorch's choice); bit-identical results need the same number
     log_every: int = 50

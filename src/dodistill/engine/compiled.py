@@ -1,4 +1,5 @@
-"""The student's training passes and the teacher's label passes, by torch.compile or as CUDA graphs.
+"""The student's training passes, the teacher's label passes and the source's generators, by torch.compile; the first
+two also as CUDA graphs.
 
 A compiled network rounds differently from the eager one. A CUDA graph runs the kernels of the eager network without the
 launches from Python, which bound the steps of small networks on a GPU. The choice is made once, before the first step,
@@ -18,6 +19,7 @@ import torch
 from ..core.context import Context
 from ..errors import DodistillError
 from ..functional.memory_format import laid_out
+from ..sources.shared.base import Source
 from .graphs import recorded, recorded_training
 from .match import Matcher
 
@@ -33,10 +35,10 @@ class Compiled:
             torch.compile if the remaining steps repay it.
     """
 
-    def __init__(self, mode: str, matcher: Matcher, context: Context) -> None:
+    def __init__(self, mode: str, matcher: Matcher, context: Context, source: Source) -> None:
         if mode == "auto" and context.device.type == "cuda":
             mode = "graphs"
-        self.mode, self.matcher, self.context = mode, matcher, context
+        self.mode, self.matcher, self.context, self.source = mode, matcher, context, source
         #: whether they are compiled or recorded, and the reason in one sentence for the summary
         self.on = mode in ("on", "graphs")
         self.reason = {"on": "compiled", "graphs": "CUDA graphs"}.get(mode, "eager (loop.compile is off)")
@@ -106,6 +108,9 @@ class Compiled:
         m.student.eval()
         with nullcontext() if self.mode == "graphs" else context.autocast():
             context.teacher.answers(grey)
+        if self.mode != "graphs":
+            for net in self.source.generators():
+                net.compile(dynamic=False)  # in place; each is compiled by its first batch
 
     def state_dict(self) -> dict[str, Any]:
         return {"on": self.on, "reason": self.reason, "graphs": self.on and self.mode == "graphs"}

@@ -47,7 +47,7 @@ class Distiller:
         self.matcher = Matcher(self.config, self.context, self.plan)
         self.acquirer = Acquirer(self.config, self.context, self.matcher.interventions, self.matcher.needs)
         self.scorer = Scorer(self.matcher, self.acquirer, job.test if self.ranks.first else None)
-        self.compiled = Compiled(self.config.loop.compile, self.matcher, self.context)
+        self.compiled = Compiled(self.config.loop.compile, self.matcher, self.context, self.acquirer.source)
         self.meter = Meter(self.context.num_classes, self.context.device, self.ranks)
         self.clock = Clock()
         self.step = 0  #: matching steps done

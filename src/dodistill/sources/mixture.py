@@ -198,5 +198,8 @@ class Mixture(Source):
         """That of the first part by name that has one."""
         return next((made for part in self.members.values() if (made := part.makes_with()) is not None), None)
 
+    def generators(self) -> list[nn.Module]:
+        return [net for part in self.members.values() for net in part.generators()]
+
     def parts(self) -> dict[str, Any]:
         return dict(self.members)

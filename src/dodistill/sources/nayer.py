@@ -38,11 +38,11 @@ from ..errors import at_least
 from ..functional.memory_format import place
 from .shared.base import Acquired, Kind, Source
 from .shared.embeddings import classifier_rows, orthogonal_rows, read_embedding
-from .shared.generators import ConvGenerator
+from .shared.generators import ConvGenerator, Generator
 from .shared.guided import Guided, GuidedConfig
 
 
-class NoisyGenerator(nn.Module):
+class NoisyGenerator(Generator):
     """Labels -> BatchNorm of their embeddings -> one noisy linear layer per group -> ConvGenerator.
 
     Args:

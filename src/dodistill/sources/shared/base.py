@@ -16,6 +16,7 @@ from ...config.contracts import SourceSettings
 from ...config.plugins import Named
 from ...core.context import Context
 from ...data.rows import Pixels, Rows, chosen
+from .generators import Generator
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,11 @@ class Source(ABC):
         It maps z ~ N(0, I) [B, d] to images in [0, 1] [B, C, H, W]."""
         return None
 
+    def generators(self) -> list[nn.Module]:
+        """The image generators among the modules that it holds, also within lists, for `loop.compile`."""
+        held = [part for value in vars(self).values() for part in (value if isinstance(value, list) else [value])]
+        return [net for part in held if isinstance(part, nn.Module) for net in _generators(part)]
+
     def parts(self) -> dict[str, Any]:
         """Name -> anything with state_dict/load_state_dict, or a tensor, that changes between acquisitions."""
         return {}
@@ -163,6 +169,13 @@ class Source(ABC):
                     part.copy_(state[name])
             else:
                 part.load_state_dict(state[name])
+
+
+def _generators(module: nn.Module) -> list[nn.Module]:
+    """The generators in `module`, without those within another one."""
+    if isinstance(module, Generator):
+        return [module]
+    return [net for part in module.children() for net in _generators(part)]
 
 
 def ask(context: Context, chunk: int = 512, some: Tensor | None = None) -> tuple[Rows, Tensor]:

@@ -11,6 +11,10 @@ from ...models.normalized import Space
 from ...models.upsample import UpsampleConv
 
 
+class Generator(nn.Module):
+    """Base of image generators: latents or labels -> images [B, C, H, W] in [0, 1]. `loop.compile on` compiles them."""
+
+
 class _Pixels(nn.Module):
     """Normalised coordinates u -> valid pixels, mean + std * u clipped to [0, 1]."""
 
@@ -26,7 +30,7 @@ class _Pixels(nn.Module):
         return (self.mean + self.std * u.float()).clamp(0, 1)
 
 
-class ConvGenerator(nn.Module):
+class ConvGenerator(Generator):
     """Latent -> Linear -> two (upsample and conv) blocks -> Sigmoid, the toolbox's small generator.
 
     For 32x32, width 64, latent 256: 2 328 899 parameters, as published. Other image sizes must be divisible by 4.
@@ -91,7 +95,7 @@ class ConvGenerator(nn.Module):
                 bias.zero_()
 
 
-class DeepGenerator(nn.Module):
+class DeepGenerator(Generator):
     """Map of latents -> conv -> `doublings` (upsample and conv) blocks -> conv -> Sigmoid, Fast's for ImageNet.
 
     For 224x224, latent 256, width 64, 4 doublings: 592 451 parameters, as released (the release has an unused Linear
