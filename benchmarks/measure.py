@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import dodistill
+from dodistill.commands.cli import keep_memory
 from dodistill.core.runtime import pick_device
 from dodistill.engine import Distiller
 from dodistill.sources.shared.base import Acquired
@@ -35,6 +36,7 @@ def options(description: str, rounds: int) -> argparse.ArgumentParser:
 
 
 def start(args: argparse.Namespace) -> torch.device:
+    keep_memory()  # as the command line does
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     device = pick_device(args.device)

@@ -244,7 +244,7 @@ def test_evaluate_reads_bare_weights(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_glibc_keeps_what_tensors_free() -> None:
-    """24 MiB by glibc's own account: by default a mapping of its own, given back with the tensor; kept, neither."""
+    """48 MiB by glibc's own account: by default a mapping of its own, given back with the tensor; kept, neither."""
     code = (
         "import ctypes, sys, torch\nfrom dodistill.commands.cli import keep_memory\n"
         "kept = keep_memory() if sys.argv[1] == 'keep' else None\n"
@@ -253,7 +253,7 @@ def test_glibc_keeps_what_tensors_free() -> None:
         "info = getattr(ctypes.CDLL(None), 'mallinfo2', None)\n"
         "if info is None: print(False, 0, 0); sys.exit()\n"
         "info.restype = Info\n"
-        "before = info(); a = torch.ones(6 << 20); held = info(); del a; after = info()\n"
+        "before = info(); a = torch.ones(12 << 20); held = info(); del a; after = info()\n"
         "print(kept, held.hblks - before.hblks, held.arena - after.arena)"
     )
     env = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_TUNABLES"))}

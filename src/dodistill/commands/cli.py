@@ -163,7 +163,8 @@ def keep_memory() -> bool:
     """Make glibc keep the memory of freed tensors. False without glibc, or if the environment configures its malloc.
 
     By default, glibc returns this memory to the kernel after nearly every layer, and the kernel maps and zeroes new
-    pages for the next layer (benchmarks/allocator.py). Results do not depend on this setting.
+    pages for the next layer (benchmarks/allocator.py). Results do not depend on this setting. Large blocks, as those of
+    a layer of WRN-40-2 at batch 256, come from the heap too: what is mapped on its own cannot be kept.
     """
     if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return False
@@ -173,8 +174,8 @@ def keep_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
         return False
-    trim, pad, largest = -1, -2, -3  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD: malloc.h
-    return all(mallopt(name, size) for name, size in ((largest, 32 << 20), (trim, (1 << 31) - 1), (pad, 64 << 20)))
+    trim, pad, mapped = -1, -2, -4  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX: malloc.h
+    return all(mallopt(name, size) for name, size in ((mapped, 0), (trim, (1 << 31) - 1), (pad, 64 << 20)))
 
 
 if __name__ == "__main__":
