@@ -7,6 +7,9 @@ Parts: one acquisition, with its answers to V views of each image; one step with
 one step with a view that it has answered; one evaluation. `plain` is a step of the same networks in PyTorch's default
 memory format, as the reference toolbox makes it: teacher, student forwards and backwards, SGD. The short cell has
 `--real-steps` steps and 3 acquisitions. On the CPU all times are CPU time of one thread.
+
+The bound is the time of the convolutions and matrix products of the cell with V views, at the rate of a matrix product
+of 512 x 512 on this machine: what is left if all else were free.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ import time
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import measure
 from dodistill.config.tree import resolve
@@ -99,6 +104,14 @@ def main() -> None:
         whole = synthesis + views + steps * one[step]
         print(f"| {title} | {synthesis:.0f} s | {views:.0f} s | {steps * one[step]:.0f} s | {whole:.0f} s |")
 
+    rate = products(x, new, args.rounds)
+    made, asked_, walked = (operations(parts[name]) for name in ("acquisition", "views", "step, known view"))
+    work = acquisitions * (made + asked_ * args.batch / len(slots)) + steps * walked
+    print(
+        f"bound: {made / 1e12:.2f} TFLOP an acquisition, {walked / 1e9:.1f} GFLOP a step, {work / 1e15:.2f} PFLOP in "
+        f"all; at {rate / 1e9:.0f} GFLOP/s {work / rate:.0f} s, {steps * walked / rate:.0f} s of them in the steps"
+    )
+
     # Run for real: 1 + 2 acquisitions, and as many steps as told. `eval_every` leaves the one evaluation at the end.
     real_steps = max(2, args.real_steps)
     schedule = {"source": {"warmup": 1, "every": -(-real_steps // 2)},
@@ -116,6 +129,24 @@ def main() -> None:
         f"a short cell for real ({it.acquirer.round} acquisitions, {real_steps} steps, one evaluation of {lone:.2f} s, "
         f"{'known' if asked else 'new'} views): {took:.1f} s, by arithmetic {expected:.1f} s"
     )
+
+
+def operations(step: measure.Step) -> float:
+    """Of the convolutions and matrix products in `step`."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return float(counter.get_total_flops())
+
+
+def products(x: Tensor, it: Distiller, rounds: int, n: int = 512) -> float:
+    """Operations a second of a matrix product [n, n] x [n, n], in the precision of the run."""
+    a = torch.rand(n, n, device=x.device)
+
+    def product() -> None:
+        with torch.no_grad(), it.context.autocast():
+            torch.mm(a, a)
+
+    return 2 * n**3 / min(row[0] for row in measure.alternate([product], x.device, max(rounds, 20)))
 
 
 if __name__ == "__main__":
