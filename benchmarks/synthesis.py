@@ -50,8 +50,9 @@ def settings(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def networks(source: object) -> list[nn.Module]:
-    """The modules that a source holds, one by one, without those that lie within another."""
-    held = [v for v in vars(source).values() if isinstance(v, nn.Module)]
+    """The modules that a source holds, also in lists, one by one, without those that lie within another."""
+    parts = [part for v in vars(source).values() for part in (v if isinstance(v, list) else [v])]
+    held = [v for v in parts if isinstance(v, nn.Module)]
     return [m for m in held if not any(m is not o and m in set(o.modules()) for o in held)]
 
 
