@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -68,11 +69,12 @@ def together(folder: Path, *words: str, seconds: float = 900, **more: str) -> li
 
 
 def cases() -> dict[str, dict[str, Any]]:
-    """Every source with three interventions, every update and criterion, and what else meets a batch."""
+    """Every source, each intervention, every update and criterion, and what else meets a batch."""
     made: dict[str, Tree] = {}
     for source in SOURCES:
-        for intervention in ("none", "kdci", "stratified"):
-            made[f"{source} {intervention}"] = tree(source, intervention, steps=STEPS, loop=LOOP)
+        made[source] = tree(source, "kdci+stratified", steps=STEPS, loop=LOOP)
+    for source, intervention in itertools.product(("fast", "dfnd", "deepinv"), ("none", "kdci", "stratified")):
+        made[f"{source} {intervention}"] = tree(source, intervention, steps=STEPS, loop=LOOP)
     bank = {"name": "bank", "capacity": 2, "size": 8, "every": 1, "first": 1}
     vae = {"name": "generative", "size": 6, "new": 16, "train": 1, "latent": 8, "width": 4}
     average = {"name": "ema_generator", "size": 6}
