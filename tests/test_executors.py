@@ -218,10 +218,13 @@ def test_the_driver_alone_records_and_a_lost_outcome_is_named(
     out, cell = grid.parent / "out", the_cell(grid)
     record = {"label": {}, "last": 50.0, "seconds": 3.0, "agreement": 1.0, "folder": "runs/it", "key": cell.key}
 
+    submitted: list[str] = []
+
     class Pretend:
         jobs, here = 9, False
 
         def submit(self, works: Any) -> Any:
+            submitted.append(works[0].name)
             assert works[0].name == works[0].key == cell.key
             return [types.SimpleNamespace(done=lambda: True, result=lambda: Outcome(record=record))]
 
@@ -243,6 +246,10 @@ def test_the_driver_alone_records_and_a_lost_outcome_is_named(
     assert json.loads(file.read_text()) == record | {"folder": f"runs/{run.name}"}
     assert json.loads((run / "summary.json").read_text()) == {"note": str(run)}
     assert Storage(storage).names(cell.key) == []
+    capsys.readouterr()
+    cell_runs.run_all([task], out, Pretend(), Deadline(), storage=storage)  # planned before there was a record
+    assert "done by another process" in capsys.readouterr().err
+    assert len(submitted) == 2
 
 
 def test_nothing_to_do_begins_no_cluster(grid: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,10 @@ class Task:
         stopped goes on."""
         return out / "runs" / (self.cell.slug + self._version)
 
+    def record(self, out: Path) -> Path:
+        """The file of its record."""
+        return out / "cells" / f"{self.cell.key}.json"
+
     @property
     def stored(self) -> str:
         """What a storage calls its run."""
@@ -89,8 +93,15 @@ def run_all(
 
         while waiting or running:
             if (room := executor.jobs - len(running)) > 0 and waiting and not deadline.passed:
-                some, waiting = waiting[:room], waiting[room:]
-                handles = executor.submit([_work(task, out, deadline, track, storage) for task in some])
+                some = list[Task]()
+                while waiting and len(some) < room:
+                    task = waiting.pop(0)
+                    if not task.again and task.record(out).exists():  # since this process began
+                        progress.say(f"{task.name}: done by another process")
+                    else:
+                        some.append(task)
+                works = [_work(task, out, deadline, track, storage) for task in some]
+                handles = executor.submit(works) if works else ()
                 running += [Started(task, handle, time.monotonic()) for task, handle in zip(some, handles)]
             for it in list(running):
                 if it.handle.done():
@@ -181,8 +192,8 @@ def _finish(it: Started, out: Path, here: bool, storage: str) -> tuple[str, floa
             return f"FAILED {storage} has lost what the cell put there; rerun to run it again.", None
         beside(run, ".yaml").write_text(yaml.safe_dump(cell.config.to_tree()), encoding="utf-8")
     record = outcome.record | {"folder": f"runs/{run.name}"}
-    (out / "cells").mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "cells" / f"{cell.key}.json", json.dumps(record, indent=1).encode())
+    it.task.record(out).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(it.task.record(out), json.dumps(record, indent=1).encode())
     drop_checkpoints(run)  # a finished cell is never resumed
     if kept is not None:
         with contextlib.suppress(Unwritable):  # what is left harms nothing

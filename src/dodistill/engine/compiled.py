@@ -41,7 +41,10 @@ class Compiled:
         self.mode, self.matcher, self.context, self.source = mode, matcher, context, source
         #: whether they are compiled or recorded, and the reason in one sentence for the summary
         self.on = mode in ("on", "graphs")
-        self.reason = {"on": "compiled", "graphs": "CUDA graphs"}.get(mode, "eager (loop.compile is off)")
+        eager = "eager (loop.compile is off" + (
+            "; graphs is faster on a GPU)" if context.device.type == "cuda" else ")"
+        )
+        self.reason = {"on": "compiled", "graphs": "CUDA graphs"}.get(mode, eager)
         self._begun = False
         if mode != "off" and (against := self._against()):
             self.on, self.mode, self.reason = False, "off", f"eager: {against}"
