@@ -41,10 +41,8 @@ class Compiled:
         self.mode, self.matcher, self.context, self.source = mode, matcher, context, source
         #: whether they are compiled or recorded, and the reason in one sentence for the summary
         self.on = mode in ("on", "graphs")
-        eager = "eager (loop.compile is off" + (
-            "; graphs is faster on a GPU)" if context.device.type == "cuda" else ")"
-        )
-        self.reason = {"on": "compiled", "graphs": "CUDA graphs"}.get(mode, eager)
+        hint = "; graphs is faster on a GPU" if context.device.type == "cuda" else ""
+        self.reason = {"on": "compiled", "graphs": "CUDA graphs"}.get(mode, f"eager (loop.compile is off{hint})")
         self._begun = False
         if mode != "off" and (against := self._against()):
             self.on, self.mode, self.reason = False, "off", f"eager: {against}"
