@@ -88,8 +88,12 @@ def test_levels() -> None:
     assert to_uint8(torch.tensor([0.5])).tolist() == [128]
 
 
+def draws(n: int) -> torch.Tensor:
+    return torch.rand(4, n, generator=torch.Generator().manual_seed(0))
+
+
 def test_mixup_weights_are_uniform_and_those_of_whole_images() -> None:
-    w = mix_weights(8000, 3, 4, torch.Generator().manual_seed(0), "mixup", 0.25)
+    w = mix_weights(draws(8000), 3, 4, "mixup", 0.25)
     assert w.shape == (8000, 1, 3, 4)
     assert bool((w == w[:, :, :1, :1]).all())
     mixed = w[w[:, 0, 0, 0] < 1, 0, 0, 0]
@@ -98,7 +102,7 @@ def test_mixup_weights_are_uniform_and_those_of_whole_images() -> None:
 
 
 def test_cutmix_weights_are_boxes() -> None:
-    w = mix_weights(3000, 16, 16, torch.Generator().manual_seed(0), "cutmix", 1.0)[:, 0]
+    w = mix_weights(draws(3000), 16, 16, "cutmix", 1.0)[:, 0]
     assert set(w.unique().tolist()) == {0.0, 1.0}
     hole = 1 - w
     rows, columns = hole.amax(2), hole.amax(1)
@@ -110,4 +114,4 @@ def test_cutmix_weights_are_boxes() -> None:
 
 def test_no_share_mixes_nothing() -> None:
     for how in ("mixup", "cutmix"):
-        assert bool((mix_weights(9, 4, 4, torch.Generator().manual_seed(0), how, 0.0) == 1).all())
+        assert bool((mix_weights(draws(9), 4, 4, how, 0.0) == 1).all())

@@ -21,11 +21,12 @@ import dodistill
 from dodistill import DodistillError, distill, load_model
 from dodistill.commands.cli import main
 from dodistill.data.images import Images
-from dodistill.engine.inputs import FILE, Inputs, even, read_inputs, sample
+from dodistill.engine.inputs import FILE, Inputs, read_inputs, sample
 from dodistill.engine.run_folder import drop_checkpoints
 from dodistill.evaluation.evaluate import agreement, predict
 from dodistill.evaluation.latency import LEAST, latency
 from dodistill.evaluation.parity import Parity, answers, parity
+from dodistill.functional.draws import even
 from dodistill.models import Normalized
 from dodistill.report.ship import of_images, ship
 from helpers import SHAPE, student, tree

@@ -16,7 +16,7 @@ from dodistill.criteria.adaptation import Adaptation
 from dodistill.data.images import Images
 from dodistill.errors import DodistillError
 from dodistill.functional import losses
-from dodistill.functional.augment import to_float
+from dodistill.functional.augment import to_float, to_uint8
 from dodistill.models.batchnorm import batchnorms
 from dodistill.sources.dfnd import select
 from dodistill.sources.fast import Fast
@@ -68,7 +68,7 @@ def test_same_seed_same_images(name: str, teacher: nn.Module, pupil: nn.Module, 
 
 @pytest.mark.parametrize("name", ["fast", "deepinv", "dfnd", "real"])
 def test_its_state_is_all_of_it(name: str, teacher: nn.Module, pupil: nn.Module, digits: Images) -> None:
-    settings = {"fast": {"reset_at": 2}, "dfnd": {"select": "random"}}.get(name, {})
+    settings = {"fast": {"reset_at": 2, "extra": 1}, "dfnd": {"select": "random"}}.get(name, {})
     a = build(name, teacher, 0, digits.x, **settings)
     b = build(name, teacher, 5, digits.x, **settings)
     for r in range(2):
@@ -278,6 +278,30 @@ def test_the_first_layers_are_redrawn_once(
     assert not net.l1.bias.any()
     assert net.conv_blocks[0].weight.abs().max() < 0.1
     same(later, net.conv_blocks[1].state_dict())
+
+
+def test_extra_images_come_from_the_optimised_generator(teacher: nn.Module, pupil: nn.Module) -> None:
+    plain, source = build("fast", teacher), build("fast", teacher, extra=4)
+    one, got = plain.acquire(pupil, 0), source.acquire(pupil, 0)
+    assert len(got.images) == 5 * 16
+    assert torch.equal(got.images[:16], to_uint8(one.images))  # the batch itself is the published one
+    same(plain.meta.state_dict(), source.meta.state_dict())
+    torch.testing.assert_close(got.logits, source.context.label(got.images))
+    g = plain.generator
+    with torch.no_grad():
+        made = torch.cat([to_uint8(plain.fast(torch.randn(16, 8, generator=g))) for _ in range(8)])
+    among = (got.images[16:, None] == made[None]).flatten(2).all(2)
+    assert bool(among.any(1).all())
+    offered = torch.bincount(source.context.label(made).argmax(1), minlength=10)
+    kept = torch.bincount(got.logits[16:].argmax(1), minlength=10)
+    most = next(m for m in range(65) if int(offered.clamp(max=m).sum()) >= 64)
+    assert bool((kept >= offered.clamp(max=most - 1)).all())
+    assert bool((kept <= offered.clamp(max=most)).all())
+
+
+def test_extra_images_are_no_fewer_than_none(teacher: nn.Module) -> None:
+    with pytest.raises(DodistillError, match=r"extra is -1"):
+        build("fast", teacher, extra=-1)
 
 
 def test_batchnorm_statistics_are_smoothed_over_acquisitions(teacher: nn.Module, pupil: nn.Module) -> None:

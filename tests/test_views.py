@@ -49,10 +49,11 @@ class Asked:
 
 
 def views(
-    V: int = 4, capacity: int = 6, eviction: str = "oldest", padding: str = "zeros", draws: float = 99.0
-) -> tuple[Pool, Views]:
+    V: int = 4, capacity: int = 6, eviction: str = "oldest", padding: str = "zeros", draws: float = 99.0,
+    mix: str = "none", share: float = 0.5,
+) -> tuple[Pool, Views]:  # fmt: skip
     pool = Pool(capacity, SHAPE, 3, CPU, eviction)
-    augment = Augment(pad=2, flip=True, padding=padding, views=V)  # type: ignore[arg-type]
+    augment = Augment(pad=2, flip=True, padding=padding, views=V, mix=mix, mix_share=share)  # type: ignore[arg-type]
     seen = Views(pool, augment, rng(1))
     seen.plan(draws, capacity)
     return pool, seen
@@ -69,10 +70,11 @@ def put(pool: Pool, seen: Views, n: int, seed: int = 0) -> int:
 # ------------------------------------------------------------------------------------------- what is drawn
 
 
+@pytest.mark.parametrize("mix", ["none", "mixup", "cutmix"])
 @pytest.mark.parametrize("padding", ["zeros", "reflect"])
 @pytest.mark.parametrize("eviction", ["oldest", "reservoir"])
-def test_each_view_comes_with_the_answer_to_its_own_pixels(padding: str, eviction: str) -> None:
-    pool, seen = views(padding=padding, eviction=eviction)
+def test_each_view_comes_with_the_answer_to_its_own_pixels(padding: str, eviction: str, mix: str) -> None:
+    pool, seen = views(padding=padding, eviction=eviction, mix=mix)
     for i, n in enumerate((3, 2, 4, 5, 9)):  # within the room, beyond it, over it twice
         put(pool, seen, n, seed=i)
         index = torch.arange(len(pool)).repeat(20)
@@ -141,21 +143,66 @@ class Loud(nn.Module):
 
 
 @pytest.mark.parametrize("how", ["mixup", "cutmix"])
-def test_mixed_images_lie_between_two_of_the_batch(how: str) -> None:
+@pytest.mark.parametrize("V", [0, 4])
+def test_mixed_images_lie_between_two_of_the_pool(V: int, how: str) -> None:
     pool = Pool(6, SHAPE, 3, CPU)
-    pool.add(torch.rand(6, *SHAPE, generator=rng()), torch.zeros(6, 3), rng())
-    seen = Views(pool, Augment(pad=0, flip=False, mix=how, mix_share=1.0, views=4), rng(1))  # type: ignore[arg-type]
+    seen = Views(pool, Augment(pad=0, flip=False, mix=how, mix_share=1.0, views=V), rng(1))  # type: ignore[arg-type]
     seen.plan(99.0, 6)
-    assert seen.count == 0
+    assert seen.count == V
     assert how in seen.reason
+    put(pool, seen, 6)
     index = torch.arange(6)
     x, t = seen(index, rng())
-    assert t is None
+    assert (t is None) == (V == 0)
     clean = to_float(pool.x)
     lows, highs = torch.minimum(clean[:, None], clean[None]), torch.maximum(clean[:, None], clean[None])
     between = ((x[:, None] >= lows - 1e-6) & (x[:, None] <= highs + 1e-6)).flatten(2).all(2)
     assert bool(between.any(1).all())
     assert not torch.equal(x, clean)
+
+
+def test_stored_blends_are_a_share_of_the_views() -> None:
+    pool, seen = views(V=50, capacity=40, mix="mixup", share=0.3)
+    put(pool, seen, 40)
+    _, alone = views(V=50, capacity=40)
+    alone.pool = pool
+    alone._reserve(40)
+    alone.shift, alone.mirrored = seen.shift[:, :, :1], seen.mirrored[:, :, :1]
+    index, view = torch.arange(40).repeat_interleave(50), torch.arange(50).repeat(40)
+    same = (seen._pixels(index, view) - alone._pixels(index, view)).abs().amax((1, 2, 3)) < 1e-6
+    assert 1 - same.float().mean().item() == pytest.approx(0.3, abs=0.03)
+
+
+@pytest.mark.parametrize("eviction", ["oldest", "reservoir"])
+def test_only_blends_with_an_image_that_left_are_asked_about_again(eviction: str) -> None:
+    pool, seen = views(V=3, capacity=50, eviction=eviction, mix="cutmix")
+    assert put(pool, seen, 30) == 90  # room for all: nobody leaves
+    assert put(pool, seen, 20, 1) == 60
+    before, partner, blended = seen.t.clone(), seen.partner.clone(), seen.u[:, :, 0] < 0.5
+    images = torch.rand(4, *SHAPE, generator=rng(2))
+    slots, ask = pool.add(images, torch.zeros(4, 3), rng(2)), Asked()
+    seen.fill(slots, ask)
+    left = torch.isin(torch.arange(50), slots)
+    orphans = left[partner.long()] & blended & ~left[:, None]
+    assert 0 < int(orphans.sum()) < 30
+    assert ask.images == 3 * len(slots) + int(orphans.sum())
+    assert torch.equal((seen.t != before).any(2), orphans | left[:, None])
+
+
+def test_a_checkpoint_without_blends_is_read() -> None:
+    pool, seen = views()
+    put(pool, seen, 5)
+    older = seen.state_dict()
+    older["shift"], older["mirrored"] = older["shift"][:, :, 0], older["mirrored"][:, :, 0]
+    del older["partner"], older["u"]
+    _, again = views()
+    again.pool = pool
+    again.load_state_dict(older)
+    index = torch.arange(5)
+    for was, now in zip(seen(index, rng(3)), again(index, rng(3))):
+        assert was is not None
+        assert now is not None
+        assert torch.equal(was, now)
 
 
 def test_a_run_with_mixed_images_asks_the_teacher_about_them(
@@ -183,6 +230,23 @@ def test_a_run_with_mixed_images_asks_the_teacher_about_them(
         ({"views": 16}, 365.0, 56_000, True, 0, "reads the teacher's features"),
         ({"views": 16, "pad": 0, "flip": False}, 365.0, 56_000, False, 0, "without augmentation"),
         ({"views": 16, "pad": 0}, 365.0, 56_000, False, 16, "16 views"),
+        (
+            {"views": 16, "mix": "cutmix"},
+            365.0,
+            56_000,
+            False,
+            16,
+            "some of them blended (cutmix) (44.8 MB)",
+        ),
+        (
+            {"mix": "cutmix"},
+            365.0,
+            56_000,
+            False,
+            0,
+            "some of them blended (cutmix), each with a teacher",
+        ),
+        ({"views": 9, "mix": "mixup", "pad": 0, "flip": False}, 365.0, 56_000, False, 9, "9 views"),
         ({"views": 500, "views_gb": 0.001}, 1e9, 4_000, False, 10, "500 do not fit in augment.views_gb = 0.001 GB"),
         ({"views": 16, "views_gb": 1e-6}, 1e9, 4_000, False, 0, "one per image does not fit"),
     ],
@@ -306,12 +370,12 @@ def test_replayed_inputs_are_untouched(update: str, teacher: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("source", ["fast", "dfnd", "deepinv"])
-@pytest.mark.parametrize("eviction", ["oldest", "reservoir"])
+@pytest.mark.parametrize(("eviction", "mix"), [("oldest", "none"), ("reservoir", "none"), ("oldest", "cutmix")])
 def test_stopped_at_each_step_it_ends_in_the_same_bits(
-    source: str, eviction: str, teacher: nn.Module, digits: Images, tmp_path: Path
+    source: str, eviction: str, mix: str, teacher: nn.Module, digits: Images, tmp_path: Path
 ) -> None:
     cfg = config(source, "kdci+stratified", steps=6, loop={"batch": 64},
-                 pool={"capacity": 50, "eviction": eviction}, **ON)  # fmt: skip
+                 pool={"capacity": 50, "eviction": eviction}, augment={**ON["augment"], "mix": mix})  # fmt: skip
     whole = job(teacher, cfg, digits.x[:300])
     whole.run()
     assert whole.acquirer.views.count == 2

@@ -99,14 +99,14 @@ class Augment:
     pad: int = 4  #: random crop after padding by this many pixels (0: none)
     flip: bool = True  #: random horizontal flip
     padding: Literal["zeros", "reflect"] = "zeros"  #: values of the pixels outside the image
-    mix: Literal["none", "mixup", "cutmix"] = "none"  #: images blended with another one of the batch, as new inputs
-    mix_share: float = 0.5  #: share of the batch that is blended
+    mix: Literal["none", "mixup", "cutmix"] = "none"  #: blends of an image with another one
+    mix_share: float = 0.5  #: share of the inputs that are blends
     views: int = 0  #: views per image with teacher logits computed once, on entering the pool (0: new at each draw)
     views_gb: float = 2.0  #: memory limit for these logits, in GB; it may reduce the number of views
 
     @property
     def mixes(self) -> bool:
-        """Whether inputs are blended, so that each is new to the teacher."""
+        """Whether some inputs are blends of two images."""
         return self.mix != "none"
 
 

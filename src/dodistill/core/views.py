@@ -4,6 +4,10 @@ A run draws an image of the pool up to hundreds of times. With `augment.views = 
 computed once, when an image enters the pool, and no step of the student calls the teacher. With V = 0 each draw is a
 new view, and each step calls the teacher.
 
+With `augment.mix`, some views are blends with another image. With V = 0, that image is another one of the batch. A
+stored blend keeps its partner, an image that is in the pool when the view is drawn. Once the partner has left the pool,
+the view is drawn anew.
+
 FKD (Shen and Xing, ECCV 2022) stores the teacher's predictions for crops in the same way, but only the largest few
 probabilities of each. Here all logits are stored, in fp16.
 """
@@ -25,6 +29,8 @@ from .runtime import at_once
 
 #: Bytes beside the logits of a view: two shifts (int16) and whether it is mirrored.
 _DRAW = 5
+#: Further bytes of a view that may be a blend: the same of the partner, its slot (int32), four draws (fp32).
+_BLEND = _DRAW + 4 + 16
 
 
 class Views:
@@ -45,10 +51,13 @@ class Views:
         self.pool, self.augment, self.generator = pool, augment, generator
         self.count = 0
         self.reason = ""
-        device, K = pool.device, pool.num_classes
-        self.shift = torch.empty(0, 0, 2, dtype=torch.int16, device=device)
-        self.mirrored = torch.empty(0, 0, dtype=torch.bool, device=device)
+        device, K, S = pool.device, pool.num_classes, 1 + augment.mixes  # S images are visible in a view
+        self.shift = torch.empty(0, 0, S, 2, dtype=torch.int16, device=device)
+        self.mirrored = torch.empty(0, 0, S, dtype=torch.bool, device=device)
         self.t = torch.empty(0, 0, K, dtype=torch.float16, device=device)
+        # of blends only: the partner's slot, and the draws of the weights (`mix_weights`)
+        self.partner = torch.empty(0, 0, dtype=torch.int32, device=device)
+        self.u = torch.empty(0, 0, 4, device=device)
 
     def _reserve(self, slots: int) -> None:
         """Allocate `slots` images (growing by doubling, up to the pool's capacity); the contents stay."""
@@ -63,6 +72,8 @@ class Views:
             return fresh
 
         self.shift, self.mirrored, self.t = longer(self.shift), longer(self.mirrored), longer(self.t)
+        if self.augment.mixes:
+            self.partner, self.u = longer(self.partner), longer(self.u)
 
     def plan(self, draws: float, most: int, asked_each_time: bool = False) -> None:
         """Decide on V, once, before the first image enters the pool.
@@ -73,15 +84,14 @@ class Views:
             asked_each_time: whether each batch needs a teacher pass anyway, for its features.
         """
         wanted, a = self.augment.views, self.augment
-        each = self.pool.num_classes * 2 + _DRAW
+        each = self.pool.num_classes * 2 + _DRAW + (_BLEND if a.mixes else 0)
         fit = math.floor(a.views_gb * 1e9 / (max(most, 1) * each))
         V = min(wanted, fit)
-        if a.mixes:
-            self.reason = f"new inputs at each draw, each with a teacher pass (augment.mix is {a.mix})"
-        elif not (a.pad or a.flip):
+        blends = f", some of them blended ({a.mix})" if a.mixes else ""
+        if not (a.pad or a.flip or a.mixes):
             self.reason = "without augmentation an image has one view, with teacher logits computed once"
         elif not wanted:
-            self.reason = "new views at each draw, each with a teacher pass (augment.views is 0)"
+            self.reason = f"new views at each draw{blends}, each with a teacher pass (augment.views is 0)"
         elif asked_each_time:
             self.reason = "new views at each draw: the criterion or an intervention reads the teacher's features"
         elif V < 1:
@@ -92,33 +102,57 @@ class Views:
             self.count = V
             short = f"; {wanted} do not fit in augment.views_gb = {a.views_gb:g} GB" if wanted > V else ""
             self.reason = (
-                f"teacher logits are computed once for {V} view{'s' * (V > 1)} of each image "
+                f"teacher logits are computed once for {V} view{'s' * (V > 1)} of each image{blends} "
                 f"({V * each * most / 1e6:.3g} MB), and an image is drawn {draws:.3g} times{short}"
             )
-            self.shift, self.mirrored, self.t = (
-                v.new_empty(0, V, *v.shape[2:]) for v in (self.shift, self.mirrored, self.t)
+            self.shift, self.mirrored, self.t, self.partner, self.u = (
+                v.new_empty(0, V, *v.shape[2:]) for v in (self.shift, self.mirrored, self.t, self.partner, self.u)
             )
 
     @torch.no_grad()
     def fill(self, slots: Tensor, ask: Callable[[Tensor], Tensor]) -> Tensor:
-        """Draw the views of the images in `slots` (long [n]), and store the teacher's logits of them, `ask(views)`.
+        """Draw the views of the new images in `slots` (long [n]), and store the teacher's logits of them, `ask(views)`.
 
+        Older images get new views in place of those whose partner was one of the images that left these slots.
         Returns whether all logits are finite in fp16, as an unsynced bool scalar.
         """
         sound = torch.ones((), dtype=torch.bool, device=self.pool.device)
         if not self.count or not len(slots):
             return sound
         self._reserve(len(self.pool))
-        pad, n, g, device = self.augment.pad, len(slots), self.generator, self.pool.device
-        self.shift[slots] = torch.randint(-pad, pad + 1, (n, self.count, 2), device=device, generator=g).to(torch.int16)
-        self.mirrored[slots] = (torch.rand((n, self.count), device=device, generator=g) < 0.5) & self.augment.flip
-        which = torch.arange(self.count, device=device)
-        for part in slots.split(max(1, at_once(device, 1000) // self.count)):
-            index, view = part.repeat_interleave(self.count), which.repeat(len(part))
-            answers = ask(self._pixels(index, view)).to(torch.float16)
+        index = slots.repeat_interleave(self.count)
+        view = torch.arange(self.count, device=slots.device).repeat(len(slots))
+        self._draw(index, view)
+        if self.augment.mixes:
+            others = self._orphans(slots)
+            self._draw(*others)
+            index, view = torch.cat([index, others[0]]), torch.cat([view, others[1]])
+        most = max(1, at_once(self.pool.device, 1000) // self.count) * self.count
+        for i, v in zip(index.split(most), view.split(most)):
+            answers = ask(self._pixels(i, v)).to(torch.float16)
             sound &= torch.isfinite(answers).all()
-            self.t[index, view] = answers
+            self.t[i, v] = answers
         return sound
+
+    def _draw(self, index: Tensor, view: Tensor) -> None:
+        """Draw view `view` [n] of the images in slots `index` [n] anew, with a partner among all images of the pool."""
+        pad, n, g, device = self.augment.pad, len(index), self.generator, self.pool.device
+        S = self.shift.shape[2]
+        shift = torch.randint(-pad, pad + 1, (n, S, 2), device=device, generator=g)
+        self.shift[index, view] = shift.to(torch.int16)
+        self.mirrored[index, view] = (torch.rand((n, S), device=device, generator=g) < 0.5) & self.augment.flip
+        if self.augment.mixes:
+            partner = torch.randint(len(self.pool), (n,), device=device, generator=g)
+            self.partner[index, view] = partner.to(torch.int32)
+            self.u[index, view] = torch.rand((n, 4), device=device, generator=g)
+
+    def _orphans(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """(index, view) of the views of other images whose partner was in one of `slots`."""
+        new = torch.zeros(len(self.pool), dtype=torch.bool, device=self.pool.device)
+        new[slots] = True
+        blended = self.u[: len(new), :, 0] < self.augment.mix_share
+        index, view = (new[self.partner[: len(new)].long()] & blended & ~new[:, None]).nonzero().T
+        return index, view
 
     def sound(self) -> bool:
         """Whether all stored logits are finite. Waits for the device."""
@@ -126,11 +160,18 @@ class Views:
 
     def _pixels(self, index: Tensor, view: Tensor) -> Tensor:
         """View `view` [B] of the images in slots `index` [B]: float in [0, 1], [B, C, H, W]."""
-        dy, dx = self.shift[index, view].long().T
-        x = shift_flip(
-            self.pool.x[index].to(dy.device), dy, dx, self.mirrored[index, view], self.augment.padding, self.augment.pad
-        )
-        return to_float(x)
+        a, shift, mirrored = self.augment, self.shift[index, view].long(), self.mirrored[index, view]
+        x = self._shifted(index, shift[:, 0].T, mirrored[:, 0])
+        if not a.mixes:
+            return x
+        other = self._shifted(self.partner[index, view].long(), shift[:, 1].T, mirrored[:, 1])
+        h, w = x.shape[2:]
+        return torch.lerp(other, x, mix_weights(self.u[index, view].T, h, w, a.mix, a.mix_share))
+
+    def _shifted(self, slots: Tensor, shift: Tensor, mirrored: Tensor) -> Tensor:
+        """The images in `slots` [B], shifted by dy and dx [2, B] pixels, and mirrored where `mirrored` [B]."""
+        x, a = self.pool.x[slots].to(self.pool.device), self.augment
+        return to_float(shift_flip(x, shift[0], shift[1], mirrored, a.padding, a.pad))
 
     def __call__(
         self, index: Tensor, generator: torch.Generator, ranks: Ranks | None = None
@@ -153,26 +194,34 @@ class Views:
             """This rank's part of the batch in another order."""
             draws = (index, *shifts, mirrored)
             slots, dy, dx, m = (ranks.cut(v if order is None else v[order], n) for v in draws)
-            return to_float(shift_flip(self.pool.x[slots].to(self.pool.device), dy, dx, m, a.padding, a.pad))
+            return self._shifted(slots, torch.stack([dy, dx]), m)
 
         x = seen()
         if not a.mixes:
             return x, None if a.pad or a.flip else self.pool.logits[mine]
         partner = torch.randperm(n, generator=generator, device=generator.device)
         h, w = x.shape[2:]
-        weight = ranks.cut(mix_weights(n, h, w, generator, a.mix, a.mix_share), n)
+        u = torch.rand(4, n, generator=generator, device=generator.device)
+        weight = ranks.cut(mix_weights(u, h, w, a.mix, a.mix_share), n)
         other = x[partner] if len(x) == n else seen(partner)  # another rank's image is read here, too
         return torch.lerp(other, x, weight), None
 
     def state_dict(self) -> dict[str, Any]:
         size = len(self.pool) if self.count else 0
         return {
-            "count": self.count, "reason": self.reason, "generator": self.generator.get_state(),
-            "shift": self.shift[:size].clone(), "mirrored": self.mirrored[:size].clone(), "t": self.t[:size].clone(),
-        }  # fmt: skip
+            "count": self.count,
+            "reason": self.reason,
+            "generator": self.generator.get_state(),
+            **{name: getattr(self, name)[:size].clone() for name in ("shift", "mirrored", "t", "partner", "u")},
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         device = self.pool.device
         self.count, self.reason = state["count"], state["reason"]
         self.generator.set_state(state["generator"].cpu())
-        self.shift, self.mirrored, self.t = (state[k].to(device) for k in ("shift", "mirrored", "t"))
+        self.t = state["t"].to(device)
+        # checkpoints from before blends were stored have one image in a view, and no axis S
+        S, views = self.shift.shape[2], self.t.shape[:2]
+        self.shift = state["shift"].to(device).reshape(*views, S, 2)
+        self.mirrored = state["mirrored"].to(device).reshape(*views, S)
+        self.partner, self.u = (state.get(k, getattr(self, k)).to(device) for k in ("partner", "u"))

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..data.rows import Pixels
 from ..errors import DodistillError
 from ..files import replacing
+from ..functional.draws import even
 from .run_folder import load_tensors, newest_pool
 
 FILE = "inputs.safetensors"
@@ -40,21 +41,6 @@ class Inputs:
     t: Tensor
     held: Tensor
     held_t: Tensor
-
-
-def even(classes: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    """Indices [at most n] into `classes` [N], at even shares: each class in turn gives one, until it has no more.
-
-    Within a class, and for the last turn, the choice is random.
-    """
-    order = torch.randperm(len(classes), generator=generator)
-    shuffled = classes.cpu()[order]
-    by_class = shuffled.argsort(stable=True)
-    counts = torch.bincount(shuffled)
-    first = counts.cumsum(0) - counts
-    turn = torch.empty_like(by_class)
-    turn[by_class] = torch.arange(len(classes)) - first[shuffled[by_class]]
-    return order[turn.argsort(stable=True)[:n]]
 
 
 def sample(x: Pixels, logits: Tensor, held: Pixels, held_logits: Tensor) -> Inputs:

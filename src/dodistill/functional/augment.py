@@ -101,16 +101,16 @@ def resized_crop(
     return F.grid_sample(x.float(), grid, padding_mode="border", align_corners=False)
 
 
-def mix_weights(n: int, h: int, w: int, generator: torch.Generator, how: str, share: float) -> Tensor:
+def mix_weights(u: Tensor, h: int, w: int, how: str, share: float) -> Tensor:
     """Weights [n, 1, h, w] of each image against its partner: x m + y (1 - m); 1 outside of a random `share` of n.
 
+    u: uniform draws in [0, 1), [4, n]. The first says whether an image is blended, the others how.
     `mixup`: one weight lam ~ U(0, 1) for the whole image (Zhang et al., 2018). `cutmix`: 0 in a box that covers a share
     1 - lam of the area before it is cut at the border, its centre uniform, else 1 (Yun et al., 2019).
     """
-    u = torch.rand(4, n, generator=generator, device=generator.device)
     keep = u[0] >= share
     if how == "mixup":
-        return torch.where(keep, 1.0, u[1])[:, None, None, None].expand(n, 1, h, w)
+        return torch.where(keep, 1.0, u[1])[:, None, None, None].expand(-1, 1, h, w)
     half = (1 - u[1]).sqrt()[:, None] / 2
 
     def outside(centre: Tensor, length: int) -> Tensor:
