@@ -95,6 +95,8 @@ def test_runs_once_resumes_and_prints_the_table(
     assert record["config"]["teacher"]["spec"] == "{teachers}/t.safetensors"
     assert 0 <= record["last"] <= record["best"] <= 100
     assert not list(out.rglob("checkpoint.pt"))
+    assert not list(out.rglob("pool-*.pt"))
+    assert len(list(out.rglob("sample.safetensors"))) == 3
 
     stamps = [f.stat().st_mtime_ns for f in files]
     assert compare(recipe, out) == 0

@@ -16,6 +16,7 @@ from dodistill.commands.cli import main
 from dodistill.commands.look import look
 from dodistill.config.tree import resolve
 from dodistill.data.images import Images
+from dodistill.engine.inputs import POOL_FILE, keep_pool
 from dodistill.engine.run_folder import drop_checkpoints
 from dodistill.errors import DodistillError
 from dodistill.evaluation.evaluate import predict
@@ -78,7 +79,17 @@ def test_a_run_without_its_pool_and_a_teacher_that_changed(
 ) -> None:
     run, out = tmp_path / "run", tmp_path / "look.html"
     shutil.copytree(runs[1], run)
+    whole = look([run], "digits", out, n=60)[1]
+    keep_pool(run)
     drop_checkpoints(run)
+    keep_pool(run)  # changes nothing once the pool is gone
+    kept = look([run], "digits", out, n=60)[1]
+    assert kept.images == whole.images == 194
+    assert kept.distance == pytest.approx(whole.distance, rel=1e-3)
+    (run / POOL_FILE).write_bytes(b"torn")
+    with pytest.raises(DodistillError, match=f"{POOL_FILE} is damaged"):
+        look([run], "digits", out, n=60)
+    (run / POOL_FILE).unlink()
     assert look([run], "digits", out, n=60)[1].distance is None
     assert "There is no pool of run" in out.read_text()
     assert "other weights" not in out.read_text()

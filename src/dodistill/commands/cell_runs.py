@@ -21,6 +21,7 @@ from ..config import plugins
 from ..config.code import code_of
 from ..config.grid import Cell
 from ..core.deadline import Deadline
+from ..engine.inputs import keep_pool
 from ..engine.run_folder import drop_checkpoints, write_atomically
 from ..errors import DodistillError
 from ..report.format import duration
@@ -194,6 +195,7 @@ def _finish(it: Started, out: Path, here: bool, storage: str) -> tuple[str, floa
     record = outcome.record | {"folder": f"runs/{run.name}"}
     it.task.record(out).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(it.task.record(out), json.dumps(record, indent=1).encode())
+    keep_pool(run)
     drop_checkpoints(run)  # a finished cell is never resumed
     if kept is not None:
         with contextlib.suppress(Unwritable):  # what is left harms nothing

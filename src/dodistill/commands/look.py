@@ -11,7 +11,8 @@ run's own teacher: it needs no download and fits images of 16 or 32 pixels, but 
 measures the separation of the classes as a number. (4) The paper shows the images that +KDCI corrects. We also show
 the images that become wrong, and count both.
 
-No choice depends on the labels. `compare` deletes the pool of a run, so such a run has no distance.
+No choice depends on the labels. `compare` deletes the pool of a run, and keeps 10 000 of its images for this page (at
+most 32 MB).
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ from ..core.runtime import pick_device
 from ..data.classes import require_count, titles
 from ..data.images import Images, load_images, refuse_one_class, require_fit
 from ..data.labels import fitted
+from ..engine.inputs import POOL_MOST, read_pool
 from ..engine.normalisation import doubt
-from ..engine.run_folder import check_writable, fingerprint, names_of_run, newest_pool
+from ..engine.run_folder import check_writable, fingerprint, names_of_run
 from ..errors import DodistillError
 from ..evaluation.evaluate import agreement, class_shares, frechet_distance, predict, top1
 from ..evaluation.probe import features
@@ -77,7 +79,6 @@ def run(arguments: Arguments) -> int:
 
 
 SHOWN = 12  #: images shown of each kind of difference
-MOST = 10_000  #: most images on each side of a distance
 
 
 @dataclass
@@ -160,7 +161,7 @@ def look(
 
     with Progress(1 + len(folders), f"look at {len(folders)} runs on {len(real):,} images") as progress:
         answers = [predict(model, real.x)]
-        inside = features(model, real.x[: max(2 * MOST, n)])
+        inside = features(model, real.x[: max(2 * POOL_MOST, n)])
         found = [seen("teacher", answers[0], inside[: len(y)])]
         progress.update(1)
         for i, (folder, student) in enumerate(zip(folders, students), 2):
@@ -221,13 +222,12 @@ def _strangers(folder: Path, model: nn.Module) -> list[str]:
 
 
 def _shift(it: Seen, folder: Path, teacher: nn.Module, inside: Tensor, real: Images, names: Sequence[str]) -> None:
-    """Fill in the distance from the pool of a run to the real images, if the pool still exists."""
-    try:
-        pool = newest_pool(folder)
-    except DodistillError:
+    """Fill in the distance from the pool of a run to the real images, if the pool or a sample of it still exists."""
+    pool = read_pool(folder)
+    if pool is None:
         return
     half = len(inside) // 2
-    it.images = m = min(len(pool["x"]), half, MOST)
+    it.images = m = min(len(pool["x"]), half, POOL_MOST)
     drawn = torch.randperm(len(pool["x"]), generator=torch.Generator().manual_seed(0))[:m]
     it.distance = frechet_distance(features(teacher, pool["x"][drawn]), inside[:m])
     it.floor = frechet_distance(inside[half : half + m], inside[:m])

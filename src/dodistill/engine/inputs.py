@@ -1,6 +1,7 @@
-"""A sample of a run's images, `inputs.safetensors` in its folder: exports are calibrated and checked on it.
+"""What a run folder keeps of the run's images. The pool is large, and `compare` deletes it with the checkpoints.
 
-The pool is large, and `compare` deletes it with the checkpoints. The sample stays.
+`inputs.safetensors` has a few hundred images, at even shares of the teacher's classes: exports are calibrated and
+checked on them. `sample.safetensors` has up to 10 000 of the pool, drawn at random, for `look`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -24,6 +26,8 @@ from .run_folder import load_tensors, newest_pool
 FILE = "inputs.safetensors"
 MOST = 512  #: images of each kind
 LARGEST = 32 << 20  #: bytes of each kind
+POOL_FILE = "sample.safetensors"
+POOL_MOST = 10_000  #: images of the pool
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,37 @@ def read_inputs(folder: Path) -> Inputs | None:
         return sample(pool["x"], pool["logits"], held["x"], held["logits"])
     except (DodistillError, KeyError, TypeError):
         return None
+
+
+def keep_pool(folder: Path) -> None:
+    """Write a random sample of a run's pool into its folder, atomically; nothing if it has no pool."""
+    try:
+        pool = newest_pool(folder)
+    except DodistillError:
+        return
+    x, logits = pool["x"], pool["logits"]
+    most = min(POOL_MOST, max(1, LARGEST // math.prod(x.shape[1:])))
+    some = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:most]
+    with replacing(folder / POOL_FILE) as file:
+        file.write(save({"x": x[some].contiguous(), "logits": logits[some].contiguous()}))
+
+
+def read_pool(folder: Path) -> dict[str, Any] | None:
+    """{"x": uint8 [n, C, H, W], "logits": [n, K]}: the pool of a run, or what `keep_pool` kept; None without both.
+
+    Raises DodistillError for a damaged file.
+    """
+    path = folder / POOL_FILE
+    try:
+        return newest_pool(folder)
+    except DodistillError:
+        if not path.exists():
+            return None
+    try:
+        parts = load(path.read_bytes())
+        return {"x": parts["x"], "logits": parts["logits"]}
+    except (SafetensorError, OSError, KeyError) as error:
+        raise DodistillError(f"{path} is damaged ({error}); delete it.") from error
 
 
 def _read(path: Path) -> Inputs:

@@ -2,7 +2,7 @@
 
     config.json      the resolved config        metrics.jsonl   one JSON per line: log, eval, pool
     classes.json     names of the classes       (where they are known)
-    inputs.safetensors  a sample of the images (`engine/inputs.py`); it stays when the pool is deleted
+    inputs.safetensors, sample.safetensors: samples of the images (`engine/inputs.py`), which outlive the pool
     checkpoint.pt    everything but the pool    pool-N.pt       the pool's version N, written only when it changed
     previous.pt      the checkpoint before      summary.json    the outcome, once the run has ended
 
