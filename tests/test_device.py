@@ -76,6 +76,8 @@ CASES += [
         "name": "generative", "size": 8, "new": 8, "latent": 4, "width": 4}}),
     ("fast", "kdci", {"pool": {"eviction": "reservoir", "capacity": 64}}),
     ("fast", "kdci", {"augment": {"mix": "cutmix"}}),
+    ("fast", "kdci", {
+        "augment": {"mix": "cutmix", "views": 1}, "source": {"extra": 1, "batch": 16}, "pool": {"capacity": 40}}),
     ("fast", "kdci", {"dictionary": {"of": "batch"}}),
     ("fast", "kdci", {"dictionary": {"of": "pool", "random": True}}),
     ("dfnd", "stratified", {"stratified": {"by": "cluster"}, "source": {"select": "balanced"}}),
