@@ -51,6 +51,8 @@ def test_a_time_limit_sets_the_steps(tmp_path: Path) -> None:
     running = cell(tmp_path, lines=logs((50, 5.0)))
     (tmp_path / "plan.json").write_text(json.dumps({"loop": {"steps": 200}}))
     assert status(running).steps == 200
+    follows = cell(tmp_path, lines=[line | {"steps": 300} for line in logs((50, 5.0), (100, 10.0))])
+    assert (status(follows).steps, status(follows).left) == (300, pytest.approx(20))
 
 
 def test_the_time_of_the_whole_grid(tmp_path: Path) -> None:

@@ -226,6 +226,8 @@ def test_there_is_always_a_student_a_report_and_a_sentence(
     assert summary["finished"]
     assert summary["steps"] >= 1
     assert summary["time"]["limit"] == seconds
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["steps"] for line in lines if line["kind"] == "log"][-1] == summary["steps"]
     assert took < seconds + 15, "the report, on a busy machine"
     if seconds > 5:
         assert summary["time"]["used"] <= seconds

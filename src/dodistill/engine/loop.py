@@ -200,6 +200,8 @@ class Distiller:
         done = self.plan.done(self.step)
         if looking:
             values |= {"rate": self.clock.lap(self.step) * loop.batch, "lr": self.lr()}
+        if looking and self.plan.limited:
+            values["steps"] = self.plan.steps  # as far as is known now
         if evaluating:
             tell.on_eval(self.step, scores)
         if looking:

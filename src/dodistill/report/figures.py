@@ -13,7 +13,7 @@ from .shares import shares
 
 Record = dict[str, Any]
 
-HIDDEN = ("kind", "step", "seconds", "rate", "lr")  # keys of a log line without a curve
+HIDDEN = ("kind", "step", "steps", "seconds", "rate", "lr")  # keys of a log line without a curve
 INERT = 0.02  # |F| / |S| below which the page notes that KDCI hardly acts
 
 

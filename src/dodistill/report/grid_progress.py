@@ -65,6 +65,8 @@ def status(cell: Running) -> Status:
     if not logs:
         return Status(steps=steps, agreement=agreement)
     first, last = logs[0], logs[-1]
+    if isinstance(last.get("steps"), int):  # a time limit follows the speed
+        steps = last["steps"]
     pace = 0.0
     if _is(last.get("seconds")) and last["step"]:
         pace = float(last["seconds"]) / last["step"]
