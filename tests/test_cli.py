@@ -9,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,22 +28,31 @@ CHOSEN = ["distill", "--source", "fast", "--preset", "wrn", "--intervention", "k
 
 
 def help_of(*words: str) -> str:
-    return subprocess.run(
+    shown = subprocess.run(
         [sys.executable, "-m", "dodistill", *words, "--help"], capture_output=True, text=True, check=True
     ).stdout
+    assert "usage: dodistill" in shown
+    return shown
 
 
 @pytest.mark.parametrize("words", [[], *([name] for name in COMMANDS), CHOSEN], ids=" ".join)
 def test_help_answers_within_a_second(words: list[str]) -> None:
     took = []
     for _ in range(3):  # the best of three, in time of a processor: other tests run beside this one
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert "usage: dodistill" in help_of(*words)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        took.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+        took.append(processor_time(lambda: help_of(*words)))
         if took[-1] < 1.0:
-            break
-    assert min(took) < 1.0, took
+            return
+    # a slow or busy machine: the help is still far faster than what it must not import
+    torch_too = processor_time(lambda: subprocess.run([sys.executable, "-c", "import torch"], check=True))
+    assert min(took) < torch_too / 2, took
+
+
+def processor_time(work: Callable[[], object]) -> float:
+    """Seconds of a processor that the processes started by `work` took."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    work()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
 
 def test_help_lists_the_commands() -> None:
