@@ -6,11 +6,13 @@ import itertools
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 from dodistill import DodistillError, distill, engine
@@ -20,10 +22,11 @@ from dodistill.config import registry
 from dodistill.config.checks import seconds_in
 from dodistill.config.methods import LONG, SHORT, choose, longer
 from dodistill.config.tree import Distill, resolve
+from dodistill.core import precision
 from dodistill.core.deadline import Deadline
 from dodistill.core.watch import Watcher
 from dodistill.data.images import Images
-from dodistill.engine.budget import ROUNDS, Speed, fitted, scaled
+from dodistill.engine.budget import ROUNDS, Speed, fitted, measured, scaled, whole
 from dodistill.engine.plan import Plan
 from dodistill.engine.run_folder import RunFolder
 from dodistill.evaluation import evaluate
@@ -201,6 +204,59 @@ def test_scaled_settings_cost_what_they_say() -> None:
     assert scaled(tiny, 0.0) == (tiny, 1.0), "never more than was asked for"
 
 
+@pytest.mark.parametrize(
+    ("cost", "patience", "least", "found"),
+    [
+        (lambda p: 0.5 + 10 * p, 1.0, 0.01, 10.5),  # a small part has an overhead of five times its work
+        (lambda p: 0.5 + 10 * p, 0.6, 0.01, 60.0),  # no patience for a larger one
+        (lambda p: 3.0 * p, 1.0, 0.25, 3.0),
+        (lambda p: 0.001, 1.0, 0.01, 0.001),  # the whole is timed
+        (lambda p: 2.0, 9.0, 1.0, 2.0),  # there is no smaller part
+        (lambda p: 1.0 - p / 2, 2.0, 0.1, 1.0 - 0.2 / 1.9),  # noise: no work gets faster with its size
+    ],
+)  # fmt: skip
+def test_the_duration_of_a_work_from_its_parts(cost: Any, patience: float, least: float, found: float) -> None:
+    asked: list[float] = []
+
+    def timed(share: float) -> tuple[float, float]:
+        asked.append(max(share, least))
+        return cost(asked[-1]), asked[-1]
+
+    assert whole(timed, patience) == pytest.approx(found)
+    assert len(asked) <= 2
+    assert all(cost(p) <= max(2 * patience, cost(least)) for p in asked)
+
+
+def test_speed_is_measured_in_the_precision_of_the_run(
+    teacher: nn.Module, digits: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside: list[bool] = []
+
+    class Spy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = teacher
+
+        def forward(self, x: Tensor) -> Tensor:
+            inside.append(torch.is_autocast_enabled("cpu"))
+            out: Tensor = self.model(x)
+            return out
+
+    def chosen(work: Callable[[int], object], _device: torch.device) -> dict[str, float]:
+        work(2)
+        inside.clear()
+        return {"fp32": 2.0, "bf16": 1.0}
+
+    monkeypatch.setattr(precision, "emulated", lambda *_: False)
+    monkeypatch.setattr(precision, "measured", chosen)
+    for name, expected in (("auto", True), ("fp32", False)):
+        inside.clear()
+        cfg = config("fast", source={"name": "fast", "K": 1, "batch": 8, "width": 2}, loop={"precision": name})
+        speed = measured(engine.Job(cfg, Spy(), student(1), SHAPE), patience=0.01)
+        assert set(inside) == {expected}
+        assert min(speed.step, speed.acquisition, speed.answer, speed.asked) > 0
+
+
 def test_dfnd_asks_about_some_of_the_images(teacher: nn.Module, digits: Images) -> None:
     it = job(teacher, config("dfnd", source={"name": "dfnd", "n": 500, "candidates": 64}), digits.x)
     it.acquire(Watcher())
@@ -338,6 +394,9 @@ def test_longer_names_the_next_limit_that_matters() -> None:
     assert found is not None
     assert found[0] == SHORT
     found = longer(True, False, 600.0, (3, 32, 32))
+    assert found is not None
+    assert (found[0], found[1].preset) == (3600.0, "hour")
+    found = longer(True, False, 3600.0, (3, 32, 32))
     assert found is not None
     assert (found[0], found[1].preset) == (LONG, "wrn")
     assert longer(True, False, 7 * 3600.0, (3, 32, 32)) is None

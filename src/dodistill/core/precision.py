@@ -1,7 +1,7 @@
 """The precision of a run's forward passes: fp32, bf16, or the faster of the two on this model.
 
-The faster precision depends on the CPU: bf16 is 2 to 4 times as fast with AMX, slower with AVX512-BF16 alone, and ten
-times slower if it is emulated. So `auto` measures both on a CPU. On CUDA `auto` is bf16.
+The faster precision depends on the CPU: bf16 is 2 to 4 times as fast with AMX, from slower to 1.5 times as fast with
+AVX512-BF16 alone, and ten times slower if it is emulated. So `auto` measures both on a CPU. On CUDA `auto` is bf16.
 """
 
 from __future__ import annotations

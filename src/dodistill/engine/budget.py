@@ -2,7 +2,7 @@
 
     limit - used - reserve = warm-up * a + steps * (s + a / every)
 
-with a the time of one acquisition, s that of one matching step, both measured on a small part, and the reserve for the
+with a the time of one acquisition, s that of one matching step, both measured on parts of it, and the reserve for the
 last evaluation and the results. A schedule that fits keeps its acquisitions, and gets more steps. Otherwise
 acquisitions become fewer, then smaller, and the steps fewer. During the run `plan.Plan` adjusts the steps.
 """
@@ -43,6 +43,7 @@ LOOK = 0.05  #: largest share for evaluations during the run
 TESTS = 0.1  #: largest share for the test images at its end; else a random part of them counts
 FEWEST = 200  #: test images that count at least
 RESULTS = 3.0  #: seconds for weights, figures and report
+PATIENCE = 0.01, 1.0  #: share of the time, and seconds at most, for one measurement
 FILE = "plan.json"
 
 
@@ -92,7 +93,7 @@ def _fit(job: Job, folder: str | Path | None, began: float) -> Fitted:
     config, seconds = job.config, seconds_in(job.config.loop.time, "loop.time")
     if (record := _record(config, folder)) is not None:
         return _fitted(job, _with(config, record), record, seconds, began)
-    speed = measured(job)
+    speed = measured(job, min(PATIENCE[0] * seconds, PATIENCE[1]))
     tests = whole = 0 if job.test is None else len(job.test.x)
     each = 2 * speed.answer + speed.asked  # the last student, its average, the teacher
     if tests * each > TESTS * seconds:
@@ -158,18 +159,26 @@ def answer_rate(teacher: Teacher, device: torch.device) -> float:
     return 64 / max(_timed(lambda: predict(teacher, grey), device), 1e-9)
 
 
-def measured(job: Job) -> Speed:
-    """The durations of the parts of a run, from small ones. Nothing of the run changes: all streams are its own."""
+def measured(job: Job, patience: float = PATIENCE[1]) -> Speed:
+    """The durations of the parts of a run, each from parts of it that take about `patience` seconds. Nothing of the run
+    changes: all streams are its own."""
     config, context = job.config, job.context()
     assert context.student is not None
     student, batch = copy.deepcopy(context.student), config.loop.batch
     work = trial(student, context.image_shape, context.device, context.teacher.answers)
-    step = _timed(lambda: work(min(batch, 32)), context.device) * batch / min(batch, 32)
+    context.autocast.settle(work)  # the passes below run in the precision of the run
+
+    def some(share: float) -> tuple[float, float]:
+        n = max(min(batch, 32), round(share * batch))
+        with context.autocast():
+            return _timed(lambda: work(n), context.device), n / batch
+
+    step = whole(some, patience)
     grey = torch.full((64, *context.image_shape), 127, dtype=torch.uint8)
     answer = _timed(lambda: predict(student, grey, autocast=context.autocast), context.device) / 64
     asked = _timed(lambda: predict(context.teacher, grey, autocast=context.autocast), context.device) / 64
     given = 0 if job.unlabeled is None else len(job.unlabeled)
-    acquisition = _acquisition(config.source.counted(given), context, student)
+    acquisition = _acquisition(config.source.counted(given), context, student, patience)
     return Speed(step, acquisition, answer, asked)
 
 
@@ -182,24 +191,44 @@ def _timed(work: Callable[[], object], device: torch.device) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - start
-        if seconds > 1:
+        if seconds > 2:
             break
     return seconds
 
 
-def _acquisition(settings: SourceSettings, context: Context, student: torch.nn.Module) -> float:
-    """The duration of one acquisition, from one as small as its settings allow; 0 if they do not say what it costs."""
+def whole(timed: Callable[[float], tuple[float, float]], patience: float) -> float:
+    """The seconds of a piece of work, from parts of it.
+
+    `timed(share)` does about this share of the work (0: as little as possible), and returns its seconds and the share
+    that it did. Small parts are slow for their size, on a fast processor several times. So where the smallest one took
+    less than `patience` seconds, a larger one of at most twice that is timed too, and the line through both continued.
+    """
+    few, least = timed(0.0)
+    if few >= patience or least >= 1:
+        return few / least
+    many, share = timed(min(1.0, least * max(2.0, patience / max(few, 1e-9))))
+    if share <= least:
+        return few / least
+    return many + max(0.0, many - few) / (share - least) * (1 - share)
+
+
+def _acquisition(settings: SourceSettings, context: Context, student: torch.nn.Module, patience: float) -> float:
+    """The duration of one acquisition, from smaller ones; 0 if the settings do not say what it costs."""
     if not settings.costs:
         return 0.0
-    small, share = scaled(settings, 0.0)
-    source = small.build(context)
 
-    def work() -> None:
-        got = source.acquire(student.eval(), small.warmup + 1)
-        if got.logits is None:
-            context.label(as_uint8(got.images))
+    def some(share: float) -> tuple[float, float]:
+        small, reached = scaled(settings, share)
+        source = small.build(context)
 
-    return _timed(work, context.device) / share
+        def work() -> None:
+            got = source.acquire(student.eval(), small.warmup + 1)
+            if got.logits is None:
+                context.label(as_uint8(got.images))
+
+        return _timed(work, context.device), reached
+
+    return whole(some, patience)
 
 
 # --------------------------------------------------------------------------------------------------- fitting
