@@ -61,6 +61,7 @@ def choose(
         no                  yes         no                    as the two lines above
         no                  yes         yes                   < 3 min     procedural  desk
         no                  yes         yes                   >= 6 h      fast        wrn
+        no                  yes         yes                   1 to 6 h    fast        hour
         no                  yes         yes                   else, none  fast        desk
 
     A time also counts as below 3 minutes if the teacher can answer fewer than 400 000 images in it.
@@ -103,7 +104,7 @@ def choose(
             "pictures need no training",
         )  # fmt: skip
     return Choice(
-        "fast", "wrn" if hours else "desk",
+        "fast", "wrn" if hours else "hour" if HOUR <= seconds < LONG else "desk",
         f"no unlabelled images were given, and the teacher's BatchNorm statistics can guide a generator; {time}",
     )  # fmt: skip
 
@@ -117,7 +118,7 @@ def longer(
 ) -> tuple[float, Choice] | None:
     """The next time limit above `seconds` from which `choose` takes another source or preset, and that choice."""
     now = choose(has_batchnorm, unlabeled, seconds, image_shape, seconds * rate)
-    for limit in (max(SHORT, math.ceil(PASSES / rate / MINUTE) * MINUTE), LONG):
+    for limit in (max(SHORT, math.ceil(PASSES / rate / MINUTE) * MINUTE), HOUR, LONG):
         then = choose(has_batchnorm, unlabeled, limit, image_shape, limit * rate)
         if limit > seconds and (then.source, then.preset) != (now.source, now.preset):
             return limit, then
@@ -131,7 +132,7 @@ def _spoken(seconds: float) -> str:
     allowed = f"{number:.3g} {unit}"
     if seconds < SHORT:
         return allowed
-    return f"{allowed} allow " + ("the published schedule" if seconds >= LONG else "the short schedule")
+    return f"{allowed} allow " + ("the published schedule" if seconds >= LONG else "a short schedule")
 
 
 def asks(tree: Mapping[str, Any]) -> bool:

@@ -107,10 +107,10 @@ class Config(GuidedConfig):
         },
         "hour": {
             **_COMMON,
-            "source": {"K": 10, "batch": 256, "width": 32, "warmup": 5, "every": 60, "reset_at": 0},
+            "source": {"K": 10, "batch": 256, "width": 32, "warmup": 5, "every": 120, "reset_at": 0},
             "optim": {"lr": 0.1, "weight_decay": 5e-4, "floor": 0.0},
             "augment": {"mix": "cutmix"},
-            "loop": {"steps": 6000, "batch": 128},
+            "loop": {"steps": 6000, "batch": 64},
         },
     }
     origin: ClassVar[dict[str, str]] = {
@@ -118,7 +118,7 @@ class Config(GuidedConfig):
         **_origins("vgg11", "VGG-11 -> ResNet-18 on CIFAR"),
         **_origins("resnet34", "ResNet-34 -> ResNet-18 on CIFAR"),
         "desk": "ours: the same losses on a schedule for two CPU cores",
-        "hour": "ours: Fast-10 and cutmix; chosen by recipes/hour_search.yaml, one seed. See recipes/hour.yaml",
+        "hour": "ours: Fast-10, cutmix, batches of 64; chosen by recipes/hour_search.yaml and recipes/hour_core.yaml",
     }
 
     def teacher_passes(self) -> tuple[float, float]:
