@@ -26,6 +26,7 @@ RUNS = {
     "predict": (f"{SMALL} --image 8", "at once"),
     "scale": (f"{SMALL} --image 8 --pools 100 200 --counts 10 20 --clusters 4 8", "| 200 |"),
     "rows": ("--n 120 --side 16 --steps 4 --batch 8 --rounds 1 --fits 60 --written 100", "the same bits"),
+    "agreement": ("--least 30", "| cifar10, `fast` |"),
     "planning": (f"--recipe {BENCHMARKS.parent / 'recipes' / 'mnist.yaml'}", "| mnist | 18 |"),
     "whole": (f"{SMALL} --teacher wrn16_1 --image 16 --K 1 --width 4 --real-steps 4 --views 2", "measured parts"),
 }  # fmt: skip

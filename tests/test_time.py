@@ -379,14 +379,20 @@ def test_what_more_time_would_change() -> None:
     source = config("procedural").source
     rising, flat = [(200, 40.0), (400, 60.0), (600, 70.0)], [(200, 90.0), (400, 91.0), (600, 91.2)]
     assert "rose by 10.0 points in the last 33 % of the steps: more time should help" in more_time(
-        rising, 600, source, 16, 1000
+        rising, 600, source, 16, 1000, 1000
     )
-    said = more_time(flat, 600, source, 128, 40_000, longer(True, False, 60.0, (3, 32, 32)))
+    said = more_time(flat, 600, source, 128, 40_000, 10_000, longer(True, False, 60.0, (3, 32, 32)))
     assert "changed by +0.2 points" in said
     assert "Each of the 40,000 images was drawn 1.9 times" in said
     assert said.endswith("From 3 min 00 s on, --source auto takes fast, preset desk.")
-    assert "Only 3 steps fitted" in more_time([(3, 5.0)], 3, source, 16, 1000)
-    assert more_time(flat, 600, config("fast").source, 128, 2000).count(".") == 2
+    assert "Only 3 steps fitted" in more_time([(3, 5.0)], 3, source, 16, 1000, 30)
+    assert more_time(flat, 600, config("fast").source, 128, 2000, 10_000).count(".") == 2
+    # two standard errors of the difference of two shares near 0.65, over 100 inputs: 200 sqrt(2 * 0.65 * 0.35 / 100)
+    said = more_time(rising, 600, source, 16, 1000, 100)
+    assert (
+        "changed by +10.0 points in the last 33 % of the steps, which can be chance (up to 13.5 points with 100" in said
+    )
+    assert "does not tell whether more time would help" in said
 
 
 def test_longer_names_the_next_limit_that_matters() -> None:

@@ -55,7 +55,8 @@ def time_used(it: Distiller, history: History) -> dict[str, Any]:
         shape, given = it.context.image_shape, it.job.unlabeled is not None
         rate = it.job.choice.rate
         longer = methods.longer(it.context.teacher.has_batchnorm, given, it.plan.seconds, shape, rate)
-    more = more_time(history.curve("agreement"), it.step, c.source, c.loop.batch, it.acquirer.pool.seen, longer)
+    held = len(it.acquirer.holdout)
+    more = more_time(history.curve("agreement"), it.step, c.source, c.loop.batch, it.acquirer.pool.seen, held, longer)
     return {"limit": it.plan.seconds, "used": round(it.plan.used(), 1), "more": more}
 
 
