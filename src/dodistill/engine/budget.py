@@ -126,7 +126,7 @@ def _fitted(job: Job, config: Distill, record: dict[str, Any], seconds: float, b
 def spoken(record: Mapping[str, Any]) -> str:
     """What a fit changed, in one sentence."""
     limit = record["given"]["loop"]["time"]
-    return f"time {limit}: " + ("; ".join(record["said"]) or "nothing was cut") + " (the steps follow the speed)."
+    return f"time {limit}: " + ("; ".join(record["said"]) or "nothing was cut") + "; the steps then follow the speed."
 
 
 def _record(config: Distill, folder: str | Path | None) -> dict[str, Any] | None:
@@ -262,7 +262,7 @@ def fitted(
     looks = max(1.0, LOOK * left / max(evaluation, 1e-9))
     eval_every = max(1, min(loop.eval_every, steps // 4), math.ceil(steps / looks))
     source = _set(source, {"warmup": warmup, "every": every})
-    said = [f"{steps} steps instead of {loop.steps}", *said] if steps != loop.steps else said
+    said = [f"{steps} steps planned instead of {loop.steps}", *said] if steps != loop.steps else said
     return replace(config, source=source, loop=replace(loop, steps=steps, eval_every=eval_every)), said
 
 
