@@ -30,7 +30,6 @@ Record = Mapping[str, Any]
 
 FAR = 0.9  #: a student below this share of its teacher's test accuracy is far below it
 AGREES = 85.0  #: without a test set: a student that agrees on this many held-back inputs (%) gets no verdict
-CHANCE = 0.1  #: a student has learned nothing below this share of the way from chance to full agreement
 FITS = 90.0  #: agreement (%) from which the student has learned its inputs
 TINY = 0.2  #: a class is rare below this share of an even share
 GAP = 10.0  #: points between agreement on training inputs and on held-back inputs
@@ -140,11 +139,9 @@ def _distance(summary: Record) -> tuple[str, float] | None:
 
 
 def _by_chance(summary: Record) -> bool:
-    """Whether the student agrees with the teacher on hardly more of its own inputs than a constant answer would."""
-    fitted = number(summary, "train_agreement")
-    fitted = number(summary, "agreement") if fitted is None else fitted
-    chance = 100 * max(summary.get("class_shares") or [0.0])
-    return fitted is not None and fitted < chance + CHANCE * (100 - chance)
+    """Whether the student agrees with the teacher hardly more often than by chance."""
+    agreement, classes = number(summary, "agreement"), _classes(summary)
+    return classes > 0 and "no agreement" in symptoms({}, classes, agreement, done=1.0)
 
 
 # ------------------------------------------------------------------------------------------------- the causes
