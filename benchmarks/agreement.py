@@ -34,11 +34,13 @@ def spearman(points: Sequence[Point]) -> float:
 
 
 def points(folder: Path) -> Iterator[tuple[str, str, Point]]:
-    """(test set, source, point) of each cell with a test accuracy."""
+    """(test set, source, point) of each cell with a test accuracy; a cell that lies in two folders counts once."""
+    seen = set()
     for file in sorted(folder.glob("*/cells/*.json")):
         cell = json.loads(file.read_text(encoding="utf-8"))
         agreement, last, teacher = cell["summary"].get("agreement_last"), cell.get("last"), cell.get("teacher")
-        if agreement and last and teacher:
+        if agreement and last and teacher and cell["key"] not in seen:
+            seen.add(cell["key"])
             yield cell["config"]["data"]["test"], cell["config"]["source"]["name"], (agreement, 100 * last / teacher)
 
 
