@@ -63,13 +63,14 @@ def ended(it: Distiller) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def apart(a: Any, b: Any, where: str = "") -> tuple[float, str]:
-    """The largest difference of two nested states, relative to a tensor's largest number if that exceeds 1, and its
-    place."""
+    """The largest difference of two nested states, relative to a tensor's largest number if that exceeds 1 (of 8-bit
+    images, to 255), and its place."""
     if isinstance(a, Tensor):
         if not a.numel():
             return 0.0, where
+        image = b.dtype == torch.uint8
         a, b = a.double(), b.double()
-        return float((a - b).abs().max() / b.abs().max().clamp_min(1.0)), where
+        return float((a - b).abs().max() / (255 if image else b.abs().max().clamp_min(1.0))), where
     if isinstance(a, Mapping):
         assert list(a) == list(b), (where, list(a), list(b))
         return max((apart(a[k], b[k], f"{where}.{k}") for k in a), default=(0.0, where))
