@@ -65,6 +65,7 @@ def tree(source: str = "fast", intervention: str = "none", /, steps: int = 6, **
         "dictionary": {"clusters": 4, "iterations": 3}, "optim": {"lr": 0.05},
         "loop": {
             "steps": steps, "batch": 16, "device": "cpu", "threads": 1, "log_every": 1, "eval_every": 3, "ema": 0.9,
+            "precision": "fp32",  # `auto` measures on a CPU with bf16: by the load, two runs may differ
         },
     }  # fmt: skip
     return merge(base, more)

@@ -347,8 +347,7 @@ def ended(it: Distiller, folder: Path) -> bool:
 def test_a_teacher_that_sours_is_named_and_the_last_checkpoint_is_good(
     intervention: str, teacher: nn.Module, digits: Images, tmp_path: Path
 ) -> None:
-    loop = {"checkpoint_seconds": 0.0, "log_every": 5, "eval_every": 40, "precision": "fp32"}  # `auto` may ask it, too
-    cfg = config("dfnd", intervention, steps=40, loop=loop)
+    cfg = config("dfnd", intervention, steps=40, loop={"checkpoint_seconds": 0.0, "log_every": 5, "eval_every": 40})
     it = job(Sours(teacher, 14), cfg, digits.x[:300])
     with pytest.raises(
         Diverged, match=r"not finite: .*(match/kd|kd).* at step \d+.*optim.lr is 0.05.*checkpoint is kept"

@@ -141,8 +141,10 @@ def test_two_processes_equal_one(name: str, found: list[dict[str, Any]]) -> None
     assert ("dictionary" in gaps) == ("kdci" in str(cases()[name]["tree"]["intervention"]))
     most = dict.fromkeys(gaps, 1e-5) | {"logs": 1e-4, "optimizers": 1e-4}
     if gaps["pool"][0] > 1e-5:  # an image made in parts may round to the next of 256 levels, where it lies between two
-        most = dict.fromkeys(gaps, 1e-3) | {"pool": 1.01 / 255, "holdout": 1.01 / 255, "logs": 1e-2, "optimizers": 0.1}
-    assert all(gap <= most[part] for part, (gap, _) in gaps.items()), gaps
+        most = dict.fromkeys(gaps, 1e-3) | {"pool": 1.01 / 255, "holdout": 1.01 / 255, "logs": 1e-2, "dictionary": 1e-2}
+        most |= {"optimizers": 0.1}  # momentum sums the differences of the gradients
+    wrong = {part: (gap, where) for part, (gap, where) in gaps.items() if gap > most[part]}
+    assert not wrong, wrong
 
 
 @pytest.mark.parametrize("name", ["begun_on_two", "begun_on_one"])
