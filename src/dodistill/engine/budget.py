@@ -43,7 +43,7 @@ LOOK = 0.05  #: largest share for evaluations during the run
 TESTS = 0.1  #: largest share for the test images at its end; else a random part of them counts
 FEWEST = 200  #: test images that count at least
 RESULTS = 3.0  #: seconds for weights, figures and report
-PATIENCE = 0.01, 1.0  #: share of the time, and seconds at most, for one measurement
+PATIENCE = 0.005, 1.0  #: share of the time, and seconds at most, for one measurement; there are up to eight
 FILE = "plan.json"
 
 
