@@ -128,6 +128,28 @@ def test_a_teacher_is_taught_by_one_process(
     assert target.read_bytes() == teacher_file.read_bytes()
 
 
+def test_only_the_teachers_of_the_cells_to_run_are_taught(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not that of an arm that --only leaves out, nor one that no cell names, nor one that is there."""
+    tree = yaml.safe_load(recipe.read_text())
+    how = {"model": "tiny4", "data": "digits", "epochs": 1, "flip": False, "pad": 1}
+    tree["teachers"] = dict.fromkeys(("t", "other", "unused"), how)
+    tree["grid"]["arm"]["other"] = {"teacher": "{teachers}/other.safetensors"}
+    recipe.write_text(yaml.safe_dump(tree, sort_keys=False))
+    taught: list[list[str]] = []
+
+    def teach(recipe: dict[str, Any], folder: Path, *_: Any) -> bool:
+        taught.append(list(recipe["teachers"]))
+        return False
+
+    monkeypatch.setattr("dodistill.commands.compare.teach_missing", teach)
+    assert compare(recipe, tmp_path / "out", only=["arm=other"]) == 75
+    assert compare(recipe, tmp_path / "out", only=["arm=plain"], dry_run=True) == 0
+    assert compare(recipe, tmp_path / "out", only=["arm=plain"]) == 75
+    assert taught == [["other"], []]
+
+
 def test_a_label_may_have_commas(recipe: Path, tmp_path: Path) -> None:
     """As in --against "arm=plain, at length,seed=7": a comma begins the next axis only where one follows."""
     tree = yaml.safe_load(recipe.read_text())

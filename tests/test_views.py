@@ -99,6 +99,26 @@ def test_a_view_is_a_shift_and_a_flip_of_its_image() -> None:
     assert 20 < len(drawn) <= 50
 
 
+@pytest.mark.parametrize(("flip", "count"), [(True, 50), (False, 25)])
+def test_as_many_views_as_there_are_are_each_stored_once(flip: bool, count: int) -> None:
+    """So that a draw of them is a draw of a new view."""
+    pool = Pool(6, SHAPE, 3, CPU)
+    seen = Views(pool, Augment(pad=2, flip=flip, views=1000), rng(1))
+    seen.plan(1e9, 6)
+    assert seen.count == count
+    assert f"all {count} views" in seen.reason
+    for n in (3, 2, 4):
+        put(pool, seen, n, seed=n)
+    assert len(seen.shift) == 6
+    for slot in range(6):
+        drawn = [(int(dy), int(dx), bool(m)) for (dy, dx), m in zip(seen.shift[slot, :, 0], seen.mirrored[slot, :, 0])]
+        sides = range(-2, 3)
+        assert sorted(drawn) == sorted((y, x, m) for y in sides for x in sides for m in {False, flip})
+    x, t = seen(torch.arange(6).repeat(50), rng())
+    assert t is not None
+    torch.testing.assert_close(t, answer(x), rtol=2e-3, atol=2e-3)
+
+
 def test_the_teacher_is_asked_once_for_what_joins_and_never_by_a_draw() -> None:
     pool, seen = views(V=4, capacity=6)
     assert [put(pool, seen, n, i) for i, n in enumerate((3, 3, 2))] == [12, 12, 8]  # each image that joins, four times
@@ -229,7 +249,9 @@ def test_a_run_with_mixed_images_asks_the_teacher_about_them(
         ({"views": 0}, 365.0, 56_000, False, 0, "augment.views is 0"),
         ({"views": 16}, 365.0, 56_000, True, 0, "reads the teacher's features"),
         ({"views": 16, "pad": 0, "flip": False}, 365.0, 56_000, False, 0, "without augmentation"),
-        ({"views": 16, "pad": 0}, 365.0, 56_000, False, 16, "16 views"),
+        ({"views": 16, "pad": 0}, 365.0, 56_000, False, 2, "all 2 views"),
+        ({"views": 300}, 365.0, 56_000, False, 162, "all 162 views of each image (227 MB)"),
+        ({"views": 162}, 161.9, 56_000, False, 0, "less than 162 views"),
         (
             {"views": 16, "mix": "cutmix"},
             365.0,

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from ..config.code import changed, code_of
-from ..config.grid import Cell, Records, cells, read_recipe, stored
+from ..config.grid import Cell, Records, cells, read_recipe, stored, weights_of
 from ..config.tree import Tree
 from ..core.deadline import Deadline, stopping
 from ..engine.run_folder import check_writable, write_atomically
@@ -144,22 +144,29 @@ def _compare(recipe: Tree, out: Path, where: Where, deadline: Deadline, only: li
         chosen = [c for c in cells(recipe, out / "teachers", allow_code) if _chosen(c, only)]
         return chosen, _tasks(chosen, stored(out), rerun == "changed")
 
-    taught = all((out / "teachers" / f"{name}.safetensors").exists() for name in recipe.get("teachers") or {})
-    plan = planned() if taught or table or dry_run else None
-    if plan is None or (plan[1] and not (table or dry_run)):
+    chosen, todo = planned()
+    if todo and not (table or dry_run):
+        lessons = _lessons(recipe, todo, out / "teachers")
         with closing(where.executor(out)) as executor:
-            if not taught and not _taught(recipe, out, where, executor, deadline, allow_code):
+            if not _taught(recipe | {"teachers": lessons}, out, where, executor, deadline, allow_code):
                 print("budget spent while training the teachers; rerun the command to resume.", file=sys.stderr)
                 return STOPPED
-            plan = plan or planned()
-            run_all(plan[1], out, executor, deadline, track, where.stored(out))
-    chosen, todo = plan
+            if lessons:  # a cell is known by its teacher's weights
+                chosen, todo = planned()
+            run_all(todo, out, executor, deadline, track, where.stored(out))
     if dry_run:
         of = {task.cell.key: "changed" if task.again else "todo" for task in todo}
         for cell in chosen:
             print(f"{of.get(cell.key, 'done')}  {cell.key}  {cell.label}")
         return 0
     return _report(recipe, chosen, out, shown)
+
+
+def _lessons(recipe: Tree, todo: Sequence[Task], folder: Path) -> Tree:
+    """The recipe's teachers that the cells to run need, and that are not trained yet."""
+    read = {path for task in todo for path in weights_of(task.cell.config).values()}
+    return {name: how for name, how in (recipe.get("teachers") or {}).items()
+            if str(folder / f"{name}.safetensors") in read}  # fmt: skip
 
 
 def _taught(recipe: Tree, out: Path, where: Where, executor: Executor, deadline: Deadline, allow_code: bool) -> bool:

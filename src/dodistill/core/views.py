@@ -4,6 +4,9 @@ A run draws an image of the pool up to hundreds of times. With `augment.views = 
 computed once, when an image enters the pool, and no step of the student calls the teacher. With V = 0 each draw is a
 new view, and each step calls the teacher.
 
+Shifts by up to p pixels and flips give 2 (2p + 1)^2 views, 162 at p = 4. A V of that number or more stores each of them
+once. A draw then has the distribution of a new view, and the student loses nothing but the rounding of the logits.
+
 With `augment.mix`, some views are blends with another image. With V = 0, that image is another one of the batch. A
 stored blend keeps its partner, an image that is in the pool when the view is drawn. Once the partner has left the pool,
 the view is drawn anew.
@@ -51,6 +54,8 @@ class Views:
         self.pool, self.augment, self.generator = pool, augment, generator
         self.count = 0
         self.reason = ""
+        #: how many views of an image there are; no limit with blends
+        self.all = math.inf if augment.mixes else (2 * augment.pad + 1) ** 2 * (1 + augment.flip)
         device, K, S = pool.device, pool.num_classes, 1 + augment.mixes  # S images are visible in a view
         self.shift = torch.empty(0, 0, S, 2, dtype=torch.int16, device=device)
         self.mirrored = torch.empty(0, 0, S, dtype=torch.bool, device=device)
@@ -86,7 +91,7 @@ class Views:
         wanted, a = self.augment.views, self.augment
         each = self.pool.num_classes * 2 + _DRAW + (_BLEND if a.mixes else 0)
         fit = math.floor(a.views_gb * 1e9 / (max(most, 1) * each))
-        V = min(wanted, fit)
+        V = int(min(wanted, fit, self.all))
         blends = f", some of them blended ({a.mix})" if a.mixes else ""
         if not (a.pad or a.flip or a.mixes):
             self.reason = "without augmentation an image has one view, with teacher logits computed once"
@@ -100,9 +105,11 @@ class Views:
             self.reason = f"new views at each draw: an image is drawn {draws:.3g} times, which is less than {V} views"
         else:
             self.count = V
-            short = f"; {wanted} do not fit in augment.views_gb = {a.views_gb:g} GB" if wanted > V else ""
+            which = f"all {V} views" if self.all == V else f"{V} view{'s' * (V > 1)}"
+            much = wanted > V and fit < self.all
+            short = f"; {wanted} do not fit in augment.views_gb = {a.views_gb:g} GB" if much else ""
             self.reason = (
-                f"teacher logits are computed once for {V} view{'s' * (V > 1)} of each image{blends} "
+                f"teacher logits are computed once for {which} of each image{blends} "
                 f"({V * each * most / 1e6:.3g} MB), and an image is drawn {draws:.3g} times{short}"
             )
             self.shift, self.mirrored, self.t, self.partner, self.u = (
@@ -135,9 +142,18 @@ class Views:
         return sound
 
     def _draw(self, index: Tensor, view: Tensor) -> None:
-        """Draw view `view` [n] of the images in slots `index` [n] anew, with a partner among all images of the pool."""
+        """Draw view `view` [n] of the images in slots `index` [n] anew, with a partner among all images of the pool.
+
+        Where all views are stored, the number of a view says its shift and whether it is mirrored.
+        """
         pad, n, g, device = self.augment.pad, len(index), self.generator, self.pool.device
         S = self.shift.shape[2]
+        if self.count == self.all:
+            side = 2 * pad + 1
+            place = view % side**2
+            self.shift[index, view, 0] = torch.stack([place // side - pad, place % side - pad], 1).to(torch.int16)
+            self.mirrored[index, view, 0] = view >= side**2
+            return
         shift = torch.randint(-pad, pad + 1, (n, S, 2), device=device, generator=g)
         self.shift[index, view] = shift.to(torch.int16)
         self.mirrored[index, view] = (torch.rand((n, S), device=device, generator=g) < 0.5) & self.augment.flip
