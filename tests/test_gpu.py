@@ -40,7 +40,7 @@ def taught_there(teacher: nn.Module) -> Iterator[nn.Module]:
 
 def made(teacher: nn.Module, digits: Images, test: Images, source: str, intervention: str, /, **more: Any) -> Distiller:
     labels = digits.y[:200] if source == "data" and digits.y is not None else None
-    loop = {"device": "cuda:0"} | dict(more.pop("loop", {}))
+    loop = {"device": "cuda:0", "precision": "auto"} | dict(more.pop("loop", {}))  # bf16
     cfg = config(source, intervention, steps=4, **more, loop=loop)
     assert test.y is not None
     its = fitting(source, copy.deepcopy(teacher))
@@ -115,13 +115,14 @@ def test_auto_takes_graphs_and_a_resumed_run_keeps_them(
 ) -> None:
     auto = {"compile": "auto"}
     whole, first, second = (made(taught_there, digits, digits_test, "fast", "none", loop=auto) for _ in range(3))
-    assert whole.run()
-    first.settle()
-    first.compiled.begin()
-    while first.step < 2:
-        first.acquire(Watcher()) if first.acquirer.due(first.step) else first.match()
-    second.load_state_dict(saved(first.state_dict()), saved(first.acquirer.pool_state()))
-    assert second.run()
+    with repeatable(CUDA):
+        assert whole.run()
+        first.settle()
+        first.compiled.begin()
+        while first.step < 2:
+            first.acquire(Watcher()) if first.acquirer.due(first.step) else first.match()
+        second.load_state_dict(saved(first.state_dict()), saved(first.acquirer.pool_state()))
+        assert second.run()
     assert second.compiled.reason == "CUDA graphs"
     same(whole.state_dict()["matcher"]["student"], second.state_dict()["matcher"]["student"])
 

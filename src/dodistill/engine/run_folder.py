@@ -70,14 +70,20 @@ def fingerprint(tensors: Iterable[Tensor], most: int = 1 << 26) -> str:
 
 
 def check_writable(path: Path) -> None:
-    """Raise DodistillError if `path` is not writable. Nothing is left behind."""
+    """Raise DodistillError if `path` is not writable. Nothing is left behind. Several processes may ask at once."""
     absent = [p for p in path.absolute().parents if not _exists(p)]
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "ab"):
-            pass
-        if path.stat().st_size == 0:
-            path.unlink()
+        for last in (False, False, True):
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with open(path, "ab") as file:
+                    empty = file.tell() == 0
+                break
+            except FileNotFoundError:  # another process has just removed the empty folder
+                if last:
+                    raise
+        if empty:
+            path.unlink(missing_ok=True)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DodistillError(f"cannot write {shown(path)}: {reason}; choose another --out.") from error
