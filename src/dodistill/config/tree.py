@@ -101,7 +101,7 @@ class Augment:
     padding: Literal["zeros", "reflect"] = "zeros"  #: values of the pixels outside the image
     mix: Literal["none", "mixup", "cutmix"] = "none"  #: blends of an image with another one
     mix_share: float = 0.5  #: share of the inputs that are blends
-    views: int = 0  #: views per image with teacher logits computed once, on entering the pool (0: new at each draw)
+    views: int = 0  #: views per image with teacher logits computed once (0: new at each draw; 162: every one, at pad 4)
     views_gb: float = 2.0  #: memory limit for these logits, in GB; it may reduce the number of views
 
     @property
