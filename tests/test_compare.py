@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from dodistill.commands.compare import compare, seconds_of, teach_missing
 from dodistill.config import grid
 from dodistill.config.grid import Records, cells, read_recipe, stored
 from dodistill.core.deadline import Deadline
-from dodistill.engine.run_folder import RunFolder
+from dodistill.engine.run_folder import RunFolder, check_writable
 from dodistill.errors import DodistillError
 
 
@@ -126,6 +127,18 @@ def test_a_teacher_is_taught_by_one_process(
         assert f"{target} is in use by another process" in capfd.readouterr().err
         assert teach_missing(recipe, tmp_path, Deadline())
     assert target.read_bytes() == teacher_file.read_bytes()
+
+
+def test_two_grids_that_begin_together_do_not_refuse_their_folder(tmp_path: Path) -> None:
+    """Each tries to write its page and removes what it wrote; none is in the way of another."""
+
+    def ask(_: int) -> None:
+        for _ in range(200):
+            check_writable(tmp_path / "compare.html")
+
+    with ThreadPoolExecutor(4) as several:
+        list(several.map(ask, range(4)))
+    assert not list(tmp_path.iterdir())
 
 
 def test_only_the_teachers_of_the_cells_to_run_are_taught(
