@@ -27,7 +27,20 @@ from ..config.tree import build, expand
 from ..errors import STOPPED, Busy, DodistillError, Elsewhere, nearest
 from ..files import shown
 
-COMMANDS = ("demo", "distill", "teach", "evaluate", "compare", "report", "look", "export", "pack", "methods", "doctor")
+COMMANDS = (
+    "demo",
+    "distill",
+    "teach",
+    "evaluate",
+    "compare",
+    "report",
+    "look",
+    "rank",
+    "export",
+    "pack",
+    "methods",
+    "doctor",
+)
 PROGRAM = "dodistill"
 ABOUT = """Distil a trained image classifier into a small one without its training data, under P(S | do(X)).
 

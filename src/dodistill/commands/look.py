@@ -27,19 +27,17 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from ..config import plugins
-from ..config.tree import Distill, Model, resolve
+from ..config.tree import Model
 from ..core.runtime import pick_device
 from ..data.classes import require_count, titles
 from ..data.images import Images, load_images, refuse_one_class, require_fit
 from ..data.labels import fitted
 from ..engine.inputs import POOL_MOST, read_pool
 from ..engine.normalisation import doubt
-from ..engine.run_folder import check_writable, fingerprint, names_of_run
+from ..engine.run_folder import check_writable, names_of_run
 from ..errors import DodistillError
 from ..evaluation.evaluate import agreement, class_shares, frechet_distance, predict, top1
 from ..evaluation.probe import features
-from ..files import read_object
 from ..models.configured import load_teacher, open_student
 from ..models.normalized import class_names
 from ..report import plots
@@ -48,6 +46,7 @@ from ..report.format import number
 from ..report.images import grid
 from ..report.page import render, write_figures
 from ..report.progress import Progress
+from .finished import config_of, one_teacher, strangers
 
 
 @dataclass(frozen=True)
@@ -124,9 +123,9 @@ def look(
     if n < 50:
         raise DodistillError(f"--n is {n}; a map needs at least 50 points.")
     part = Model(spec=teacher) if isinstance(teacher, str) else teacher
-    configs = [_config(f, bool(part.spec), allow_code) for f in folders]
+    configs = [config_of(f, bool(part.spec), allow_code) for f in folders]
     if not part.spec:
-        _one_teacher(folders, configs)
+        one_teacher(folders, configs)
         part = configs[0].teacher
     part = replace(part, classes=classes or part.classes)
     model, shape = load_teacher(part, configs[0].data.image_shape, allow_code=allow_code)
@@ -144,7 +143,7 @@ def look(
     require_fit(real, shape, outputs or 1 << 31, test)
     called = titles(names)
     notes = [real.note] if real.note else []
-    notes += [note for f in folders for note in _strangers(f, model)]
+    notes += [note for f in folders for note in strangers(f, model)]
     notes += [text] if (text := doubt(model, shape)) else []
     order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
     some, real = real.select(order[:n]), real.select(order)
@@ -186,39 +185,6 @@ def _sklearn() -> tuple[Any, Any]:
     except ImportError as error:
         raise DodistillError("the maps need scikit-learn (t-SNE): pip install 'dodistill[demo]'") from error
     return TSNE, silhouette_score
-
-
-def _config(folder: Path, typed: bool, allow_code: bool) -> Distill:
-    """The teacher and the data in a run's config. The code of its methods does not run. The code of its teacher's file
-    runs only if the user typed the teacher, or allowed it."""
-    if not (folder / "student.safetensors").is_file():
-        raise DodistillError(f"{folder} holds no student.safetensors; give the folder of a finished run.")
-    tree = read_object(folder / "config.json", "give the folder of a finished run")
-    if not (typed or allow_code) and plugins.model_file(tree["teacher"]["spec"]):
-        raise DodistillError(
-            f"the config of {folder} names code, {tree['teacher']['spec']}; code runs only if you name it yourself: "
-            f"--teacher {tree['teacher']['spec']}, or --allow-code."
-        )
-    return resolve({"teacher": {} if typed else tree["teacher"], "data": tree["data"]}, allow_code=True)
-
-
-def _one_teacher(folders: Sequence[Path], configs: Sequence[Distill]) -> None:
-    """Refuse runs of more than one teacher."""
-    named = {c.teacher.spec: f for f, c in zip(folders, configs)}
-    if "" in named:
-        raise DodistillError(f"{named['']} received its teacher in memory; name that teacher by --teacher FILE.")
-    if len({(c.teacher.spec, c.teacher.weights) for c in configs}) > 1:
-        raise DodistillError(f"these runs have several teachers ({', '.join(named)}); give runs of one teacher.")
-
-
-def _strangers(folder: Path, model: nn.Module) -> list[str]:
-    """A warning if the run's teacher had other weights than `model`."""
-    path = folder / "summary.json"
-    summary = read_object(path, "give the folder of a finished run") if path.exists() else {}
-    began = summary.get("made_of", {}).get("teacher")
-    if began in (None, fingerprint([*model.parameters(), *model.buffers()])):
-        return []
-    return [f"{folder.name} was distilled from a teacher with other weights than the one shown here."]
 
 
 def _shift(it: Seen, folder: Path, teacher: nn.Module, inside: Tensor, real: Images, names: Sequence[str]) -> None:

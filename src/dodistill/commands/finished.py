@@ -1,0 +1,57 @@
+"""Finished runs that a command compares: their configs, their students, and whether one teacher taught them all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from ..config import plugins
+from ..config.grid import weights_of
+from ..config.tree import Distill, resolve
+from ..engine.run_folder import fingerprint
+from ..errors import DodistillError
+from ..files import read_object
+
+
+def config_of(folder: Path, typed: bool, allow_code: bool) -> Distill:
+    """The teacher and the data in a run's config. The code of its methods does not run. The code of its teacher's file
+    runs only if the user typed the teacher, or allowed it."""
+    if not (folder / "student.safetensors").is_file():
+        raise DodistillError(f"{folder} holds no student.safetensors; give the folder of a finished run.")
+    tree = read_object(folder / "config.json", "give the folder of a finished run")
+    if not (typed or allow_code) and plugins.model_file(tree["teacher"]["spec"]):
+        raise DodistillError(
+            f"the config of {folder} names code, {tree['teacher']['spec']}; code runs only if you name it yourself: "
+            f"--teacher {tree['teacher']['spec']}, or --allow-code."
+        )
+    return resolve({"teacher": {} if typed else tree["teacher"], "data": tree["data"]}, allow_code=True)
+
+
+def source_of(folder: Path) -> str:
+    """The name of a run's source."""
+    source = read_object(folder / "config.json", "give the folder of a finished run")["source"]
+    return str(source["name"] if isinstance(source, dict) else source)
+
+
+def one_teacher(folders: Sequence[Path], configs: Sequence[Distill]) -> None:
+    """Refuse runs of more than one teacher. Copies of one file of weights are one teacher."""
+    named = {c.teacher.spec: f for f, c in zip(folders, configs)}
+    if "" in named:
+        raise DodistillError(f"{named['']} received its teacher in memory; name that teacher by --teacher FILE.")
+    files = [weights_of(c) for c in configs]
+    teachers = {tuple(w.get(f"teacher.{k}", getattr(c.teacher, k)) for k in ("spec", "weights"))
+                for c, w in zip(configs, files)}  # fmt: skip
+    if len(teachers) > 1:
+        raise DodistillError(f"these runs have several teachers ({', '.join(named)}); give runs of one teacher.")
+
+
+def strangers(folder: Path, model: nn.Module) -> list[str]:
+    """A warning if the run's teacher had other weights than `model`."""
+    path = folder / "summary.json"
+    summary = read_object(path, "give the folder of a finished run") if path.exists() else {}
+    began = summary.get("made_of", {}).get("teacher")
+    if began in (None, fingerprint([*model.parameters(), *model.buffers()])):
+        return []
+    return [f"{folder.name} was distilled from a teacher with other weights than the one shown here."]

@@ -1,0 +1,208 @@
+"""`dodistill rank`: which of several students of one teacher is the best, without labels and without its data.
+
+Each student is asked about one common set of images, and its agreement with the teacher there is its score. The set is
+`--on` some images, of any kind and without labels, or a run, whose held-back images are taken. Without it, runs of one
+source are compared on the held-back images of all of them, and runs of several sources on drawn pictures: a source's
+own images favour the students that learned from it.
+
+The score orders students; it is no accuracy. `behind` is the difference to the best on the same images, with its
+standard error. A student within two standard errors of the best is not told apart from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from ..config.tree import Model
+from ..core.runtime import pick_device
+from ..data.images import Images, load_images, refuse_one_class, require_fit
+from ..data.labels import fitted
+from ..engine.inputs import read_inputs
+from ..engine.normalisation import doubt
+from ..engine.run_folder import names_of_run
+from ..errors import DodistillError
+from ..evaluation import yardstick
+from ..evaluation.evaluate import predict, top1
+from ..models.configured import Shape, load_teacher, open_student
+from ..models.normalized import Normalized, class_names
+from ..report.progress import Progress
+from ..sources.shared.pictures import KINDS, draw, shares
+from .finished import config_of, one_teacher, source_of, strangers
+
+#: pictures drawn for each that is kept, so that there are some of rare classes
+CANDIDATES = 3
+#: fewest images on which a student is scored
+LEAST = 50
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Order the students of one teacher, best first, without labels: by agreement with it on one set of images."""
+
+    runs: Annotated[tuple[str, ...], "[RUN ...]"] = ()  #: run folders of one teacher
+    on: Annotated[str, "DATA|RUN"] = ""  #: images without labels, or a run with its held-back ones; empty: see above
+    test: Annotated[str, "DATA"] = ""  #: labelled images: print the accuracy too, and how well the order agrees
+    n: int = 4000  #: at most so many images, at even shares of the teacher's classes
+    teacher: Model = field(default_factory=Model)  #: the teacher, if a run received it in memory
+    model: Annotated[str, "FILE.py:FACTORY"] = ""  #: the students' network, if their weights name code, or nothing
+    allow_code: bool = False  #: allow the code that the runs name as their networks to run
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """One student.
+
+    Attributes:
+        run: its folder.
+        agreement: % of the images on which it predicts the teacher's class.
+        behind: points of agreement behind the best student.
+        error: the standard error of `behind`, over the images.
+        accuracy: % of the labelled images, if there are any.
+    """
+
+    run: Path
+    agreement: float
+    behind: float
+    error: float
+    accuracy: float | None = None
+
+    @property
+    def apart(self) -> bool:
+        """Whether it is told apart from the best: by more than two standard errors."""
+        return self.behind > 2 * self.error
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Students, the best first. `on` says what they were compared on, `notes` what weakens the comparison."""
+
+    students: list[Ranked]
+    on: str
+    images: int
+    notes: list[str]
+
+
+def run(arguments: Arguments) -> int:
+    a = arguments
+    found = rank(a.runs, a.on, a.test, a.n, a.teacher, a.model, a.allow_code)
+    wide = max(3, *(len(s.run.name) for s in found.students))
+    print(f"{'run':{wide}}  agreement  behind the best{'  accuracy' if a.test else ''}")
+    for i, s in enumerate(found.students):
+        gap = "" if i == 0 else f"{s.behind:.2f} ± {s.error:.2f}" + ("" if s.apart else "  =")
+        seen = "" if s.accuracy is None else f"{s.accuracy:8.2f} %"
+        print(f"{s.run.name:{wide}}  {s.agreement:7.2f} %  {gap:17}{seen}".rstrip())
+    print(f"\non {found.images:,} images: {found.on}")
+    if any(not s.apart for s in found.students[1:]):
+        print("= : not told apart from the best by these images")
+    if a.test and len(found.students) > 2:
+        pairs = [(s.agreement, s.accuracy or 0.0) for s in found.students]
+        print(f"rank correlation of agreement and accuracy: {yardstick.correlation(*zip(*pairs)):.2f}")
+    for note in found.notes:
+        print(f"note: {note}")
+    return 0
+
+
+def rank(
+    runs: Sequence[str | Path], on: str = "", test: str = "", n: int = 4000, teacher: str | Model = "",
+    network: str = "", allow_code: bool = False,
+) -> Ranking:  # fmt: skip
+    """Order the students of these run folders, which have one teacher, by their agreement with it on one set of images.
+
+    Args:
+        runs: at least two run folders.
+        on: images without labels (a folder, a file, a data set's name), or a run folder; empty: see the module.
+        test: labelled images, for the accuracy beside it; they choose nothing.
+        n: at most so many images.
+        teacher: needed for runs that were given their teacher in memory.
+        network: the students' network, where their weights name code or nothing.
+        allow_code: let the code that the runs name run.
+
+    Raises DodistillError for fewer than two runs, runs of several teachers, missing files, and too few images.
+    """
+    folders = [Path(r) for r in runs]
+    if len(folders) < 2:
+        raise DodistillError("rank compares students: give two run folders or more: dodistill rank RUN RUN [RUN ...].")
+    if n < LEAST:
+        raise DodistillError(f"--n is {n}; a student is scored on at least {LEAST} images.")
+    part = Model(spec=teacher) if isinstance(teacher, str) else teacher
+    configs = [config_of(f, bool(part.spec), allow_code) for f in folders]
+    if not part.spec:
+        one_teacher(folders, configs)
+        part = configs[0].teacher
+    model, shape = load_teacher(part, configs[0].data.image_shape, allow_code=allow_code)
+    device = pick_device()
+    model.to(device)
+    students = [open_student(f / "student.safetensors", network, allow_code).to(device) for f in folders]
+    x, what, notes = _images(folders, on, n, shape, configs[0].data.crop_share)
+    labelled = _labelled(test, shape, model, folders[0], configs[0].data.crop_share) if test else None
+    notes += [note for f in folders for note in strangers(f, model)]
+    notes += [text] if (text := doubt(model, shape)) else []
+    with Progress(1 + len(students), f"rank {len(students)} students") as progress:
+        x, classes = yardstick.evenly(x.to(device), model, n)
+        if len(x) < LEAST:
+            raise DodistillError(f"there are {len(x)} images to compare on; give at least {LEAST}, by --on DATA.")
+        progress.update(1)
+        rows, scores = [], []
+        for i, student in enumerate(students, 2):
+            rows.append(yardstick.right([student], x, classes)[0])
+            scores.append(None if labelled is None else _accuracy(student, labelled))
+            progress.update(i)
+    order = sorted(range(len(rows)), key=lambda i: -int(rows[i].sum()))
+    best = rows[order[0]]
+    ranked = [
+        Ranked(folders[i], 100 * float(rows[i].float().mean()), *yardstick.behind(rows[i], best), scores[i])
+        for i in order
+    ]
+    return Ranking(ranked, what, len(x), notes)
+
+
+def _images(folders: Sequence[Path], on: str, n: int, shape: Shape, crop: float) -> tuple[Tensor, str, list[str]]:
+    """The images to compare on, what they are, and what to beware of."""
+    if on and (Path(on) / "config.json").is_file():
+        return _held([Path(on)], n), f"held-back images of {on}, a run of {source_of(Path(on))}", []
+    if on:
+        given = load_images(on, "train", False, shape, crop=crop)
+        some = torch.randperm(len(given), generator=torch.Generator().manual_seed(0))[: CANDIDATES * n]
+        return given.x[some], f"{on}, without labels", []
+    sources = sorted({source_of(f) for f in folders})
+    if len(sources) == 1:
+        return _held(folders, n), f"held-back images of the {len(folders)} runs, all of the source {sources[0]}", []
+    g = torch.Generator().manual_seed(0)
+    x = draw(shares((1.0,) * len(KINDS), CANDIDATES * n), shape, g, shape[0] == 1)
+    notes = ["pictures order students coarsely; photographs of any kind do better, without labels: --on DATA."]
+    if drawn := [s for s in sources if s in ("procedural", "mixture")]:
+        notes.append(f"the pictures favour the students of {' and '.join(drawn)}, which learned from such.")
+    what = f"pictures drawn by formulas, since the runs have several sources ({', '.join(sources)})"
+    return x, what, notes
+
+
+def _held(folders: Sequence[Path], n: int) -> Tensor:
+    parts = []
+    for folder in folders:
+        inputs = read_inputs(folder)
+        if inputs is None or not len(inputs.held):
+            raise DodistillError(f"{folder} keeps no held-back images; give images to compare on, by --on DATA.")
+        parts.append(inputs.held)
+    return yardstick.together(parts, n)
+
+
+def _labelled(test: str, shape: Shape, model: Normalized, first: Path, crop: float) -> Images:
+    images = load_images(test, "test", True, shape, crop=crop)
+    if images.y is None:
+        raise DodistillError(f"{test} has no labels; accuracy needs them. Without --test none are needed.")
+    refuse_one_class(images, test)
+    outputs = model.spec["num_classes"]
+    images = fitted(images, class_names(model) or names_of_run(first), outputs, test)
+    require_fit(images, shape, outputs or 1 << 31, test)
+    return images
+
+
+def _accuracy(student: Normalized, images: Images) -> float:
+    assert images.y is not None
+    return top1(predict(student, images.x), images.y)
