@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -163,10 +164,13 @@ def test_what_is_measured_and_shown_elsewhere(
     measure = ["evaluate", student_file, "--test", "digits", "--teacher", str(teacher_file), "--calibrate", "digits",
                "--probe", "digits"]  # fmt: skip
     show = ["look", str(tmp_path / "run"), "--test", "digits", "--n", "60", "--out", str(tmp_path / "look.html")]
+    shutil.copytree(tmp_path / "run", tmp_path / "twin")
+    order = ["rank", str(tmp_path / "run"), str(tmp_path / "twin"), "--on", "digits", "--test", "digits", "--n", "60"]
     said = []
     for where in (contextlib.nullcontext(), pretended(monkeypatch)):
         with where:
             assert main(measure) == 0
             assert main(show) == 0
+            assert main(order) == 0
         said.append((capsys.readouterr().out, (tmp_path / "look.html").read_text()))
     assert said[0] == said[1]

@@ -171,15 +171,18 @@ def _images(folders: Sequence[Path], on: str, n: int, shape: Shape, crop: float)
         some = torch.randperm(len(given), generator=torch.Generator().manual_seed(0))[: CANDIDATES * n]
         return given.x[some], f"{on}, without labels", []
     sources = sorted({source_of(f) for f in folders})
+    why = f"the runs have several sources ({', '.join(sources)})"
     if len(sources) == 1:
-        return _held(folders, n), f"held-back images of the {len(folders)} runs, all of the source {sources[0]}", []
+        held = _held(folders, n)
+        if len(held) >= LEAST:
+            return held, f"held-back images of the {len(folders)} runs, all of the source {sources[0]}", []
+        why = f"the runs hold back {len(held)} images, which are too few"
     g = torch.Generator().manual_seed(0)
     x = draw(shares((1.0,) * len(KINDS), CANDIDATES * n), shape, g, shape[0] == 1)
     notes = ["pictures order students coarsely; photographs of any kind do better, without labels: --on DATA."]
     if drawn := [s for s in sources if s in ("procedural", "mixture")]:
         notes.append(f"the pictures favour the students of {' and '.join(drawn)}, which learned from such.")
-    what = f"pictures drawn by formulas, since the runs have several sources ({', '.join(sources)})"
-    return x, what, notes
+    return x, f"pictures drawn by formulas, since {why}", notes
 
 
 def _held(folders: Sequence[Path], n: int) -> Tensor:

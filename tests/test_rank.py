@@ -1,0 +1,191 @@
+"""`rank`: students in order without labels, on one set of images for all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from dodistill.api import distill_config
+from dodistill.commands.cli import main
+from dodistill.commands.rank import rank
+from dodistill.config.tree import resolve
+from dodistill.data.images import Images, load_images
+from dodistill.engine.inputs import read_inputs
+from dodistill.errors import DodistillError
+from dodistill.evaluation import yardstick
+from dodistill.evaluation.evaluate import predict
+from dodistill.models import Normalized, load_model, save_model
+from helpers import tree
+
+
+@pytest.fixture(scope="module")
+def runs(teacher_file: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """One source: a student of few steps, one of more, and the teacher itself in the place of a student."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, steps in (("short", 4), ("long", 60)):
+        teacher, student = {"spec": str(teacher_file)}, {"spec": "tiny4"}
+        data = {"unlabeled": "strokes:300", "image_shape": [1, 8, 8]}
+        cfg = resolve(tree("dfnd", steps=steps, teacher=teacher, student=student, data=data, pool={"holdout": 0.3}))
+        distill_config(cfg, folder / name, verbose=False, report=False)
+    shutil.copytree(folder / "long", folder / "perfect")
+    shutil.copy(teacher_file, folder / "perfect" / "student.safetensors")
+    return [folder / "short", folder / "long", folder / "perfect"]
+
+
+def student(run: Path) -> Normalized:
+    return load_model(str(run / "student.safetensors"))
+
+
+def as_if_from(run: Path, source: str, to: Path) -> Path:
+    """A copy of a run, whose config names another source."""
+    shutil.copytree(run, to)
+    path = to / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["source"]["name"] = source
+    path.write_text(json.dumps(config), encoding="utf-8")
+    return to
+
+
+def test_runs_of_one_source_are_compared_on_the_held_back_images_of_all(
+    runs: list[Path], taught: Normalized, digits_test: Images, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = rank(runs, n=90, test="digits")
+    assert [s.run.name for s in found.students] == ["perfect", "long", "short"]
+    assert "held-back images of the 3 runs, all of the source dfnd" in found.on
+    assert not found.notes
+    held = []
+    for run in runs:
+        inputs = read_inputs(run)
+        assert inputs is not None
+        held.append(inputs.held)
+    x = yardstick.together(held, 90)
+    assert found.images == len(x) == sum(min(30, len(h)) for h in held)
+    want = predict(taught, x).argmax(1)
+    perfect = found.students[0]
+    assert (perfect.agreement, perfect.behind, perfect.error, perfect.apart) == (100.0, 0.0, 0.0, False)
+    for s in found.students:
+        model = student(s.run)
+        right = predict(model, x).argmax(1) == want
+        assert s.agreement == pytest.approx(100 * right.float().mean().item())
+        gap = 1 - right.double()
+        assert s.behind == pytest.approx(100 * gap.mean().item())
+        assert s.error == pytest.approx(100 * gap.std(correction=0).item() / len(x) ** 0.5)
+        top = predict(model, digits_test.x).argmax(1) == digits_test.y
+        assert s.accuracy == pytest.approx(100 * top.float().mean().item())
+
+    assert main(["rank", *map(str, runs), "--n", "90", "--test", "digits"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:4]] == ["perfect", "long", "short"]
+    assert "100.00 %" in lines[1]
+    assert f"{found.students[2].behind:.2f} ± {found.students[2].error:.2f}" in lines[3]
+    assert any("rank correlation of agreement and accuracy" in line for line in lines)
+
+
+def test_any_images_and_the_images_of_a_run(runs: list[Path], taught: Normalized, tmp_path: Path) -> None:
+    found = rank(runs[:2], on="digits", n=200)
+    x = load_images("digits", "train", False).x
+    drawn = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:600]]
+    x, classes = yardstick.evenly(drawn, taught, 200)
+    assert found.images == len(x) == 200
+    assert torch.equal(classes, predict(taught, x).argmax(1))
+    counts = torch.bincount(classes, minlength=10)
+    assert counts.max() - counts.min() <= 1  # there are enough of each class
+    for s in found.students:
+        right = predict(student(s.run), x).argmax(1) == classes
+        assert s.agreement == pytest.approx(100 * right.float().mean().item())
+    other = as_if_from(runs[1], "fast", tmp_path / "other")
+    found = rank(runs[:2], on=str(other), n=60)
+    assert found.on == f"held-back images of {other}, a run of fast"
+    inputs = read_inputs(other)
+    assert inputs is not None
+    assert found.images == min(60, len(inputs.held))
+
+
+def test_runs_of_several_sources_are_compared_on_pictures(runs: list[Path], tmp_path: Path) -> None:
+    """A source's own images favour its students."""
+    other = as_if_from(runs[1], "fast", tmp_path / "other")
+    found = rank([runs[0], other], n=100)
+    assert "pictures drawn by formulas, since the runs have several sources (dfnd, fast)" in found.on
+    assert found.images == 100
+    assert any("--on DATA" in note for note in found.notes)
+    assert not any("favour" in note for note in found.notes)
+    again = rank([other, runs[0]], n=100)  # the same pictures, whatever the order
+    assert {s.run: s.agreement for s in found.students} == {s.run: s.agreement for s in again.students}
+    drawn = as_if_from(runs[1], "procedural", tmp_path / "drawn")
+    assert any("favour the students of procedural" in note for note in rank([other, drawn], n=100).notes)
+
+
+def test_runs_that_hold_back_too_few_images_are_compared_on_pictures(
+    teacher_file: Path, runs: list[Path], tmp_path: Path
+) -> None:
+    data = {"unlabeled": "strokes:300", "image_shape": [1, 8, 8]}
+    model = {"teacher": {"spec": str(teacher_file)}, "student": {"spec": "tiny4"}}
+    distill_config(resolve(tree("dfnd", steps=4, data=data, **model)), tmp_path / "few", verbose=False, report=False)
+    shutil.copytree(tmp_path / "few", tmp_path / "again")
+    found = rank([tmp_path / "few", tmp_path / "again"], n=60)
+    assert "pictures drawn by formulas, since the runs hold back 12 images, which are too few" in found.on
+    assert found.images == 60
+
+
+def test_two_students_that_are_not_told_apart(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(runs[1], tmp_path / "twin")
+    assert main(["rank", str(runs[1]), str(tmp_path / "twin"), "--n", "60"]) == 0
+    assert "not told apart from the best" in capsys.readouterr().out
+
+
+def test_one_teacher_in_two_places_is_one(runs: list[Path], teacher_file: Path, tmp_path: Path) -> None:
+    """The runs of two grids; other weights are refused, and so are runs that do not say."""
+    copies = []
+    for name, change in (("same", 0.0), ("other", 0.01)):
+        weights = load_model(str(teacher_file))
+        with torch.no_grad():
+            next(weights.parameters()).mul_(1 + change)
+        save_model(weights, tmp_path / f"{name}.safetensors")
+        shutil.copytree(runs[1], tmp_path / name)
+        path = tmp_path / name / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["teacher"]["spec"] = str(tmp_path / f"{name}.safetensors")
+        path.write_text(json.dumps(config), encoding="utf-8")
+        copies.append(tmp_path / name)
+    assert len(rank([runs[0], copies[0]], n=60).students) == 2
+    with pytest.raises(DodistillError, match="several teachers"):
+        rank([runs[0], copies[1]], n=60)
+
+
+def test_mistakes(runs: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(DodistillError, match="two run folders or more"):
+        rank(runs[:1])
+    with pytest.raises(DodistillError, match="--n is 10"):
+        rank(runs, n=10)
+    with pytest.raises(DodistillError, match=r"holds no student\.safetensors"):
+        rank([runs[0], tmp_path])
+    with pytest.raises(DodistillError, match="has no labels; accuracy needs them"):
+        rank(runs, test="strokes:100")
+    bare = tmp_path / "bare"
+    shutil.copytree(runs[0], bare)
+    for name in ("inputs.safetensors", "checkpoint.pt", *(p.name for p in bare.glob("pool-*.pt"))):
+        (bare / name).unlink(missing_ok=True)
+    with pytest.raises(DodistillError, match="keeps no held-back images; give images to compare on, by --on DATA"):
+        rank([runs[0], bare])
+
+
+def test_rank_correlation() -> None:
+    assert yardstick.correlation([1, 2, 3, 4], [10, 20, 30, 45]) == pytest.approx(1)
+    assert yardstick.correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
+    # by hand: ranks 1, 2.5, 2.5, 4 and 1, 3, 2, 4
+    assert yardstick.correlation([1, 2, 2, 9], [5, 8, 6, 9]) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
+    assert yardstick.correlation([1, 1, 1], [1, 2, 3]) != yardstick.correlation([1, 1, 1], [1, 2, 3])  # NaN
+
+
+def test_what_is_behind_counts_only_where_one_is_right() -> None:
+    best, mine = torch.tensor([1, 1, 1, 0], dtype=torch.bool), torch.tensor([1, 0, 0, 0], dtype=torch.bool)
+    gap, error = yardstick.behind(mine, best)
+    assert gap == pytest.approx(50)
+    assert error == pytest.approx(25)  # the gaps are 0, 1, 1, 0: half a point of spread, four images
+    assert yardstick.behind(best, best) == (0.0, 0.0)
