@@ -21,6 +21,8 @@ from dodistill.evaluation.evaluate import predict
 from dodistill.models import Normalized, load_model, save_model
 from helpers import tree
 
+pytest.importorskip("sklearn")
+
 
 @pytest.fixture(scope="module")
 def runs(teacher_file: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
@@ -50,21 +52,17 @@ def as_if_from(run: Path, source: str, to: Path) -> Path:
     return to
 
 
-def test_runs_of_one_source_are_compared_on_the_held_back_images_of_all(
+def test_the_order_is_that_of_the_agreement_on_patches_of_photographs(
     runs: list[Path], taught: Normalized, digits_test: Images, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = rank(runs, n=90, test="digits")
     assert [s.run.name for s in found.students] == ["perfect", "long", "short"]
-    assert "held-back images of the 3 runs, all of the source dfnd" in found.on
-    assert not found.notes
-    held = []
-    for run in runs:
-        inputs = read_inputs(run)
-        assert inputs is not None
-        held.append(inputs.held)
-    x = yardstick.together(held, 90)
-    assert found.images == len(x) == sum(min(30, len(h)) for h in held)
-    want = predict(taught, x).argmax(1)
+    assert found.on == "patches of two photographs"
+    patches = load_images("photos:270", "train", False, (1, 8, 8)).x
+    drawn = patches[torch.randperm(270, generator=torch.Generator().manual_seed(0))]
+    x, want = yardstick.evenly(drawn, taught, 90)
+    assert found.images == len(x) == 90
+    assert torch.equal(want, predict(taught, x).argmax(1))
     perfect = found.students[0]
     assert (perfect.agreement, perfect.behind, perfect.error, perfect.apart) == (100.0, 0.0, 0.0, False)
     for s in found.students:
@@ -76,6 +74,8 @@ def test_runs_of_one_source_are_compared_on_the_held_back_images_of_all(
         assert s.error == pytest.approx(100 * gap.std(correction=0).item() / len(x) ** 0.5)
         top = predict(model, digits_test.x).argmax(1) == digits_test.y
         assert s.accuracy == pytest.approx(100 * top.float().mean().item())
+    again = rank(runs[::-1], n=90)  # the same images, whatever the order
+    assert {s.run: s.agreement for s in found.students} == {s.run: s.agreement for s in again.students}
 
     assert main(["rank", *map(str, runs), "--n", "90", "--test", "digits"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -105,30 +105,16 @@ def test_any_images_and_the_images_of_a_run(runs: list[Path], taught: Normalized
     assert found.images == min(60, len(inputs.held))
 
 
-def test_runs_of_several_sources_are_compared_on_pictures(runs: list[Path], tmp_path: Path) -> None:
+def test_who_learned_from_such_images_is_named(runs: list[Path], tmp_path: Path) -> None:
     """A source's own images favour its students."""
     other = as_if_from(runs[1], "fast", tmp_path / "other")
-    found = rank([runs[0], other], n=100)
-    assert "pictures drawn by formulas, since the runs have several sources (dfnd, fast)" in found.on
-    assert found.images == 100
-    assert any("--on DATA" in note for note in found.notes)
-    assert not any("favour" in note for note in found.notes)
-    again = rank([other, runs[0]], n=100)  # the same pictures, whatever the order
-    assert {s.run: s.agreement for s in found.students} == {s.run: s.agreement for s in again.students}
-    drawn = as_if_from(runs[1], "procedural", tmp_path / "drawn")
-    assert any("favour the students of procedural" in note for note in rank([other, drawn], n=100).notes)
-
-
-def test_runs_that_hold_back_too_few_images_are_compared_on_pictures(
-    teacher_file: Path, runs: list[Path], tmp_path: Path
-) -> None:
-    data = {"unlabeled": "strokes:300", "image_shape": [1, 8, 8]}
-    model = {"teacher": {"spec": str(teacher_file)}, "student": {"spec": "tiny4"}}
-    distill_config(resolve(tree("dfnd", steps=4, data=data, **model)), tmp_path / "few", verbose=False, report=False)
-    shutil.copytree(tmp_path / "few", tmp_path / "again")
-    found = rank([tmp_path / "few", tmp_path / "again"], n=60)
-    assert "pictures drawn by formulas, since the runs hold back 12 images, which are too few" in found.on
-    assert found.images == 60
+    (note,) = rank([runs[0], other], on=str(runs[1]), n=60).notes
+    assert note == "images of the source dfnd favour the students that learned from it: short."
+    assert not rank([runs[0], runs[1]], on=str(runs[1]), n=60).notes  # all of them
+    assert not rank([runs[0], runs[1]], on=str(other), n=60).notes  # none
+    (note,) = rank(runs[:2], n=60).notes  # their unlabelled images are `strokes`
+    assert "short, long learned from patches of the same photographs" in note
+    assert not rank(runs[:2], n=60, on="digits").notes
 
 
 def test_two_students_that_are_not_told_apart(
@@ -158,7 +144,7 @@ def test_one_teacher_in_two_places_is_one(runs: list[Path], teacher_file: Path, 
         rank([runs[0], copies[1]], n=60)
 
 
-def test_mistakes(runs: list[Path], tmp_path: Path) -> None:
+def test_mistakes(runs: list[Path], teacher_file: Path, tmp_path: Path) -> None:
     with pytest.raises(DodistillError, match="two run folders or more"):
         rank(runs[:1])
     with pytest.raises(DodistillError, match="--n is 10"):
@@ -171,8 +157,13 @@ def test_mistakes(runs: list[Path], tmp_path: Path) -> None:
     shutil.copytree(runs[0], bare)
     for name in ("inputs.safetensors", "checkpoint.pt", *(p.name for p in bare.glob("pool-*.pt"))):
         (bare / name).unlink(missing_ok=True)
-    with pytest.raises(DodistillError, match="keeps no held-back images; give images to compare on, by --on DATA"):
-        rank([runs[0], bare])
+    with pytest.raises(DodistillError, match="keeps no held-back images; give others to compare on"):
+        rank(runs, on=str(bare))
+    few = {"data": {"unlabeled": "strokes:300", "image_shape": [1, 8, 8]}, "student": {"spec": "tiny4"}}
+    cfg = resolve(tree("dfnd", steps=4, teacher={"spec": str(teacher_file)}, **few))
+    distill_config(cfg, tmp_path / "few", verbose=False, report=False)
+    with pytest.raises(DodistillError, match="there are 6 images to compare on; give at least 50"):
+        rank(runs, on=str(tmp_path / "few"))
 
 
 def test_rank_correlation() -> None:

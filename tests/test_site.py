@@ -123,5 +123,5 @@ def test_the_ten_minutes_run(
             assert main([*arguments, *quick]) == 0, capfd.readouterr().err
             assert shown in capfd.readouterr().out
             ran.append(arguments[0])
-    assert ran == ["teach", "distill", "distill", "look", "evaluate", "export"]
+    assert ran == ["teach", "distill", "distill", "look", "rank", "evaluate", "export"]
     assert (tmp_path / "look.html").exists()

@@ -1,9 +1,9 @@
 """`dodistill rank`: which of several students of one teacher is the best, without labels and without its data.
 
-Each student is asked about one common set of images, and its agreement with the teacher there is its score. The set is
-`--on` some images, of any kind and without labels, or a run, whose held-back images are taken. Without it, runs of one
-source are compared on the held-back images of all of them, and runs of several sources on drawn pictures: a source's
-own images favour the students that learned from it.
+Each student is asked about one common set of images, at even shares of the teacher's classes, and its agreement with
+the teacher there is its score. The set is patches of the two photographs that scikit-learn brings, or what `--on`
+names: images of any kind without labels, or a run, whose held-back images are taken. No student should have learned
+from such images: a source's own images favour its students.
 
 The score orders students; it is no accuracy. `behind` is the difference to the best on the same images, with its
 standard error. A student within two standard errors of the best is not told apart from it.
@@ -19,7 +19,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from ..config.tree import Model
+from ..config.tree import Distill, Model
 from ..core.runtime import pick_device
 from ..data.images import Images, load_images, refuse_one_class, require_fit
 from ..data.labels import fitted
@@ -32,10 +32,11 @@ from ..evaluation.evaluate import predict, top1
 from ..models.configured import Shape, load_teacher, open_student
 from ..models.normalized import Normalized, class_names
 from ..report.progress import Progress
-from ..sources.shared.pictures import KINDS, draw, shares
 from .finished import config_of, one_teacher, source_of, strangers
 
-#: pictures drawn for each that is kept, so that there are some of rare classes
+#: the data set of `data.images` that is taken without --on
+PHOTOS = "photos"
+#: images that the teacher sees for each that is kept, so that there are some of rare classes
 CANDIDATES = 3
 #: fewest images on which a student is scored
 LEAST = 50
@@ -46,7 +47,7 @@ class Arguments:
     """Order the students of one teacher, best first, without labels: by agreement with it on one set of images."""
 
     runs: Annotated[tuple[str, ...], "[RUN ...]"] = ()  #: run folders of one teacher
-    on: Annotated[str, "DATA|RUN"] = ""  #: images without labels, or a run with its held-back ones; empty: see above
+    on: Annotated[str, "DATA|RUN"] = ""  #: images without labels, or a run; empty: patches of two photographs
     test: Annotated[str, "DATA"] = ""  #: labelled images: print the accuracy too, and how well the order agrees
     n: int = 4000  #: at most so many images, at even shares of the teacher's classes
     teacher: Model = field(default_factory=Model)  #: the teacher, if a run received it in memory
@@ -116,7 +117,8 @@ def rank(
 
     Args:
         runs: at least two run folders.
-        on: images without labels (a folder, a file, a data set's name), or a run folder; empty: see the module.
+        on: images without labels (a folder, a file, a data set's name), or a run folder, whose held-back images are
+            taken; empty: patches of the two photographs that scikit-learn brings.
         test: labelled images, for the accuracy beside it; they choose nothing.
         n: at most so many images.
         teacher: needed for runs that were given their teacher in memory.
@@ -139,7 +141,7 @@ def rank(
     device = pick_device()
     model.to(device)
     students = [open_student(f / "student.safetensors", network, allow_code).to(device) for f in folders]
-    x, what, notes = _images(folders, on, n, shape, configs[0].data.crop_share)
+    x, what, notes = _images(folders, configs, on, n, shape)
     labelled = _labelled(test, shape, model, folders[0], configs[0].data.crop_share) if test else None
     notes += [note for f in folders for note in strangers(f, model)]
     notes += [text] if (text := doubt(model, shape)) else []
@@ -162,37 +164,32 @@ def rank(
     return Ranking(ranked, what, len(x), notes)
 
 
-def _images(folders: Sequence[Path], on: str, n: int, shape: Shape, crop: float) -> tuple[Tensor, str, list[str]]:
+def _images(
+    folders: Sequence[Path], configs: Sequence[Distill], on: str, n: int, shape: Shape
+) -> tuple[Tensor, str, list[str]]:
     """The images to compare on, what they are, and what to beware of."""
     if on and (Path(on) / "config.json").is_file():
-        return _held([Path(on)], n), f"held-back images of {on}, a run of {source_of(Path(on))}", []
-    if on:
-        given = load_images(on, "train", False, shape, crop=crop)
-        some = torch.randperm(len(given), generator=torch.Generator().manual_seed(0))[: CANDIDATES * n]
-        return given.x[some], f"{on}, without labels", []
-    sources = sorted({source_of(f) for f in folders})
-    why = f"the runs have several sources ({', '.join(sources)})"
-    if len(sources) == 1:
-        held = _held(folders, n)
-        if len(held) >= LEAST:
-            return held, f"held-back images of the {len(folders)} runs, all of the source {sources[0]}", []
-        why = f"the runs hold back {len(held)} images, which are too few"
-    g = torch.Generator().manual_seed(0)
-    x = draw(shares((1.0,) * len(KINDS), CANDIDATES * n), shape, g, shape[0] == 1)
-    notes = ["pictures order students coarsely; photographs of any kind do better, without labels: --on DATA."]
-    if drawn := [s for s in sources if s in ("procedural", "mixture")]:
-        notes.append(f"the pictures favour the students of {' and '.join(drawn)}, which learned from such.")
-    return x, f"pictures drawn by formulas, since {why}", notes
-
-
-def _held(folders: Sequence[Path], n: int) -> Tensor:
-    parts = []
-    for folder in folders:
-        inputs = read_inputs(folder)
-        if inputs is None or not len(inputs.held):
-            raise DodistillError(f"{folder} keeps no held-back images; give images to compare on, by --on DATA.")
-        parts.append(inputs.held)
-    return yardstick.together(parts, n)
+        source = source_of(Path(on))
+        own = [f.name for f in folders if source_of(f) == source]
+        mixed = 0 < len(own) < len(folders)
+        notes = (
+            [f"images of the source {source} favour the students that learned from it: {', '.join(own)}."]
+            if mixed
+            else []
+        )
+        inputs = read_inputs(Path(on))
+        if inputs is None:
+            raise DodistillError(f"{on} keeps no held-back images; give others to compare on.")
+        return inputs.held, f"held-back images of {on}, a run of {source}", notes
+    given = load_images(on or f"{PHOTOS}:{CANDIDATES * n}", "train", False, shape, crop=configs[0].data.crop_share)
+    some = torch.randperm(len(given), generator=torch.Generator().manual_seed(0))[: CANDIDATES * n]
+    alike = [f.name for f, c in zip(folders, configs) if c.data.unlabeled.startswith((PHOTOS, "strokes")) and not on]
+    notes = (
+        [f"{', '.join(alike)} learned from patches of the same photographs, which favours it; give --on."]
+        if alike
+        else []
+    )
+    return given.x[some], f"{on}, without labels" if on else "patches of two photographs", notes
 
 
 def _labelled(test: str, shape: Shape, model: Normalized, first: Path, crop: float) -> Images:

@@ -26,12 +26,6 @@ def evenly(x: Tensor, teacher: nn.Module, n: int) -> tuple[Tensor, Tensor]:
     return x[some.to(x.device)], classes[some]
 
 
-def together(parts: Sequence[Tensor], n: int) -> Tensor:
-    """At most n images of several sets [.., C, H, W], at most an equal part of each; the same at each call."""
-    g, each = torch.Generator().manual_seed(0), -(-n // len(parts))
-    return torch.cat([part[torch.randperm(len(part), generator=g)[:each]] for part in parts])
-
-
 def right(students: Sequence[nn.Module], x: Tensor, classes: Tensor) -> Tensor:
     """bool [students, n]: which of the teacher's classes [n] of the images x each student predicts."""
     return torch.stack([predict(s, x).argmax(1).cpu() == classes for s in students])
