@@ -113,7 +113,7 @@ def test_mistakes(runs: list[Path], teacher_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(runs[0], run)
     config = json.loads((run / "config.json").read_text())
-    for spec, message in (("", "in memory; name that teacher"), ("other.safetensors", "several teachers")):
+    for spec, message in (("", "in memory; name that teacher"), ("other.safetensors", "different teachers")):
         config["teacher"]["spec"] = spec
         (run / "config.json").write_text(json.dumps(config))
         with pytest.raises(DodistillError, match=message):

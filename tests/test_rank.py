@@ -140,7 +140,7 @@ def test_one_teacher_in_two_places_is_one(runs: list[Path], teacher_file: Path, 
         path.write_text(json.dumps(config), encoding="utf-8")
         copies.append(tmp_path / name)
     assert len(rank([runs[0], copies[0]], n=60).students) == 2
-    with pytest.raises(DodistillError, match="several teachers"):
+    with pytest.raises(DodistillError, match="different teachers"):
         rank([runs[0], copies[1]], n=60)
 
 

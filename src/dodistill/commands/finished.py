@@ -37,14 +37,21 @@ def source_of(folder: Path) -> str:
 
 def one_teacher(folders: Sequence[Path], configs: Sequence[Distill]) -> None:
     """Refuse runs of more than one teacher. Copies of one file of weights are one teacher."""
-    named = {c.teacher.spec: f for f, c in zip(folders, configs)}
-    if "" in named:
-        raise DodistillError(f"{named['']} received its teacher in memory; name that teacher by --teacher FILE.")
-    files = [weights_of(c) for c in configs]
-    teachers = {tuple(w.get(f"teacher.{k}", getattr(c.teacher, k)) for k in ("spec", "weights"))
-                for c, w in zip(configs, files)}  # fmt: skip
-    if len(teachers) > 1:
-        raise DodistillError(f"these runs have several teachers ({', '.join(named)}); give runs of one teacher.")
+    for f, c in zip(folders, configs):
+        if not c.teacher.spec:
+            raise DodistillError(f"{f} received its teacher in memory; name that teacher by --teacher FILE.")
+    found: dict[tuple[str, str], Path] = {}
+    for f, c in zip(folders, configs):
+        files = weights_of(c)
+        found.setdefault(
+            (files.get("teacher.spec", c.teacher.spec), files.get("teacher.weights", c.teacher.weights)), f
+        )
+    if len(found) > 1:
+        (_, one), (_, other), *_ = found.items()
+        raise DodistillError(
+            f"{one} and {other} have different teachers, by their config.json; give runs of one teacher, or name it: "
+            "--teacher FILE."
+        )
 
 
 def strangers(folder: Path, model: nn.Module) -> list[str]:
