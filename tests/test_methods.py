@@ -40,7 +40,7 @@ def lines() -> Iterator[list[str]]:
 
 TIMES = {
     ">= 6 h": [6 * HOUR, 100 * HOUR], "less, none": [1.0, 600.0, 6 * HOUR - 1, math.inf], "< 3 min": [1.0, 179.0],
-    "1 to 6 h": [HOUR, 6 * HOUR - 1], "else, none": [180.0, HOUR - 1, math.inf],
+    ">= 15 min": [900.0, HOUR, 6 * HOUR - 1], "else, none": [180.0, 899.0, math.inf],
 }  # fmt: skip
 
 

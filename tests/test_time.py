@@ -401,7 +401,7 @@ def test_longer_names_the_next_limit_that_matters() -> None:
     assert found[0] == SHORT
     found = longer(True, False, 600.0, (3, 32, 32))
     assert found is not None
-    assert (found[0], found[1].preset) == (3600.0, "hour")
+    assert (found[0], found[1].preset) == (900.0, "hour")
     found = longer(True, False, 3600.0, (3, 32, 32))
     assert found is not None
     assert (found[0], found[1].preset) == (LONG, "wrn")

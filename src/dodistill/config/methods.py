@@ -25,6 +25,7 @@ SHORT = 3 * MINUTE  #: a shorter run cannot warm a generator up
 PASSES = 400_000  #: images that the teacher must be able to answer in the time: 500 steps of `fast`, preset desk
 #: For the table's readers.
 SLOW = "A time also counts as below 3 minutes if the teacher can answer fewer than 400 000 images in it (measured)."
+MEDIUM = 15 * MINUTE  #: from here on the preset `hour` of `fast` is better than `desk` (recipes/minutes.yaml)
 LONG = 6 * HOUR  #: suffices for a published schedule of 80 000 steps on a GPU of its kind
 
 
@@ -61,7 +62,7 @@ def choose(
         no                  yes         no                    as the two lines above
         no                  yes         yes                   < 3 min     procedural  desk
         no                  yes         yes                   >= 6 h      fast        wrn
-        no                  yes         yes                   1 to 6 h    fast        hour
+        no                  yes         yes                   >= 15 min   fast        hour
         no                  yes         yes                   else, none  fast        desk
 
     A time also counts as below 3 minutes if the teacher can answer fewer than 400 000 images in it.
@@ -104,7 +105,7 @@ def choose(
             "pictures need no training",
         )  # fmt: skip
     return Choice(
-        "fast", "wrn" if hours else "hour" if HOUR <= seconds < LONG else "desk",
+        "fast", "wrn" if hours else "hour" if MEDIUM <= seconds < LONG else "desk",
         f"no unlabelled images were given, and the teacher's BatchNorm statistics can guide a generator; {time}",
     )  # fmt: skip
 
@@ -118,7 +119,7 @@ def longer(
 ) -> tuple[float, Choice] | None:
     """The next time limit above `seconds` from which `choose` takes another source or preset, and that choice."""
     now = choose(has_batchnorm, unlabeled, seconds, image_shape, seconds * rate)
-    for limit in (max(SHORT, math.ceil(PASSES / rate / MINUTE) * MINUTE), HOUR, LONG):
+    for limit in (max(SHORT, math.ceil(PASSES / rate / MINUTE) * MINUTE), MEDIUM, LONG):
         then = choose(has_batchnorm, unlabeled, limit, image_shape, limit * rate)
         if limit > seconds and (then.source, then.preset) != (now.source, now.preset):
             return limit, then
