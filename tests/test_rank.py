@@ -113,7 +113,7 @@ def test_who_learned_from_such_images_is_named(runs: list[Path], tmp_path: Path)
     assert not rank([runs[0], runs[1]], on=str(runs[1]), n=60).notes  # all of them
     assert not rank([runs[0], runs[1]], on=str(other), n=60).notes  # none
     (note,) = rank(runs[:2], n=60).notes  # their unlabelled images are `strokes`
-    assert "short, long learned from patches of the same photographs" in note
+    assert note == "such patches favour the students that learned from them: short, long; give --on."
     assert not rank(runs[:2], n=60, on="digits").notes
 
 

@@ -171,12 +171,8 @@ def _images(
     if on and (Path(on) / "config.json").is_file():
         source = source_of(Path(on))
         own = [f.name for f in folders if source_of(f) == source]
-        mixed = 0 < len(own) < len(folders)
-        notes = (
-            [f"images of the source {source} favour the students that learned from it: {', '.join(own)}."]
-            if mixed
-            else []
-        )
+        favoured = [f"images of the source {source} favour the students that learned from it: {_listed(own)}."]
+        notes = favoured if 0 < len(own) < len(folders) else []
         inputs = read_inputs(Path(on))
         if inputs is None:
             raise DodistillError(f"{on} keeps no held-back images; give others to compare on.")
@@ -184,12 +180,13 @@ def _images(
     given = load_images(on or f"{PHOTOS}:{CANDIDATES * n}", "train", False, shape, crop=configs[0].data.crop_share)
     some = torch.randperm(len(given), generator=torch.Generator().manual_seed(0))[: CANDIDATES * n]
     alike = [f.name for f, c in zip(folders, configs) if c.data.unlabeled.startswith((PHOTOS, "strokes")) and not on]
-    notes = (
-        [f"{', '.join(alike)} learned from patches of the same photographs, which favours it; give --on."]
-        if alike
-        else []
-    )
+    favoured = [f"such patches favour the students that learned from them: {_listed(alike)}; give --on."]
+    notes = favoured if alike else []
     return given.x[some], f"{on}, without labels" if on else "patches of two photographs", notes
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= 4 else f"{len(names)} of the runs"
 
 
 def _labelled(test: str, shape: Shape, model: Normalized, first: Path, crop: float) -> Images:
