@@ -3,7 +3,8 @@
     python benchmarks/pictures.py [--results results] [--out docs/images]
 
 `minutes.svg`: test accuracy at the last step against the minutes of one CPU core, by preset of `fast`, the mean and the
-range of the seeds, from `recipes/minutes.yaml`. It reads the cells' JSON, and runs nothing.
+range of the seeds, from `recipes/minutes.yaml`; at 60 minutes from `recipes/hour.yaml`, whose settings are the same. It
+reads the cells' JSON, and runs nothing.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ def minutes(results: Path) -> tuple[Plot, list[str]]:
     for cell in cells(results / "minutes"):
         label = cell["label"]
         found[label["preset"]][float(label["minutes"])].append(cell["last"])
+    for cell in cells(results / "hour"):
+        if cell["config"]["source"]["name"] == "fast" and cell["config"]["loop"]["time"] == "60m":
+            found["hour"][60.0].append(cell["last"])
     series, rows = [], []
     for preset, by_time in sorted(found.items()):
         x = sorted(by_time)
