@@ -27,6 +27,7 @@ RUNS = {
     "scale": (f"{SMALL} --image 8 --pools 100 200 --counts 10 20 --clusters 4 8", "| 200 |"),
     "rows": ("--n 120 --side 16 --steps 4 --batch 8 --rounds 1 --fits 60 --written 100", "the same bits"),
     "agreement": ("--least 30", "| cifar10, `fast` |"),
+    "pictures": ("--out .", "| `hour` | 60 |"),
     "planning": (f"--recipe {BENCHMARKS.parent / 'recipes' / 'mnist.yaml'}", "| mnist | 18 |"),
     "whole": (f"{SMALL} --teacher wrn16_1 --image 16 --K 1 --width 4 --real-steps 4 --views 2", "measured parts"),
 }  # fmt: skip
@@ -39,8 +40,11 @@ def test_each_is_run_here_or_named() -> None:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_benchmark_runs(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_benchmark_runs(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     arguments, said = RUNS[name]
+    monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.setattr(sys, "argv", [name, *arguments.split()])
     threads = torch.get_num_threads()
