@@ -11,7 +11,7 @@ import torch
 
 from dodistill.api import distill_config
 from dodistill.commands.cli import main
-from dodistill.commands.rank import rank
+from dodistill.commands.rank import Ranked, rank
 from dodistill.config.tree import resolve
 from dodistill.data.images import Images, load_images
 from dodistill.engine.inputs import read_inputs
@@ -123,6 +123,10 @@ def test_two_students_that_are_not_told_apart(
     shutil.copytree(runs[1], tmp_path / "twin")
     assert main(["rank", str(runs[1]), str(tmp_path / "twin"), "--n", "60"]) == 0
     assert "not told apart from the best" in capsys.readouterr().out
+    run = runs[0]
+    assert [Ranked(run, 50, *gap).apart for gap in ((7.9, 0.1), (8.1, 0.1), (8.1, 4.2), (0, 0))] == [
+        False, True, False, False,
+    ]  # fmt: skip
 
 
 def test_one_teacher_in_two_places_is_one(runs: list[Path], teacher_file: Path, tmp_path: Path) -> None:
