@@ -133,7 +133,7 @@ def _distance(summary: Record) -> tuple[str, float] | None:
         return None
     said = (
         "The student may be far from its teacher. Its accuracy is not known, since there was no test set; agreement on "
-        f"held-back inputs ({agreement:.2f} %) does not tell. `dodistill rank` orders several students."
+        f"held-back inputs ({agreement:.2f} %) does not tell."
     )
     return said, 100 - agreement
 
