@@ -14,23 +14,12 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from dodistill.evaluation.yardstick import correlation
+
 Point = tuple[float, float]  # agreement in %; test accuracy in % of the teacher's
-
-
-def ranks(values: Sequence[float]) -> Any:
-    """The rank of each value; equal values have their mean rank."""
-    _, where, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[where]
-
-
-def spearman(points: Sequence[Point]) -> float:
-    """The rank correlation, in [-1, 1]; NaN where one side is constant."""
-    a, b = (ranks(column) for column in zip(*points))
-    return float(np.corrcoef(a, b)[0, 1]) if a.std() and b.std() else float("nan")
 
 
 def points(folder: Path) -> Iterator[tuple[str, str, Point]]:
@@ -47,7 +36,7 @@ def points(folder: Path) -> Iterator[tuple[str, str, Point]]:
 def row(name: str, found: Sequence[Point]) -> str:
     a, b = (np.array(column) for column in zip(*found))
     spans = [f"{v.min():.0f} to {v.max():.0f}" for v in (a, b)] + [f"{(a - b).min():+.0f} to {(a - b).max():+.0f}"]
-    return f"| {name} | {len(found)} | {' | '.join(spans)} | {spearman(found):.2f} |"
+    return f"| {name} | {len(found)} | {' | '.join(spans)} | {correlation(*zip(*found)):.2f} |"
 
 
 def main() -> None:

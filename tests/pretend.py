@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from dodistill.commands import look
+from dodistill.commands import finished
 from dodistill.core import context, runtime
 from dodistill.engine import job, teach
 from dodistill.evaluation import probe
@@ -129,7 +129,7 @@ def pretended(patch: pytest.MonkeyPatch) -> Iterator[None]:
     def numbers(*args: Any, device: Any = None, **rest: Any) -> Tensor:  # the one factory that no mode sees
         return tensor(*args, **rest).to(device)
 
-    for user in (job, look, runtime):
+    for user in (job, finished, runtime):
         patch.setattr(user, "pick_device", lambda _="auto": THERE)
     for module in (context, runtime, teach, probe):
         patch.setattr(module, "generator", generator)

@@ -3,16 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from ..config import plugins
 from ..config.grid import weights_of
-from ..config.tree import Distill, resolve
+from ..config.tree import Distill, Model, resolve
+from ..core.runtime import pick_device
+from ..engine.normalisation import doubt
 from ..engine.run_folder import fingerprint
 from ..errors import DodistillError
 from ..files import read_object
+from ..models.configured import Shape, load_teacher, open_student
+from ..models.normalized import Normalized
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Runs of one teacher, opened on a device.
+
+    Attributes:
+        configs: the teacher and the data of each run's config.
+        teacher: the teacher's model, and `shape`, the images (C, H, W) that it reads.
+        students: the student of each run.
+        notes: what a reader should know of the teacher, in sentences.
+    """
+
+    configs: list[Distill]
+    teacher: Normalized
+    shape: Shape
+    students: list[Normalized]
+    device: torch.device
+    notes: list[str]
+
+
+def opened(
+    folders: Sequence[Path], teacher: str | Model = "", network: str = "", allow_code: bool = False, classes: str = ""
+) -> Finished:
+    """The runs in these folders.
+
+    `teacher` is needed for a run that was given its teacher in memory, `network` (a spec) for students whose weights
+    name code or nothing, unless `allow_code` lets the code that runs name run; `classes` names the teacher's classes.
+    Raises DodistillError for missing files, and for runs of several teachers.
+    """
+    part = Model(spec=teacher) if isinstance(teacher, str) else teacher
+    configs = [config_of(f, bool(part.spec), allow_code) for f in folders]
+    if not part.spec:
+        one_teacher(folders, configs)
+        part = configs[0].teacher
+    part = replace(part, classes=classes or part.classes)
+    model, shape = load_teacher(part, configs[0].data.image_shape, allow_code=allow_code)
+    device = pick_device()
+    model.to(device)
+    students = [open_student(f / "student.safetensors", network, allow_code).to(device) for f in folders]
+    notes = [note for f in folders for note in strangers(f, model)]
+    notes += [text] if (text := doubt(model, shape)) else []
+    return Finished(configs, model, shape, students, device, notes)
 
 
 def config_of(folder: Path, typed: bool, allow_code: bool) -> Distill:

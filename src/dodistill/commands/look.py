@@ -20,7 +20,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,17 +28,14 @@ import torch
 from torch import Tensor, nn
 
 from ..config.tree import Model
-from ..core.runtime import pick_device
 from ..data.classes import require_count, titles
 from ..data.images import Images, load_images, refuse_one_class, require_fit
 from ..data.labels import fitted
 from ..engine.inputs import POOL_MOST, read_pool
-from ..engine.normalisation import doubt
 from ..engine.run_folder import check_writable, names_of_run
 from ..errors import DodistillError
 from ..evaluation.evaluate import agreement, class_shares, frechet_distance, predict, top1
 from ..evaluation.probe import features
-from ..models.configured import load_teacher, open_student
 from ..models.normalized import class_names
 from ..report import plots
 from ..report.canvas import Plot
@@ -46,7 +43,7 @@ from ..report.format import number
 from ..report.images import grid
 from ..report.page import render, write_figures
 from ..report.progress import Progress
-from .finished import config_of, one_teacher, strangers
+from .finished import opened
 
 
 @dataclass(frozen=True)
@@ -122,29 +119,19 @@ def look(
     folders = [Path(r) for r in runs]
     if n < 50:
         raise DodistillError(f"--n is {n}; a map needs at least 50 points.")
-    part = Model(spec=teacher) if isinstance(teacher, str) else teacher
-    configs = [config_of(f, bool(part.spec), allow_code) for f in folders]
-    if not part.spec:
-        one_teacher(folders, configs)
-        part = configs[0].teacher
-    part = replace(part, classes=classes or part.classes)
-    model, shape = load_teacher(part, configs[0].data.image_shape, allow_code=allow_code)
+    have = opened(folders, teacher, network, allow_code, classes)
+    model, shape, students = have.teacher, have.shape, have.students
     outputs = model.spec["num_classes"]
     names = class_names(model) or names_of_run(folders[0])
     require_count(names, outputs, "classes")
-    device = pick_device()
-    model.to(device)
-    students = [open_student(f / "student.safetensors", network, allow_code).to(device) for f in folders]
-    real = load_images(test, split="test", image_shape=shape, crop=configs[0].data.crop_share)
+    real = load_images(test, split="test", image_shape=shape, crop=have.configs[0].data.crop_share)
     if real.y is None or len(real) < 50:
         raise DodistillError(f"{test} needs labels, and at least 50 images (it has {len(real)}).")
     refuse_one_class(real, test)
     real = fitted(real, names, outputs, test)
     require_fit(real, shape, outputs or 1 << 31, test)
     called = titles(names)
-    notes = [real.note] if real.note else []
-    notes += [note for f in folders for note in strangers(f, model)]
-    notes += [text] if (text := doubt(model, shape)) else []
+    notes = ([real.note] if real.note else []) + have.notes
     order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
     some, real = real.select(order[:n]), real.select(order)
     assert some.y is not None

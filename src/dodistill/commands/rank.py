@@ -21,19 +21,17 @@ import torch
 from torch import Tensor
 
 from ..config.tree import Distill, Model
-from ..core.runtime import pick_device
 from ..data.images import Images, load_images, refuse_one_class, require_fit
 from ..data.labels import fitted
 from ..engine.inputs import read_inputs
-from ..engine.normalisation import doubt
 from ..engine.run_folder import names_of_run
 from ..errors import DodistillError
 from ..evaluation import yardstick
 from ..evaluation.evaluate import predict, top1
-from ..models.configured import Shape, load_teacher, open_student
+from ..models.configured import Shape
 from ..models.normalized import Normalized, class_names
 from ..report.progress import Progress
-from .finished import config_of, one_teacher, source_of, strangers
+from .finished import opened, source_of
 
 #: the data set of `data.images` that is taken without --on
 PHOTOS = "photos"
@@ -135,21 +133,12 @@ def rank(
         raise DodistillError("rank compares students: give two run folders or more: dodistill rank RUN RUN [RUN ...].")
     if n < LEAST:
         raise DodistillError(f"--n is {n}; a student is scored on at least {LEAST} images.")
-    part = Model(spec=teacher) if isinstance(teacher, str) else teacher
-    configs = [config_of(f, bool(part.spec), allow_code) for f in folders]
-    if not part.spec:
-        one_teacher(folders, configs)
-        part = configs[0].teacher
-    model, shape = load_teacher(part, configs[0].data.image_shape, allow_code=allow_code)
-    device = pick_device()
-    model.to(device)
-    students = [open_student(f / "student.safetensors", network, allow_code).to(device) for f in folders]
-    x, what, notes = _images(folders, configs, on, n, shape)
-    labelled = _labelled(test, shape, model, folders[0], configs[0].data.crop_share) if test else None
-    notes += [note for f in folders for note in strangers(f, model)]
-    notes += [text] if (text := doubt(model, shape)) else []
+    have = opened(folders, teacher, network, allow_code)
+    model, shape, students = have.teacher, have.shape, have.students
+    x, what, notes = _images(folders, have.configs, on, n, shape)
+    labelled = _labelled(test, shape, model, folders[0], have.configs[0].data.crop_share) if test else None
     with Progress(1 + len(students), f"rank {len(students)} students") as progress:
-        x, classes = yardstick.evenly(x.to(device), model, n)
+        x, classes = yardstick.evenly(x.to(have.device), model, n)
         if len(x) < LEAST:
             raise DodistillError(f"there are {len(x)} images to compare on; give at least {LEAST}, by --on DATA.")
         progress.update(1)
@@ -164,7 +153,7 @@ def rank(
         Ranked(folders[i], 100 * float(rows[i].float().mean()), *yardstick.behind(rows[i], best), scores[i])
         for i in order
     ]
-    return Ranking(ranked, what, len(x), notes)
+    return Ranking(ranked, what, len(x), notes + have.notes)
 
 
 def _images(
