@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dodistill import engine
+from dodistill.api import distill_config
 from dodistill.config import registry
 from dodistill.config.tree import Distill, Tree, merge, resolve
 from dodistill.core.context import Context
@@ -198,3 +199,13 @@ def assert_offline(text: str) -> None:
             )  # a link to a file below the page
             assert beside or value.startswith(("data:", "#"))
     assert not re.search(r"https?://|url\(|@import|//[a-z]+\.", re.sub(r"base64,[A-Za-z0-9+/=]+", "", text))
+
+
+def two_runs(folder: Path, teacher_file: Path, **more: Any) -> list[Path]:
+    """The folders of two finished runs of `dfnd` on scraps of photographs, of few steps and of more."""
+    for name, steps in (("short", 4), ("long", 60)):
+        models = {"teacher": {"spec": str(teacher_file)}, "student": {"spec": "tiny4"}}
+        data = {"unlabeled": "strokes:300", "image_shape": [1, 8, 8]}
+        cfg = resolve(tree("dfnd", steps=steps, data=data, **models, **more))
+        distill_config(cfg, folder / name, verbose=False, report=False)
+    return [folder / "short", folder / "long"]

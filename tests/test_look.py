@@ -11,30 +11,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from dodistill.api import distill_config
 from dodistill.commands.cli import main
 from dodistill.commands.look import look
-from dodistill.config.tree import resolve
 from dodistill.data.images import Images
 from dodistill.engine.inputs import POOL_FILE, keep_pool
 from dodistill.engine.run_folder import drop_checkpoints
 from dodistill.errors import DodistillError
 from dodistill.evaluation.evaluate import predict
 from dodistill.models import Normalized, load_model, save_model
-from helpers import assert_offline, tree
+from helpers import assert_offline, two_runs
 
 pytest.importorskip("sklearn")
 
 
 @pytest.fixture(scope="module")
 def runs(teacher_file: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("runs")
-    for name, steps in (("short", 4), ("long", 60)):
-        teacher, student = {"spec": str(teacher_file)}, {"spec": "tiny4"}
-        data = {"unlabeled": "strokes:300", "image_shape": [1, 8, 8]}
-        cfg = resolve(tree("dfnd", steps=steps, teacher=teacher, student=student, data=data))
-        distill_config(cfg, folder / name, verbose=False, report=False)
-    return [folder / "short", folder / "long"]
+    return two_runs(tmp_path_factory.mktemp("runs"), teacher_file)
 
 
 def test_the_page_says_what_is_so(

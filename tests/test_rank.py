@@ -19,7 +19,7 @@ from dodistill.errors import DodistillError
 from dodistill.evaluation import yardstick
 from dodistill.evaluation.evaluate import predict
 from dodistill.models import Normalized, load_model, save_model
-from helpers import tree
+from helpers import tree, two_runs
 
 pytest.importorskip("sklearn")
 
@@ -28,14 +28,10 @@ pytest.importorskip("sklearn")
 def runs(teacher_file: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """One source: a student of few steps, one of more, and the teacher itself in the place of a student."""
     folder = tmp_path_factory.mktemp("runs")
-    for name, steps in (("short", 4), ("long", 60)):
-        teacher, student = {"spec": str(teacher_file)}, {"spec": "tiny4"}
-        data = {"unlabeled": "strokes:300", "image_shape": [1, 8, 8]}
-        cfg = resolve(tree("dfnd", steps=steps, teacher=teacher, student=student, data=data, pool={"holdout": 0.3}))
-        distill_config(cfg, folder / name, verbose=False, report=False)
+    two = two_runs(folder, teacher_file, pool={"holdout": 0.3})
     shutil.copytree(folder / "long", folder / "perfect")
     shutil.copy(teacher_file, folder / "perfect" / "student.safetensors")
-    return [folder / "short", folder / "long", folder / "perfect"]
+    return [*two, folder / "perfect"]
 
 
 def student(run: Path) -> Normalized:
@@ -113,8 +109,10 @@ def test_who_learned_from_such_images_is_named(runs: list[Path], tmp_path: Path)
     assert not rank([runs[0], runs[1]], on=str(runs[1]), n=60).notes  # all of them
     assert not rank([runs[0], runs[1]], on=str(other), n=60).notes  # none
     (note,) = rank(runs[:2], n=60).notes  # their unlabelled images are `strokes`
-    assert note == "such patches favour the students that learned from them: short, long; give --on."
+    assert note == "these images favour the students that learned from such: short, long; give others, by --on."
     assert not rank(runs[:2], n=60, on="digits").notes
+    (note,) = rank([runs[0], other], n=60, on="strokes:300").notes  # `fast` does not read unlabelled images
+    assert "such: short; give" in note
 
 
 def test_two_students_that_are_not_told_apart(

@@ -269,7 +269,9 @@ def test_a_run_with_mixed_images_asks_the_teacher_about_them(
             "some of them blended (cutmix), each with a teacher",
         ),
         ({"views": 9, "mix": "mixup", "pad": 0, "flip": False}, 365.0, 56_000, False, 9, "9 views"),
-        ({"views": 500, "views_gb": 0.001}, 1e9, 4_000, False, 10, "500 do not fit in augment.views_gb = 0.001 GB"),
+        ({"views": 100, "views_gb": 0.001}, 1e9, 4_000, False, 10, "100 do not fit in augment.views_gb = 0.001 GB"),
+        ({"views": 500, "views_gb": 0.001}, 1e9, 4_000, False, 0, "all 162 of an image do not fit"),
+        ({"views": 500, "views_gb": 0.0164}, 1e9, 4_000, False, 162, "all 162 views of each image (16.2 MB)"),
         ({"views": 16, "views_gb": 1e-6}, 1e9, 4_000, False, 0, "one per image does not fit"),
     ],
 )

@@ -28,19 +28,8 @@ from ..errors import STOPPED, Busy, DodistillError, Elsewhere, nearest
 from ..files import shown
 
 COMMANDS = (
-    "demo",
-    "distill",
-    "teach",
-    "evaluate",
-    "compare",
-    "report",
-    "look",
-    "rank",
-    "export",
-    "pack",
-    "methods",
-    "doctor",
-)
+    "demo", "distill", "teach", "evaluate", "compare", "report", "look", "rank", "export", "pack", "methods", "doctor",
+)  # fmt: skip
 PROGRAM = "dodistill"
 ABOUT = """Distil a trained image classifier into a small one without its training data, under P(S | do(X)).
 

@@ -20,6 +20,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from ..config import registry
 from ..config.tree import Distill, Model
 from ..data.images import Images, load_images, refuse_one_class, require_fit
 from ..data.labels import fitted
@@ -144,7 +145,7 @@ def rank(
         progress.update(1)
         rows, scores = [], []
         for i, student in enumerate(students, 2):
-            rows.append(yardstick.right([student], x, classes)[0])
+            rows.append(yardstick.right(student, x, classes))
             scores.append(None if labelled is None else _accuracy(student, labelled))
             progress.update(i)
     order = sorted(range(len(rows)), key=lambda i: -int(rows[i].sum()))
@@ -171,10 +172,17 @@ def _images(
         return inputs.held, f"held-back images of {on}, a run of {source}", notes
     given = load_images(on or f"{PHOTOS}:{CANDIDATES * n}", "train", False, shape, crop=configs[0].data.crop_share)
     some = torch.randperm(len(given), generator=torch.Generator().manual_seed(0))[: CANDIDATES * n]
-    alike = [f.name for f, c in zip(folders, configs) if c.data.unlabeled.startswith((PHOTOS, "strokes")) and not on]
-    favoured = [f"such patches favour the students that learned from them: {_listed(alike)}; give --on."]
+    same = (on,) if on else (PHOTOS, "strokes")
+    alike = [f.name for f, c in zip(folders, configs) if c.data.unlabeled.startswith(same) and _reads(f)]
+    favoured = [f"these images favour the students that learned from such: {_listed(alike)}; give others, by --on."]
     notes = favoured if alike else []
     return given.x[some], f"{on}, without labels" if on else "patches of two photographs", notes
+
+
+def _reads(folder: Path) -> bool:
+    """Whether a run's source may have used its unlabelled images. The code of a user's own source does not run."""
+    name = source_of(folder)
+    return name not in registry.names("source") or "unlabeled" in registry.config("source", name).needs
 
 
 def _listed(names: Sequence[str]) -> str:

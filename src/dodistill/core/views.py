@@ -5,7 +5,8 @@ computed once, when an image enters the pool, and no step of the student calls t
 new view, and each step calls the teacher.
 
 Shifts by up to p pixels and flips give 2 (2p + 1)^2 views, 162 at p = 4. A V of that number or more stores each of them
-once. A draw then has the distribution of a new view, and the student loses nothing but the rounding of the logits.
+once. A draw then has the distribution of a new view, and the student loses nothing but the rounding of the logits. If
+all do not fit in the memory, each draw is a new view, not one of those that fit.
 
 With `augment.mix`, some views are blends with another image. With V = 0, that image is another one of the batch. A
 stored blend keeps its partner, an image that is in the pool when the view is drawn. Once the partner has left the pool,
@@ -101,13 +102,20 @@ class Views:
             self.reason = "new views at each draw: the criterion or an intervention reads the teacher's features"
         elif V < 1:
             self.reason = f"new views at each draw: one per image does not fit in augment.views_gb = {a.views_gb:g} GB"
+        elif wanted >= self.all > fit:
+            self.reason = (
+                f"new views at each draw: all {self.all} of an image do not fit in augment.views_gb = {a.views_gb:g} GB"
+            )
         elif draws < V:
             self.reason = f"new views at each draw: an image is drawn {draws:.3g} times, which is less than {V} views"
         else:
             self.count = V
             which = f"all {V} views" if self.all == V else f"{V} view{'s' * (V > 1)}"
-            much = wanted > V and fit < self.all
-            short = f"; {wanted} do not fit in augment.views_gb = {a.views_gb:g} GB" if much else ""
+            short = (
+                f"; {wanted} do not fit in augment.views_gb = {a.views_gb:g} GB"
+                if V == fit < min(wanted, self.all)
+                else ""
+            )
             self.reason = (
                 f"teacher logits are computed once for {which} of each image{blends} "
                 f"({V * each * most / 1e6:.3g} MB), and an image is drawn {draws:.3g} times{short}"

@@ -26,9 +26,9 @@ def evenly(x: Tensor, teacher: nn.Module, n: int) -> tuple[Tensor, Tensor]:
     return x[some.to(x.device)], classes[some]
 
 
-def right(students: Sequence[nn.Module], x: Tensor, classes: Tensor) -> Tensor:
-    """bool [students, n]: which of the teacher's classes [n] of the images x each student predicts."""
-    return torch.stack([predict(s, x).argmax(1).cpu() == classes for s in students])
+def right(student: nn.Module, x: Tensor, classes: Tensor) -> Tensor:
+    """bool [n]: for which of the images x [n, C, H, W] the student predicts the teacher's class, `classes` [n]."""
+    return predict(student, x).argmax(1).cpu() == classes
 
 
 def behind(mine: Tensor, best: Tensor) -> tuple[float, float]:
