@@ -120,7 +120,11 @@ def test_two_students_that_are_not_told_apart(
 ) -> None:
     shutil.copytree(runs[1], tmp_path / "twin")
     assert main(["rank", str(runs[1]), str(tmp_path / "twin"), "--n", "60"]) == 0
-    assert "not told apart from the best" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "not told apart from the best" in said
+    shutil.copytree(runs[1], tmp_path / "elsewhere" / "long")  # two runs of one name are told by their paths
+    assert main(["rank", str(runs[1]), str(tmp_path / "elsewhere" / "long"), "--n", "60"]) == 0
+    assert str(tmp_path / "elsewhere" / "long") in capsys.readouterr().out
     run = runs[0]
     assert [Ranked(run, 50, *gap).apart for gap in ((7.9, 0.1), (8.1, 0.1), (8.1, 4.2), (0, 0))] == [
         False, True, False, False,

@@ -94,12 +94,14 @@ class Ranking:
 def run(arguments: Arguments) -> int:
     a = arguments
     found = rank(a.runs, a.on, a.test, a.n, a.teacher, a.model, a.allow_code)
-    wide = max(3, *(len(s.run.name) for s in found.students))
+    alone = len({s.run.name for s in found.students}) == len(found.students)
+    called = [s.run.name if alone else str(s.run) for s in found.students]
+    wide = max(3, *map(len, called))
     print(f"{'run':{wide}}  agreement  behind the best{'  accuracy' if a.test else ''}")
-    for i, s in enumerate(found.students):
+    for i, (name, s) in enumerate(zip(called, found.students)):
         gap = "" if i == 0 else f"{s.behind:.2f} ± {s.error:.2f}" + ("" if s.apart else "  =")
         seen = "" if s.accuracy is None else f"{s.accuracy:8.2f} %"
-        print(f"{s.run.name:{wide}}  {s.agreement:7.2f} %  {gap:17}{seen}".rstrip())
+        print(f"{name:{wide}}  {s.agreement:7.2f} %  {gap:17}{seen}".rstrip())
     print(f"\non {found.images:,} images: {found.on}")
     if any(not s.apart for s in found.students[1:]):
         print(f"= : not told apart from the best; within {SCATTER:g} points the order says nothing")
