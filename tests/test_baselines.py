@@ -258,6 +258,26 @@ def test_crd_leaves_replayed_inputs_out() -> None:
 # ---------------------------------------------------------------------------------------------------- taps
 
 
+class Last(nn.Module):
+    """Channels last, as in the blocks of a ConvNeXt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(12, 48)
+        self.back = nn.Linear(48, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.back(self.linear(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (3, 50, 34)])
+def test_channels_last_activations_are_no_stages(shape: tuple[int, int, int]) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 12, 4, 4), Last(), nn.Conv2d(12, 24, 2, 2, padding=1), nn.Identity())
+    seen = probe(net, shape, frozenset({"stages"}), torch.device("cpu"))
+    h, w = shape[1] // 4, shape[2] // 4
+    assert [tuple(m.shape) for m in seen.stages] == [(2, 12, h, w), (2, 24, h // 2 + 1, w // 2 + 1)]
+
+
 def test_stages_are_the_last_maps_of_each_size() -> None:
     net = build("wrn16_1", 5, 3).eval()
     outs: dict[str, Tensor] = {}

@@ -151,6 +151,12 @@ def test_the_space_is_the_teachers_own(teacher: nn.Module) -> None:
     assert [v.item() for v in normalised_space(nn.Linear(2, 2))] == [0.5, 0.25]
 
 
+@pytest.mark.parametrize(("mean", "std"), [((0.0,), (1.0,)), ((0.0,), (1 / 255,)), ((0.45,), (1 / 255,))])
+def test_a_teacher_of_pixels_gets_the_space_of_an_unknown_one(mean: Any, std: Any) -> None:
+    """Pixels of mean 0 and deviation 1 / 255 are black: no class would be asked for by them."""
+    assert [v.item() for v in normalised_space(Normalized(nn.Linear(2, 2), mean, std))] == [0.5, 0.25]
+
+
 # --------------------------------------------------------------------------------------------------- the source
 
 

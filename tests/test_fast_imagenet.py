@@ -15,6 +15,7 @@ from dodistill.data.images import Images
 from dodistill.errors import DodistillError
 from dodistill.sources.fast_imagenet import Config, FastImagenet
 from dodistill.sources.shared.banks import BankType, GeneratorBank
+from dodistill.sources.shared.base import scaled
 from dodistill.sources.shared.generators import DeepGenerator
 from helpers import SHAPE, config, context, job, same, student
 
@@ -284,6 +285,14 @@ def test_a_run_with_a_generator_per_class_goes_on(teacher: nn.Module, digits: Im
 
 
 # ------------------------------------------------------------------------------------------------------- presets
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.9])
+def test_a_time_limit_leaves_each_class_its_part_of_the_batch(share: float, teacher: nn.Module) -> None:
+    settings = Config(per_class=10, batch=100, K=20, latent=4, width=4, doublings=2)
+    cut, _ = scaled(settings, share)
+    assert (cut.batch, cut.K) == (100, max(2, round(20 * share)))
+    cut.build(context(teacher))
 
 
 def test_the_presets_are_the_logs() -> None:

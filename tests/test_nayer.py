@@ -257,7 +257,10 @@ def test_the_generator_is_kept_the_noise_is_not(teacher: nn.Module, pupil: nn.Mo
 
 def test_batches_per_acquisition(teacher: nn.Module, pupil: nn.Module) -> None:
     source = build(teacher, warmup=2, loops=1, warmup_loops=3, iterations=1)
-    assert [len(source.acquire(pupil, r).images) // 24 for r in range(4)] == [3, 3, 1, 1]
+    made = [len(source.acquire(pupil, r).images) for r in range(4)]
+    assert made == [72, 72, 24, 24]
+    assert [source.expected(72, rounds) for rounds in range(1, 5)] == [sum(made[:n]) for n in range(1, 5)]
+    assert build(teacher, warmup=0, loops=2, warmup_loops=9).expected(48, 5) == 5 * 48
 
 
 def test_the_adversarial_term_waits_for_the_student(teacher: nn.Module, pupil: nn.Module) -> None:

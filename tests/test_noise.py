@@ -120,6 +120,11 @@ def test_a_last_batch_is_never_too_small(teacher: nn.Module, pupil: nn.Module) -
     source.context.teacher.register_forward_hook(lambda _m, a, _o: sizes.append(len(a[0])))
     source.acquire(pupil, 0)
     assert sorted(sizes) == [21, 22, 22]
+    sizes.clear()
+    source = build(teacher, n=3, candidates=3, batch=2)
+    source.context.teacher.register_forward_hook(lambda _m, a, _o: sizes.append(len(a[0])))
+    source.acquire(pupil, 0)
+    assert sizes == [3]  # 2 and 1 would be one image too few for its BatchNorm
 
 
 def test_current_statistics_bring_the_classes_back(teacher: nn.Module, pupil: nn.Module) -> None:

@@ -34,6 +34,12 @@ def test_a_class_with_few_members_shrinks_all_and_keeps_the_shape() -> None:
     assert torch.bincount(y[keep]).tolist() == [100, 100]
 
 
+def test_a_class_that_the_teacher_never_predicts_shrinks_no_other() -> None:
+    y = torch.arange(600) % 3  # of four classes
+    keep = thin(y, 4, 400, 1.0, torch.Generator().manual_seed(0))
+    assert torch.bincount(y[keep], minlength=4).tolist() == [100, 100, 100, 0]
+
+
 def test_zero_keeps_the_data_s_own_shares() -> None:
     y = torch.cat([torch.zeros(900), torch.ones(100)]).long()
     keep = thin(y, 2, 1000, 0.0, torch.Generator().manual_seed(0))

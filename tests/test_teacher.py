@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dodistill.errors import DodistillError
 from dodistill.models import load_model
+from dodistill.models.taps import batchnorm_inputs, pooled_inputs
 from dodistill.models.teacher import Teacher
 
 SHAPE = (1, 8, 8)
@@ -85,6 +86,29 @@ def test_require_lists_the_methods_that_would_work() -> None:
     with pytest.raises(DodistillError, match=r"'deepinv'.*Sequential.*work with it: dfnd, fast"):
         plain.require({"batchnorm"}, "deepinv", ["fast", "dfnd"])
     Teacher(load_model("tiny8", num_classes=6), SHAPE).require({"batchnorm"}, "deepinv", [])
+
+
+class Auxiliary(nn.Module):
+    """As of Inception: a second head that only training uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.fc = nn.BatchNorm2d(1), nn.Linear(64, 5)
+        self.extra = nn.BatchNorm2d(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc(self.bn(x).flatten(1))
+        return out + self.extra(x).mean() if self.training else out
+
+
+def test_batchnorms_of_an_auxiliary_head_are_not_read() -> None:
+    teacher = Teacher(Auxiliary(), SHAPE)
+    assert teacher.reached_batchnorms == [teacher.model.bn]
+    with batchnorm_inputs(teacher) as taps, pooled_inputs(teacher) as pooled:
+        teacher(torch.rand(3, *SHAPE))
+        assert len(list(taps)) == 1
+        assert pooled.features.shape == (3, 1)
+    assert not Teacher(nn.Sequential(nn.Flatten(), nn.Linear(64, 5)), SHAPE).has_batchnorm
 
 
 def test_a_batchnorm_without_statistics_does_not_count() -> None:

@@ -19,6 +19,22 @@ def batchnorms(model: nn.Module) -> list[nn.BatchNorm2d | nn.SyncBatchNorm]:
 
 
 @contextmanager
+def reached(model: nn.Module) -> Iterator[set[nn.Module]]:
+    """The layers of `batchnorms` that the passes within the block use."""
+    found: set[nn.Module] = set()
+
+    def note(layer: nn.Module, _args: object) -> None:
+        found.add(layer)
+
+    handles = [m.register_forward_pre_hook(note) for m in batchnorms(model)]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def current_statistics(model: nn.Module) -> Iterator[None]:
     """Within the block, every BatchNorm of `model` normalises with the statistics of the current batch, as in train
     mode.

@@ -109,9 +109,15 @@ def class_names(model: nn.Module) -> tuple[str, ...]:
 
 
 def normalised_space(model: nn.Module) -> Space:
-    """The normalisation of `model`, where it is a `Normalized`; else mean 0.5 and deviation 0.25."""
+    """The mean and deviation that `model` expects of images in [0, 1]: those of a `Normalized`, else 0.5 and 0.25.
+
+    A `Normalized` that reads pixels as they are ("none") or in another range (`input_range`) has constants that images
+    in [0, 1] cannot have. It gets 0.5 and 0.25 too: pixels of deviation 1 / 255 are black, and of 1 mostly clipped.
+    """
     if isinstance(model, Normalized):
-        return model.mean, model.std
+        mean, std = model.mean, model.std
+        if bool(((mean > 0) & (mean < 1) & (std >= 0.05) & (std < 1)).all()):
+            return mean, std
     return torch.full((1, 1, 1, 1), 0.5), torch.full((1, 1, 1, 1), 0.25)
 
 

@@ -33,6 +33,12 @@ def _shared(model: nn.Module) -> Any:
     return getattr(model, "shared_passes", None)
 
 
+def _used(model: nn.Module) -> list[nn.BatchNorm2d | nn.SyncBatchNorm]:
+    """The BatchNorms that a pass of a `Teacher` reaches; those of any other module."""
+    used: list[nn.BatchNorm2d | nn.SyncBatchNorm] | None = getattr(model, "reached_batchnorms", None)
+    return batchnorms(model) if used is None else used
+
+
 class BatchNormInputs(Sequence[Moments]):
     """Per layer of `modules`: (mean [C], biased variance [C]) of its input in the latest forward; fp32, in graph."""
 
@@ -72,8 +78,8 @@ class BatchNormInputs(Sequence[Moments]):
 
 @contextmanager
 def batchnorm_inputs(model: nn.Module) -> Iterator[BatchNormInputs]:
-    """Record the input moments of every BatchNorm2d of `model` within the block."""
-    taps = BatchNormInputs(batchnorms(model), _shared(model))
+    """Record the input moments of every BatchNorm2d that `model` uses, within the block."""
+    taps = BatchNormInputs(_used(model), _shared(model))
     with _hooked(m.register_forward_pre_hook(taps._record) for m in taps.modules):
         try:
             yield taps
@@ -123,16 +129,25 @@ def stages(model: nn.Module) -> Iterator[dict[tuple[int, int], Tensor]]:
     Only outputs of submodules are recorded, not those of functions. Where stages end in modules (ResNet), the maps are
     the outputs of the stages. Where ReLU and pooling are functions (VGG, Tiny), they are the last maps before these,
     which may be negative. Where the next unit begins at the old size, they are its first map (WRN: the BatchNorm of the
-    stage's output; MobileNetV2: its expansion). A network whose maps do not shrink (a ViT) has no stages.
+    stage's output; MobileNetV2: its expansion). A network whose maps do not shrink (a ViT) has no stages. An output
+    that has not the proportions of the image is no feature map, such as [B, H, W, C] in a ConvNeXt.
     """
     found: dict[tuple[int, int], Tensor] = {}
+    image = [1, 1]
+
+    def begin(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        found.clear()
+        image[:] = args[0].shape[2:]
 
     def record(_module: nn.Module, _args: Any, out: Any) -> None:
-        if isinstance(out, Tensor) and out.dim() == 4 and out.shape[2] * out.shape[3] > 1:
-            found[(out.shape[2], out.shape[3])] = out
+        if not isinstance(out, Tensor) or out.dim() != 4 or out.shape[2] * out.shape[3] == 1:
+            return
+        (h, w), (height, width) = out.shape[2:], image
+        if abs(h * width - w * height) <= max(height, width):  # up to a pixel of rounding in h and w
+            found[(h, w)] = out
 
     handles = [m.register_forward_hook(record) for m in model.modules() if m is not model]
-    handles.append(model.register_forward_pre_hook(lambda *_: found.clear()))
+    handles.append(model.register_forward_pre_hook(begin))
     with _hooked(handles):
         try:
             yield found
@@ -220,11 +235,11 @@ class PooledInputs(BatchNormInputs):
 
 @contextmanager
 def pooled_inputs(model: nn.Module, layers: Sequence[nn.Module] = (), moments: bool = True) -> Iterator[PooledInputs]:
-    """Record the inputs of `layers` (empty: every BatchNorm2d of `model`), averaged over space, within the block.
+    """Record the inputs of `layers` (empty: every BatchNorm2d that `model` uses), averaged over space, in the block.
 
     With `moments`, also the statistics of `batchnorm_inputs`, in the same pass over the activations.
     """
-    norms = batchnorms(model)
+    norms = _used(model)
     taps = PooledInputs(norms if moments else [], layers or norms, _shared(model))
     with _hooked(m.register_forward_pre_hook(taps._record) for m in dict.fromkeys([*taps.modules, *taps.layers])):
         try:

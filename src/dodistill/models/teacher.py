@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import DodistillError
 from ..functional.moments import Moments
-from .batchnorm import batchnorms
+from .batchnorm import batchnorms, reached
 from .folded import folded
 from .normalized import answering
 from .patches import attentions, kinds
@@ -54,8 +54,10 @@ class Teacher(nn.Module):
         self.image_shape = _checked_shape(image_shape)
         self.requires_grad_(False)
         self.train(False)
+        #: the BatchNorms that a pass uses: not those of an auxiliary head for training, as Inception has
+        self.reached_batchnorms: list[nn.BatchNorm2d | nn.SyncBatchNorm] = []
         self.num_classes = self._probe(num_classes)
-        self.has_batchnorm = bool(batchnorms(self.model))
+        self.has_batchnorm = bool(self.reached_batchnorms)
         self.has_attention = bool(attentions(self.model))
         #: the network of `answers`, made by its first call; in a tuple, so that it is no submodule
         self.answering: tuple[Callable[[Tensor], Tensor], ...] = ()
@@ -125,7 +127,7 @@ class Teacher(nn.Module):
         device = torch.device("cpu") if parameter is None else parameter.device
         try:
             x = torch.rand((2, *shape), generator=torch.Generator().manual_seed(0)).to(device)
-            with torch.no_grad():
+            with torch.no_grad(), reached(self.model) as modules:
                 out = self.model(x)
         except DodistillError:
             raise
@@ -137,6 +139,7 @@ class Teacher(nn.Module):
                 f"the teacher does not take images of shape {shape} (channels, height, width).{takes} "
                 f"Give the image_shape that it was trained on. The error was: {reason}"
             ) from error
+        self.reached_batchnorms = [m for m in batchnorms(self.model) if m in modules]
         self.model, out = answering(self.model, out, "the teacher")
         if out.dim() != 2 or out.shape[0] != 2:
             raise DodistillError(

@@ -114,6 +114,10 @@ class Config(GuidedConfig):
         "desk": "ours: the loss weights of fast, a small generator for small images, a schedule for two CPU cores",
     }
 
+    def __post_init__(self) -> None:
+        if self.per_class:  # it must divide the batch
+            object.__setattr__(self, "costs", ({"K": 2},))
+
     def teacher_passes(self) -> tuple[float, float]:
         return self.K + 1.0, float(self.K)
 

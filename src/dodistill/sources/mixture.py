@@ -182,7 +182,10 @@ class Mixture(Source):
     def expected(self, first: int, rounds: int) -> float:
         """Raises DodistillError where the pool would overwrite the images of a part that acquires once."""
         c, size = self.config, sum(self._first.values())
-        brings = {name: n * c.turns(c.of[name], rounds) * first / size for name, n in self._first.items()}
+        brings = {
+            name: self.members[name].expected(n, c.turns(c.of[name], rounds)) * first / size
+            for name, n in self._first.items()
+        }
         total, once = sum(brings.values()), [name for name in brings if not c.of[name].every]
         if once and len(once) < len(brings) and total > self.context.capacity and self.context.eviction == "oldest":
             each = ", ".join(f"{name} {n:,.0f}" for name, n in brings.items())

@@ -233,7 +233,9 @@ class Mosaic(Source):
         """u (uint8). Under `half`: pixels whose normalised values are (u - 0.5) / 0.5, clipped to [0, 1]."""
         if self.config.ood_normalise == "teacher":
             return u
-        return to_uint8((to_float(u) - 0.5) / 0.5 * self.std + self.mean)
+        model = self.context.teacher.model
+        assert isinstance(model, Normalized)  # checked in __init__
+        return to_uint8((to_float(u) - 0.5) / 0.5 * model.std + model.mean)
 
     def makes_with(self) -> tuple[nn.Module, int, int]:
         return self.G, self.config.latent, 1

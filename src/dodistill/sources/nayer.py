@@ -175,6 +175,12 @@ class Nayer(Guided):
         args = (E.to(device), groups, group, config.noise, context.image_shape, config.width)
         self.net = place(seeded(NoisyGenerator, self.generator, *args), device)
 
+    def expected(self, first: int, rounds: int) -> float:
+        c = self.config
+        warm = min(c.warmup, rounds)
+        loops = warm * c.warmup_loops + (rounds - warm) * c.loops
+        return first * loops / (c.warmup_loops if c.warmup else c.loops)
+
     def _labels(self) -> Tensor:
         """[batch]: repeated runs of all classes in order, so that each noisy layer gets each once; the rest random."""
         n, classes, g = self.config.batch, self.context.num_classes, self.generator

@@ -120,6 +120,7 @@ class Noise(Source):
     def _ask(self, x: Tensor) -> Tensor:
         """The teacher's logits of uint8 images, in batches."""
         current = self.config.statistics == "current"
-        parts = x.tensor_split(-(-len(x) // self.config.batch))  # of nearly equal size
+        most = len(x) // 2  # a BatchNorm needs two images
+        parts = x.tensor_split(max(1, min(-(-len(x) // self.config.batch), most)))  # of nearly equal size
         with current_statistics(self.context.teacher) if current else nullcontext(), self.context.autocast():
             return torch.cat([self.context.teacher(to_float(part)) for part in parts])

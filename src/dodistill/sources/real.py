@@ -69,7 +69,8 @@ class Real(Source):
 def thin(y: Tensor, classes: int, n: int, skew: float, generator: torch.Generator) -> Tensor:
     """Indices of about n of the labels y [N] whose class shares fall off as skew^(-k/(K-1)), in random class order.
 
-    If a class has fewer members than its share of n, all classes shrink in proportion, and fewer than n are kept.
+    If a class has fewer members than its share of n, all classes shrink in proportion, and fewer than n are kept. A
+    class without members shrinks no other.
     """
     shuffled = torch.randperm(len(y), generator=generator, device=y.device)
     if skew == 0:
@@ -79,7 +80,7 @@ def thin(y: Tensor, classes: int, n: int, skew: float, generator: torch.Generato
     fall[order] = skew ** (-torch.arange(classes, device=y.device) / max(classes - 1, 1))
     wanted = fall / fall.sum() * n
     have = torch.bincount(y, minlength=classes).float()
-    wanted = (wanted * (have / wanted).min().clamp(max=1)).round().clamp(min=1)
+    wanted = (wanted * (have / wanted)[have > 0].min().clamp(max=1)).round().clamp(min=1)
     kept = []
     for k in range(classes):
         members = shuffled[y[shuffled] == k]

@@ -86,11 +86,10 @@ def scaled(settings: SourceSettings, share: float) -> tuple[Any, float]:
 
 
 def balanced_labels(n: int, classes: int, generator: torch.Generator) -> Tensor:
-    """[n] long: every class equally often, in order. With more classes than n: n random classes, each once."""
-    device = generator.device
-    if n < classes:
-        return torch.randperm(classes, generator=generator, device=device)[:n]
-    return torch.arange(n, device=device) % classes
+    """[n] long: every class equally often, in order. The rest, n modulo classes, are random classes, each once."""
+    rest, device = n % classes, generator.device
+    whole = torch.arange(n - rest, device=device) % classes
+    return torch.cat([whole, torch.randperm(classes, generator=generator, device=device)[:rest]]) if rest else whole
 
 
 def drawn_labels(n: int, classes: int, generator: torch.Generator, balanced: bool = False) -> Tensor:

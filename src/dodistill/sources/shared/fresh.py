@@ -2,8 +2,8 @@
 
 Per acquisition the generator G makes `g_steps` steps of Adam on a loss of x = G(z), z ~ N(0, I). It then generates
 `fresh` batches from new z. The student matches on them for `every` steps, and the next acquisition replaces them in the
-pool (the presets set the pool's capacity to one acquisition, see `pooled`). The method is the loss, in a file of its
-own.
+pool: the presets of `dafl` set its capacity by `pooled`; those of `adversarial` and `pre` to all images of an
+acquisition, so that 3 % are left of the one before. The method is the loss, in a file of its own.
 """
 
 from __future__ import annotations
