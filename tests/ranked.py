@@ -27,6 +27,7 @@ from dodistill.core.context import Context
 from dodistill.core.deadline import Deadline
 from dodistill.core.launch import joined
 from dodistill.core.ranks import Ranks
+from dodistill.core.runtime import seeded_steps
 from dodistill.criteria.shared.base import Criterion, CriterionConfig
 from dodistill.data.rows import FileRows
 from dodistill.engine import Distiller, Job, Test
@@ -202,15 +203,16 @@ class Scenes:
         return refused(it.run)
 
     def dropout(self) -> Any:
-        """How many elements the masks of two passes keep together, on both ranks and on this one."""
+        """How many elements the masks of two steps keep together, on both ranks and on this one."""
         ones, before = torch.ones(4000), torch.get_rng_state()
         masks = []
-        for _ in range(2):
-            with self.ranks.synchronised():
+        with seeded_steps(torch.device("cpu"), 0, self.ranks.rank) as begin:
+            for step in (0, 1, 0):
+                begin(step)
                 masks.append(nn.functional.dropout(ones, 0.5) / 2)
         whole = self.ranks.whole(masks[0], 8000).view(2, 4000)
-        unmoved = self.ranks.first or torch.equal(before, torch.get_rng_state())
-        return [float((whole[0] * whole[1]).sum()), float((masks[0] * masks[1]).sum()), unmoved]
+        as_before = torch.equal(masks[0], masks[2]) and torch.equal(before, torch.get_rng_state())
+        return [float((whole[0] * whole[1]).sum()), float((masks[0] * masks[1]).sum()), as_before]
 
     def an_error_of_the_first(self) -> Any:
         def work() -> None:

@@ -340,6 +340,43 @@ def test_the_delivered_student_is_chosen_without_the_test_set(
     assert not plain.student.training
 
 
+@pytest.mark.parametrize("which", ["last", "ema"])
+def test_the_shipped_student_can_be_trained_on(which: str, teacher: nn.Module) -> None:
+    it = job(teacher, config())
+    frozen = next(it.matcher.student.parameters()).requires_grad_(False)
+    net = it.scorer.shipped(which)
+    assert not any(m.training for m in net.modules())
+    assert [p.requires_grad for p in net.parameters()] == [p.requires_grad for p in it.matcher.student.parameters()]
+    assert not frozen.requires_grad
+    net(torch.rand(2, *SHAPE)).sum().backward()
+
+
+def test_tied_weights_are_averaged_once(teacher: nn.Module) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = student()
+            self.same = self.net
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.same(x)
+            return out
+
+    cfg = config(steps=4, loop={"ema": 0.5})
+    plain, tied = job(teacher, cfg), Distiller(Job(cfg, teacher, Twice(), SHAPE))
+    for it in (plain, tied):
+        it.run()
+    same(plain.matcher.ema.state_dict(), tied.matcher.ema.net.state_dict())
+
+
+def test_a_part_of_the_images_is_always_trained_on(teacher: nn.Module) -> None:
+    it = job(
+        teacher, config("procedural", source={"name": "procedural", "n": 16, "candidates": 32}, pool={"holdout": 0.97})
+    )
+    it.acquirer.acquire(it.matcher.student)
+    assert (len(it.acquirer.pool), len(it.acquirer.holdout)) == (1, 15)
+
+
 @pytest.mark.parametrize(("last", "ema", "chosen"), [(50.0, 60.0, "ema"), (60.0, 50.0, "last"), (50.0, 50.0, "last")])
 def test_the_choice_is_by_agreement(last: float, ema: float, chosen: str, teacher: nn.Module) -> None:
     it = job(teacher, config())

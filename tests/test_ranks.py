@@ -208,10 +208,10 @@ def test_distill_in_python_gives_each_process_the_result(found: list[dict[str, A
 
 def test_each_process_has_its_own_dropout(found: list[dict[str, Any]]) -> None:
     for its in found:
-        on_both, twice, unmoved = its["dropout"]
+        on_both, twice, as_before = its["dropout"]
         assert 800 < on_both < 1200  # a quarter of 4000, as of independent masks
         assert 800 < twice < 1200
-        assert unmoved
+        assert as_before
 
 
 def test_parts_of_a_batch() -> None:

@@ -103,6 +103,53 @@ def test_stopped_after_every_acquisition_and_step(
     assert len(metrics(tmp_path / "parts")) >= 9
 
 
+class Masked(nn.Module):
+    """A student with dropout, which draws from torch's global stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.drop = student(), nn.Dropout2d(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(self.drop(torch.cat([x, x]).view(-1, 1, 8, 8))[: len(x)])
+        return out
+
+
+def test_dropout_draws_the_same_masks_after_a_stop(teacher: nn.Module, tmp_path: Path) -> None:
+    cfg = config("procedural", steps=5)
+    ends = []
+    for name, stops in (("whole", False), ("again", False), ("parts", True)):
+        for life in range(9):
+            torch.manual_seed(life + 10 * len(ends))
+            before = torch.get_rng_state()
+            it = Distiller(Job(cfg, teacher, Masked(), SHAPE))
+            done = stopped_at(it, RunFolder(tmp_path / name, cfg), lambda _: stops)  # noqa: B023
+            assert torch.equal(torch.get_rng_state(), before), "the caller's stream is as it was"
+            if done:
+                break
+        ends.append(untimed(it.state_dict()))
+    same(ends[0], ends[1])
+    same(ends[0], ends[2])
+
+
+def test_a_pool_that_has_not_changed_is_not_copied(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run", config())
+    folder.save({}, lambda: {"x": torch.zeros(1)}, 1)
+    folder.save({"step": 1}, lambda: pytest.fail("it was asked for"), 1)
+    loaded = folder.load()
+    assert loaded is not None
+    assert loaded[0]["step"] == 1
+
+
+def test_under_a_time_limit_fewer_steps_than_planned_are_the_whole_run(tmp_path: Path) -> None:
+    cfg = config(steps=9, loop={"time": "8s"})
+    RunFolder(tmp_path / "run", cfg).close()
+    (tmp_path / "run" / "summary.json").write_text('{"steps": 5, "finished": true}')
+    RunFolder(tmp_path / "run", cfg).close()
+    assert (tmp_path / "run" / "summary.json").exists()
+    assert not (tmp_path / "run" / "summary-5.json").exists()
+
+
 def test_a_finished_last_step_is_not_a_stop(teacher: nn.Module, digits: Images, tmp_path: Path) -> None:
     """The deadline comes during the last step: nothing is left to do, so the run is done."""
     cfg = config("dfnd", steps=3)
@@ -256,7 +303,8 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DodistillError, match=r"not empty and holds no config\.json"):
         RunFolder(tmp_path, config())
     (tmp_path / "thesis.tex").unlink()
-    (tmp_path / ".config.json.tmp").write_text("{")  # a start that was killed while it wrote this
+    for name in (".config.json.tmp", ".plan.json.tmp"):
+        (tmp_path / name).write_text("{")  # a start that was killed while it wrote this
     RunFolder(tmp_path, config())
     (tmp_path / "config.json").write_text('{"loop"')
     with pytest.raises(DodistillError, match=r"config\.json is damaged or cut short"):

@@ -151,12 +151,14 @@ def test_bf16_learns_too() -> None:
     assert next(net.parameters()).dtype == torch.float32
 
 
-def test_stopped_and_resumed_ends_in_the_same_bits() -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_stopped_and_resumed_ends_in_the_same_bits(dropout: float) -> None:
     train, _ = digits()
     schedule = Teach(epochs=3, batch=64, pad=1, flip=False)
 
     def fresh() -> nn.Module:
-        return load_model("tiny4", num_classes=10, in_channels=1, image_size=8, seed=0)
+        net = load_model("tiny4", num_classes=10, in_channels=1, image_size=8, seed=0)
+        return nn.Sequential(nn.Dropout2d(dropout), net)
 
     whole = fresh()
     teach(whole, train, None, schedule)

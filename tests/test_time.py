@@ -164,6 +164,12 @@ def cost(cfg: Distill, was: Distill, speed: Speed) -> float:
     return rounds * a + steps * speed.step
 
 
+def test_a_source_that_does_not_say_what_it_costs_fits() -> None:
+    was = config(steps=2000)
+    now, _ = fitted(was.source, was, Speed(0.1, 0.0, 0.001, 0.001), 10.0, evaluation=0.1)
+    assert 50 < now.loop.steps <= 100
+
+
 @pytest.mark.parametrize("name", registry.names("source"))
 @pytest.mark.parametrize("left", [3.0, 30.0, 300.0, 30_000.0])
 @pytest.mark.parametrize("acquisition", [0.01, 1.0, 50.0])
@@ -460,7 +466,8 @@ def test_a_stopped_run_goes_on_with_its_fit_and_what_is_left_of_its_time(teacher
     assert not first.finished
     reached, plan = first.summary["step"], (out / "plan.json").read_bytes()
     assert reached > 0
-    second = distill_config(cfg, out, verbose=False, report=False)
+    other = resolve(given, {"data.image_shape": list(SHAPE), "loop.log_every": 2, "loop.threads": 2})
+    second = distill_config(other, out, verbose=False, report=False)  # what may differ between two starts
     assert second.finished
     assert (out / "plan.json").read_bytes() == plan, "it is not fitted again"
     assert second.summary["steps"] > reached

@@ -136,6 +136,16 @@ def test_a_pad_beyond_the_image_is_named(teacher: nn.Module) -> None:
         job(teacher, settings("fast", view={"pad": 8}))
 
 
+@pytest.mark.parametrize("shape", [(1, 64, 8), (3, 8, 64)])
+def test_long_images_shift_by_an_eighth_of_the_shorter_side(shape: tuple[int, int, int]) -> None:
+    views = view.candidates(ViewConfig(padding="auto"), shape)
+    assert {v.pad for v in views.values()} == {1}
+    for one in views.values():
+        assert one(torch.rand(2, *shape), torch.Generator().manual_seed(0)).shape == (2, *shape)
+    with pytest.raises(DodistillError, match="images of 1x8 have nothing to reflect"):
+        view.candidates(ViewConfig(padding="reflect"), (1, 1, 8))
+
+
 def test_auto_without_statistics_is_refused() -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     cfg = settings("procedural", view={"padding": "auto"})

@@ -406,9 +406,9 @@ def _run(
     said += [*folder.notes, *(part.failure for part in trackers if part.failure)]
     if not finished:
         reached = {"finished": False, "step": it.step, "steps": it.plan.steps, "stopped": it.stopped}
-        return result_of(it, it.matcher.student, reached, folder, recorder.history)
+        return result_of(it, it.matcher.student.eval(), reached, folder, recorder.history)
     which = it.ranks.share(lambda: it.scorer.delivered()[0])
-    best = it.scorer.complete(which).eval()
+    best = it.scorer.shipped(which)
     summary = it.ranks.share(lambda: _outcome(it, which, best, said, code, recorder, folder, report))
     return result_of(it, best, summary, folder, recorder.history)
 
@@ -454,7 +454,7 @@ def _again(it: Distiller, folder: RunFolder | NoFolder, done: dict[str, Any], re
     complete = saved is not None and saved[0].get("format") == FORMAT
     if saved is not None and complete:
         it.load_state_dict(*saved)
-        best = it.scorer.complete(done["delivered"]).eval()
+        best = it.scorer.shipped(done["delivered"])
     else:
         it.ranks.share(lambda: _kept_student(it, folder))
         it.ranks.alike(it.matcher.student)

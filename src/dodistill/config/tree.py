@@ -116,7 +116,7 @@ class ViewConfig:
 
     crop: Literal["shift", "resized", "auto"] = "shift"  #: shift; resized: a random part, resized; auto: see padding
     padding: Literal["zeros", "reflect", "none", "auto"] = "zeros"  #: of a shift; auto: by the BatchNorm statistics
-    pad: int = 0  #: largest shift in pixels; 0: an eighth of the height
+    pad: int = 0  #: largest shift in pixels; 0: an eighth of the shorter side
     flip: bool | None = None  #: random horizontal flip; null: for colour images, not for one channel (digits, text)
     scale: tuple[float, float] = (0.08, 1.0)  #: share of the area that a resized crop keeps
 

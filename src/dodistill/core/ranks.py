@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -54,8 +54,7 @@ class Ranks:
         return x
 
     def synchronised(self) -> AbstractContextManager[Any]:
-        """Within the block, BatchNorm in train mode has the statistics of the whole batch, and each rank has its own
-        global random stream (dropout)."""
+        """Within the block, BatchNorm in train mode has the statistics of the whole batch."""
         return nullcontext()
 
     def sharing(self, teacher: Teacher, student: nn.Module) -> AbstractContextManager[Any]:
@@ -96,7 +95,6 @@ class Group(Ranks):
     def __init__(self, rank: int, world: int, device: torch.device) -> None:
         """`device`: where this rank's tensors of a GPU lie."""
         self.rank, self.world, self.device = rank, world, device
-        self._streams: dict[torch.device, Tensor] = {}  # states of this rank's global random streams
 
     def _rows(self, n: int) -> slice:
         """Parts differ by at most one image."""
@@ -130,26 +128,8 @@ class Group(Ranks):
     def whole(self, x: Tensor, n: int) -> Tensor:
         return gathered(x, self._rows(n), n)
 
-    @contextmanager
-    def synchronised(self) -> Iterator[None]:
-        with self._own_stream(), synchronised(self.rank, self.world):
-            yield
-
-    @contextmanager
-    def _own_stream(self) -> Iterator[None]:
-        """Of the ranks after the first one: with the same stream, dropout would mask all parts of a batch alike."""
-        if self.first:
-            yield
-            return
-        devices = list({torch.device("cpu"), self.device})
-        with torch.random.fork_rng(devices=[device for device in devices if device.type == "cuda"]):
-            for device in devices:
-                if device not in self._streams:
-                    seed = torch.initial_seed() + self.rank
-                    self._streams[device] = torch.Generator(device).manual_seed(seed).get_state()
-                _set_stream(device, self._streams[device])
-            yield
-            self._streams = {device: _stream(device) for device in devices}
+    def synchronised(self) -> AbstractContextManager[Any]:
+        return synchronised(self.rank, self.world)
 
     def sharing(self, teacher: Teacher, student: nn.Module) -> AbstractContextManager[Any]:
         return shared_passes(teacher, student, self.rank, self.world)
@@ -225,17 +205,6 @@ class Group(Ranks):
 def _said(error: Exception) -> str:
     text = str(error)
     return text if isinstance(error, DodistillError | OutOfTime) else f"{type(error).__name__}: {text}"
-
-
-def _stream(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _set_stream(device: torch.device, state: Tensor) -> None:
-    if device.type == "cpu":
-        torch.set_rng_state(state)
-    else:
-        torch.cuda.set_rng_state(state, device)
 
 
 class _Pickler(pickle.Pickler):

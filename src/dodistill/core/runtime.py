@@ -92,6 +92,28 @@ def generator(device: torch.device, seed: int, purpose: str) -> torch.Generator:
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
 
 
+@contextmanager
+def seeded_steps(device: torch.device, seed: int, rank: int = 0) -> Iterator[Callable[[int], None]]:
+    """In this block, `begin(step)` seeds torch's global streams, from which dropout draws, for one step of a run.
+
+    So a resumed run draws the masks of one that was not stopped, and no two runs in a process share a stream. `rank`:
+    which of several processes this is. Afterwards the streams are as before.
+    """
+    base = generator(device, seed, f"global {rank}").initial_seed()
+    streams = [torch.default_generator]  # torch.manual_seed would take a millisecond without a GPU
+    if device.type == "cuda":
+        torch.cuda.init()
+        index = torch.cuda.current_device() if device.index is None else device.index
+        streams.append(torch.cuda.default_generators[index])
+
+    def begin(step: int) -> None:
+        for stream in streams:
+            stream.manual_seed(base + step)
+
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield begin
+
+
 M = TypeVar("M", bound=nn.Module)
 
 

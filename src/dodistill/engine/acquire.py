@@ -189,7 +189,7 @@ class Acquirer:
                 f"acquisition {self.round} has {n} image(s); it needs at least 2, one to train on and one held back."
             )
         pool = self.config.pool
-        held = min(max(1, round(n * pool.holdout)), pool.holdout_capacity)
+        held = min(max(1, round(n * pool.holdout)), n - 1, pool.holdout_capacity)
         order = torch.randperm(n, generator=self.generators["pool"], device=self.context.device)
         return got.take(order[:held]), got.take(order[held:])
 

@@ -22,7 +22,7 @@ import torch
 
 from ..config.checks import seconds_in
 from ..config.contracts import SourceSettings
-from ..config.tree import Distill
+from ..config.tree import Distill, grown, resolve
 from ..core.context import Context
 from ..core.precision import trial
 from ..core.ranks import Ranks
@@ -33,6 +33,7 @@ from ..functional.memory_format import place
 from ..models.teacher import Teacher
 from ..sources.shared.base import scaled
 from .job import Job
+from .longer import settings_of
 from .plan import Plan
 
 ACQUIRE = 0.4  #: largest share of the time for acquisitions, where they must be cut
@@ -134,7 +135,11 @@ def _record(config: Distill, folder: str | Path | None) -> dict[str, Any] | None
     if path is None or not os.path.exists(path):
         return None
     record = read_object(path, "choose another --out")
-    return record if record.get("given") == config.to_tree() else None
+    given = record.get("given")
+    if not isinstance(given, dict):
+        return None
+    began, mine, default = (settings_of(t) for t in (given, config.to_tree(), resolve(config.choices()).to_tree()))
+    return record if grown(began, mine, default) else None
 
 
 def _with(config: Distill, record: Mapping[str, Any]) -> Distill:
@@ -253,7 +258,8 @@ def fitted(
             said.append(f"source.warmup {warmup} instead of {source.warmup}")
         if every:
             every = max(every, math.ceil(a * (1 - ACQUIRE) / (ACQUIRE * s)))
-            steps, rounds = _steps(left, s, a, warmup, every), max(1, min(ROUNDS, int(ACQUIRE * left / a) - warmup))
+            fit = int(ACQUIRE * left / max(a, 1e-9)) - warmup  # a is 0 where the source does not say what it costs
+            steps, rounds = _steps(left, s, a, warmup, every), max(1, min(ROUNDS, fit))
             if steps < rounds * every:
                 every = max(1, int((left - a * (warmup + rounds)) / s) // rounds)
         if every != source.every:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from ..core.deadline import OutOfTime
 from ..core.precision import trial
 from ..core.ranks import Ranks
-from ..core.runtime import repeatable
+from ..core.runtime import repeatable, seeded_steps
 from ..core.watch import Watcher, Watchers
 from ..errors import DodistillError
 from .acquire import Acquirer
@@ -51,6 +51,7 @@ class Distiller:
         self.meter = Meter(self.context.num_classes, self.context.device, self.ranks)
         self.clock = Clock()
         self.step = 0  #: matching steps done
+        self._begin: Callable[[int], None] = lambda _step: None  # seeds the global streams of a step, within `run`
         self._behind = False  # whether the last step was not yet logged and evaluated
         self.stopped = ""  #: where the last `run` stopped inside an acquisition or evaluation
 
@@ -63,7 +64,8 @@ class Distiller:
 
         Of several processes, all call this; only the first one has a folder and watchers.
         """
-        with repeatable(self.context.device):
+        c = self.context
+        with repeatable(c.device), seeded_steps(c.device, c.seed, self.ranks.rank) as self._begin:
             return self._run(folder or NoFolder(), watchers, deadline)
 
     def _run(self, folder: RunFolder | NoFolder, watchers: Iterable[Watcher], deadline: float) -> bool:
@@ -165,6 +167,7 @@ class Distiller:
 
     def match(self) -> None:
         """One step of the student."""
+        self._begin(self.step)
         drawn = self.acquirer.draw()
         replayed = self.acquirer.replayed(self.matcher.student, self.step)
         self.meter.add(self.matcher.step(drawn, replayed, self.acquirer.dictionary, self.step))
@@ -252,7 +255,7 @@ class Distiller:
         if bad := self.matcher.infinite():
             raise Diverged("the student's weights are not finite", self.meter.infinite() or bad[:3])
         if folder.keeps:
-            folder.save(self.state_dict(), self.acquirer.pool_state(), self.acquirer.pool.version)
+            folder.save(self.state_dict(), self.acquirer.pool_state, self.acquirer.pool.version)
 
     # --------------------------------------------------------------------------------------------- state
 

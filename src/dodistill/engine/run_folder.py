@@ -162,7 +162,7 @@ def drop_checkpoints(path: Path) -> None:
 
 NAMES = "classes.json"
 #: Files that a folder without config.json may contain: a user's recipe, or the remains of an early kill.
-_EARLY = ("config.yaml", "plan.json", ".config.json.tmp", ".lock")
+_EARLY = ("config.yaml", "plan.json", ".plan.json.tmp", ".config.json.tmp", ".lock")
 
 
 #: What every version of dodistill has written into summary.json, and a finished run is delivered by.
@@ -188,7 +188,7 @@ class NoFolder(Watcher):
         """Never."""
         return False
 
-    def save(self, state: Mapping[str, Any], pool: Mapping[str, Any], version: int) -> None:
+    def save(self, state: Mapping[str, Any], pool: Callable[[], Mapping[str, Any]], version: int) -> None:
         """Nothing is kept."""
 
     def summary(self) -> None:
@@ -276,7 +276,8 @@ class RunFolder(Watcher):
         if plan is not None:
             self.write_json("plan.json", plan)
         write_atomically(known, json.dumps(tree, indent=1).encode())
-        set_aside(self.path, config.loop.steps)
+        if config.loop.restarts:  # under a time limit a finished run has other steps than its config
+            set_aside(self.path, config.loop.steps)
 
     # ------------------------------------------------------------------------------------------- metrics
 
@@ -334,11 +335,11 @@ class RunFolder(Watcher):
         """Whether the last checkpoint is older than `loop.checkpoint_seconds`."""
         return time.monotonic() - self._saved > self.config.loop.checkpoint_seconds
 
-    def save(self, state: Mapping[str, Any], pool: Mapping[str, Any], version: int) -> None:
-        """Write a checkpoint; the previous one stays as previous.pt."""
+    def save(self, state: Mapping[str, Any], pool: Callable[[], Mapping[str, Any]], version: int) -> None:
+        """Write a checkpoint; the previous one stays as previous.pt. `pool` is asked only where its version is new."""
         file = self.path / f"pool-{version}.pt"
         if not file.exists():
-            save_tensors(file, dict(pool))
+            save_tensors(file, dict(pool()))
         metrics = self.path / "metrics.jsonl"
         size = metrics.stat().st_size if metrics.exists() else 0
         new, current, before = (self.path / name for name in (".next.pt", "checkpoint.pt", "previous.pt"))

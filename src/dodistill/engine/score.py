@@ -100,6 +100,13 @@ class Scorer:
         m = self.matcher
         return m.interventions.deliver(m.ema if which == "ema" else m.student, self.acquirer.dictionary)
 
+    def shipped(self, which: str) -> nn.Module:
+        """`complete` in eval mode, with gradients for the parameters that the student has them for."""
+        m = self.matcher
+        for average, own in zip(m.ema.parameters(), m.student.parameters()):
+            average.requires_grad_(own.requires_grad)
+        return self.complete(which).eval()
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "last": self.last, "best_on_test": self.best_on_test, "teacher": self.teacher,

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.precision import Precision, trial
-from ..core.runtime import generator
+from ..core.runtime import generator, seeded_steps
 from ..data.images import Images, minival, refuse_one_class
 from ..errors import DodistillError, at_least, positive
 from ..evaluation.evaluate import accuracy
@@ -154,43 +154,47 @@ def teach(
     model.train()
     start, step, evaluating = time.perf_counter(), begun * per_epoch, 0.0
     log: Log = {"loss": math.nan, "minival": None, "seconds": before} | dict(resume["log"] if resume else {})
-    for epoch in range(begun, config.epochs):
-        order = torch.randperm(len(train), device=device, generator=rng)
-        total = torch.zeros((), device=device)
-        for index in order[: per_epoch * batch].view(per_epoch, batch):
-            for group in optimizer.param_groups:
-                group["lr"] = lr_at(config, step, steps)
-            x = _augmented(train.x[index], config, rng)
-            with cast():
-                loss = F.cross_entropy(
-                    logits_of(model(x), config.model).float(), train.y[index], label_smoothing=config.label_smoothing
-                )
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            total += loss.detach()
-            step += 1
-            if on_step is not None and step % per_epoch:
-                on_step(step)
-        mean = (total / per_epoch).item()
-        if not math.isfinite(mean):
-            raise DodistillError(f"the loss became {mean} in epoch {epoch + 1}; lower lr (now {config.lr}).")
-        now = time.perf_counter()
-        scored = accuracy(model, val, autocast=cast) if val is not None else None
-        evaluating += time.perf_counter() - now
-        seconds = before + time.perf_counter() - start
-        log = {"epoch": epoch + 1, "epochs": config.epochs, "step": step, "steps": steps, "loss": mean}
-        log |= {"lr": optimizer.param_groups[0]["lr"], "minival": scored, "seconds": seconds}
-        if on_log is not None:
-            on_log(log)
-        if on_checkpoint is not None:
-            on_checkpoint(
-                {"config": asdict(config), "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                 "rng": rng.get_state(), "precision": cast.state_dict(), "epoch": epoch + 1, "seconds": seconds,
-                 "log": log}
-            )  # fmt: skip
-        if time.monotonic() > deadline and epoch + 1 < config.epochs:
-            return {"finished": False, "epoch": epoch + 1}
+    with seeded_steps(device, config.seed) as begin:
+        for epoch in range(begun, config.epochs):
+            order = torch.randperm(len(train), device=device, generator=rng)
+            total = torch.zeros((), device=device)
+            for index in order[: per_epoch * batch].view(per_epoch, batch):
+                begin(step)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr_at(config, step, steps)
+                x = _augmented(train.x[index], config, rng)
+                with cast():
+                    loss = F.cross_entropy(
+                        logits_of(model(x), config.model).float(),
+                        train.y[index],
+                        label_smoothing=config.label_smoothing,
+                    )
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                total += loss.detach()
+                step += 1
+                if on_step is not None and step % per_epoch:
+                    on_step(step)
+            mean = (total / per_epoch).item()
+            if not math.isfinite(mean):
+                raise DodistillError(f"the loss became {mean} in epoch {epoch + 1}; lower lr (now {config.lr}).")
+            now = time.perf_counter()
+            scored = accuracy(model, val, autocast=cast) if val is not None else None
+            evaluating += time.perf_counter() - now
+            seconds = before + time.perf_counter() - start
+            log = {"epoch": epoch + 1, "epochs": config.epochs, "step": step, "steps": steps, "loss": mean}
+            log |= {"lr": optimizer.param_groups[0]["lr"], "minival": scored, "seconds": seconds}
+            if on_log is not None:
+                on_log(log)
+            if on_checkpoint is not None:
+                on_checkpoint(
+                    {"config": asdict(config), "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                     "rng": rng.get_state(), "precision": cast.state_dict(), "epoch": epoch + 1, "seconds": seconds,
+                     "log": log}
+                )  # fmt: skip
+            if time.monotonic() > deadline and epoch + 1 < config.epochs:
+                return {"finished": False, "epoch": epoch + 1}
     trained_in = time.perf_counter() - start - evaluating
     model.eval()
     return {

@@ -24,7 +24,12 @@ PICTURES = {"shapes": 256, "leaves": 256}
 
 def candidates(c: ViewConfig, image_shape: tuple[int, int, int]) -> dict[str, View]:
     """The candidate views of the config, by name; a single one if no setting is `auto`."""
-    pad = c.pad or max(1, image_shape[1] // 8)
+    shorter = min(image_shape[1:])
+    if shorter == 1 and c.padding in ("reflect", "auto") and c.crop != "resized":
+        raise DodistillError(
+            f"images of {image_shape[1]}x{image_shape[2]} have nothing to reflect; give --view.padding zeros."
+        )
+    pad = c.pad or max(1, shorter // 8)
     flip = image_shape[0] > 1 if c.flip is None else c.flip
     out = {}
     if c.crop in ("shift", "auto"):
