@@ -133,8 +133,14 @@ def test_the_released_settings_of_cid(pair: str) -> None:
 def test_every_preset_says_where_it_is_from() -> None:
     assert set(Config.presets) == set(Config.origin)
     assert resolve({"source": "data", "preset": "desk"}).criterion.name == "hinton"
-    other = resolve({"source": "data", "preset": "repdistiller", "criterion": "crd"}).criterion
+    released = resolve({"source": "data", "preset": "repdistiller", "criterion": "crd"})
+    other, optim = released.criterion, released.optim
     assert (other.name, other.ce, other.kd) == ("crd", 1.0, 0.0)
+    assert (optim.lr, optim.momentum, optim.nesterov) == (
+        0.05,
+        0.9,
+        False,
+    )  # CID has Nesterov
 
 
 def test_a_preset_s_intervention_reaches_python(teacher: nn.Module, digits: Images) -> None:

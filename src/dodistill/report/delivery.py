@@ -17,6 +17,7 @@ from ..core.runtime import peak_memory_mb
 from ..engine import Distiller
 from ..engine.inputs import Inputs, read_inputs, sample, write_inputs
 from ..engine.run_folder import NoFolder, RunFolder, write_atomically
+from ..evaluation.latency import cpu_name
 from ..interventions.shared.base import Compensated
 from ..models import Normalized, save_model
 from .card import model_card
@@ -123,7 +124,7 @@ def summary_of(it: Distiller, which: str, notes: list[str]) -> dict[str, Any]:
 def _machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU ({platform.machine()}), {torch.get_num_threads()} thread(s)"
+    return f"{cpu_name()}, {torch.get_num_threads()} thread(s)"
 
 
 def save_student(best: nn.Module, path: Path, summary: Mapping[str, Any]) -> None:

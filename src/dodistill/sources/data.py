@@ -62,7 +62,12 @@ class Config(SourceConfig):
         "cid-resnet56-resnet20": _cid(10.0, 1.0),
         "cid-resnet50-mobilenetv2": _cid(33.0, 0.1, 0.01),
         "cid-resnet50-vgg8": _cid(8.0, 2.0),
-        "repdistiller": _SCHEDULE | {"source": {}, "criterion": {"name": "hinton", "ce": 0.1, "kd": 0.9}},
+        "repdistiller": _SCHEDULE
+        | {
+            "source": {},
+            "criterion": {"name": "hinton", "ce": 0.1, "kd": 0.9},
+            "optim": _SCHEDULE["optim"] | {"nesterov": False},
+        },
         "desk": {
             "source": {},
             "criterion": {"name": "hinton", "ce": 0.1, "kd": 0.9},
