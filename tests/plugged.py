@@ -92,7 +92,7 @@ class Config(CriterionConfig):
     def build(self, context):
         return Cubed(self.power)
 '''
-UPDATE = '''"""Clipped: the plain gradient, clipped."""
+UPDATE = '''"""Clipped: the plain gradient, clipped. At a multiple of its mean norm so far."""
 from dataclasses import dataclass
 import torch
 from dodistill import Update, UpdateConfig
@@ -110,14 +110,20 @@ class Config(UpdateConfig):
 class Clipped(Update):
     def __init__(self, most):
         super().__init__()
-        self.most = most
+        self.most, self.mean = most, torch.zeros(())
+
+    def parts(self):
+        return {"mean": self.mean}
 
     def backward(self, student, acquire, retain=None):
         terms = acquire(student)
         if retain is not None:
             terms |= {f"retain_{k}": v for k, v in retain(student).items()}
         torch.stack(list(terms.values())).sum().backward()
-        self.terms = {"norm": torch.nn.utils.clip_grad_norm_(student.parameters(), self.most)}
+        norm = torch.nn.utils.get_total_norm([p.grad for p in student.parameters()])
+        self.mean.lerp_(norm, 0.2)
+        torch.nn.utils.clip_grad_norm_(student.parameters(), self.most * float(self.mean))
+        self.terms = {"norm": norm}
         return {k: v.detach() for k, v in terms.items()}
 '''
 REPLAY = '''"""Last: the newest images again."""

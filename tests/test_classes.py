@@ -157,6 +157,10 @@ def test_two_folders_of_ten(tmp_path: Path) -> None:
     with pytest.raises(DodistillError, match=r"3 names of classes .*10 outputs"):
         dodistill.evaluate(model(), root, classes="a,b,c")
     assert "note" not in dodistill.evaluate(model(ANIMALS), load_images("digits", "test"))
+    root = pictures(tmp_path / "ten", {name: k for k, name in enumerate(sorted(ANIMALS))})
+    note = dodistill.evaluate(model(), root)["note"]  # by order, which may be wrong: the run says so
+    assert f"taken for the model's classes in this order: {', '.join(sorted(ANIMALS)[:7])}, ... 10 in all" in note
+    assert "note" not in dodistill.evaluate(model(sorted(ANIMALS)), root)
 
 
 def test_folders_that_are_numbers(tmp_path: Path) -> None:

@@ -77,6 +77,13 @@ def test_a_deviation_that_the_data_have_is_no_error() -> None:
     assert "normalise imagenet" in told(net, *WIDE, (3, 16, 16))
 
 
+def test_mean_and_deviation_of_pixels_to_1_for_a_network_of_pixels_to_255() -> None:
+    """mean 0.5, std 0.5, input_range 255: nearly black images are no data that could have this mean."""
+    net = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.LazyLinear(4)).eval()
+    net(torch.zeros(2, 3, 16, 16))
+    assert "mean 0.5 and std 0.5" in told(net, (0.5 / 255,) * 3, (0.5 / 255,) * 3, (3, 16, 16))
+
+
 def test_it_is_cheap_and_leaves_all_as_it_was(taught: Normalized) -> None:
     torch.manual_seed(0)
     net = load_model("resnet18", num_classes=10, in_channels=3, image_size=224).train()

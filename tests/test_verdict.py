@@ -102,6 +102,27 @@ def test_without_a_test_set_it_speaks_of_agreement() -> None:
     assert "held-back inputs (80.00 %)" in it.distance
 
 
+def test_a_collapsed_source_is_named_however_well_the_networks_agree() -> None:
+    none = {"teacher_accuracy": None, "delivered_accuracy": None, "student_accuracy": None}
+    one_class = {"log": {"inputs/effective_classes": 1.0, "inputs/diversity": 0.2}}
+    named("collapsed source", "1.0 effective classes of 10", agreement=100.0, **none, **one_class)
+    assert found(agreement=100.0, **none) is None
+    assert found(agreement=100.0, delivered_accuracy=88.0, **one_class) is None  # the test set speaks for it
+
+
+@pytest.mark.parametrize(("teacher", "classes", "says"), [(12.9, 10, True), (13.1, 10, False), (59.0, 2, True),
+                                                          (61.0, 2, False), (17.0, 5, True)])  # fmt: skip
+def test_a_teacher_at_chance_is_named_first(teacher: float, classes: int, says: bool) -> None:
+    shares = {"class_shares": [1 / classes] * classes, "teacher_class_accuracy": [teacher] * classes}
+    it = found(teacher_accuracy=teacher, delivered_accuracy=teacher, student_accuracy=teacher, agreement=99.0, **shares)
+    assert (it is not None) == says
+    if it is not None:
+        assert it.cause.name == "the teacher"
+        assert f"names {teacher:.2f} % of the test images rightly; chance is {100 / classes:.1f} %" in it.cause.evidence
+        assert "normalisation" in it.cause.remedy
+        assert it.command == it.settings == ""
+
+
 @pytest.mark.parametrize(("agreement", "says"), [(44.6, False), (20.0, False), (19.9, True)])
 def test_without_a_test_set_a_low_agreement_is_no_fault(agreement: float, says: bool) -> None:
     """A student of `fast` with an agreement of 45 % had 94 % of its teacher's accuracy (results/hour)."""
@@ -254,3 +275,6 @@ def test_a_run_with_a_time_limit_gets_more_time() -> None:
     it, next_ = named("too few steps", "still rose", evals=RISING, command=command)
     assert (next_.loop.time, it.command.count("--time")) == ("270s", 1)
     assert it.command.endswith("--out runs/a-too-few-steps")
+    by_heart = {"train_agreement": 99.0, "agreement": 70.0, "images": 300, "steps": 2000}
+    it, next_ = named("too few images", "99.0 %", command=command, **by_heart)  # the limit would cut more images again
+    assert next_.loop.time == "270s"

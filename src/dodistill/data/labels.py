@@ -43,9 +43,13 @@ def fitted(images: Given, names: Sequence[str], outputs: int | None, what: str, 
 
 
 def _order(folders: Sequence[str], found: Sequence[int], names: Sequence[str], what: str) -> str:
-    """A sentence where folders are numbers, and these are not the model's names, or not the numbers of its classes."""
+    """A sentence where folders are words without names of the model to match, or numbers that are neither the model's
+    names nor the numbers of its classes."""
     if not all(f.isascii() and f.isdigit() for f in folders):
-        return ""
+        if names:
+            return ""
+        order = listed(folders, 8)
+        return f"{what}: its folders are taken for the model's classes in this order: {order}; otherwise {FIX}"
     if all(name.isdigit() for name in names) if names else list(found) == list(map(int, folders)):
         return ""
     pairs = [f"{folder} is {names[k] if names else f'class {k}'}" for folder, k in zip(folders, found)]

@@ -138,7 +138,7 @@ class Matcher:
         return {
             "student": self.student.state_dict(), "ema": self.ema.state_dict(),
             "interventions": self.interventions.state_dict(), "criterion": self.criterion.state_dict(),
-            "optimizers": [o.state_dict() for o in self.optimizers],
+            "optimizers": [o.state_dict() for o in self.optimizers], "update": self.update.state_dict(),
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -146,6 +146,8 @@ class Matcher:
         self.ema.load_state_dict(state["ema"])
         self.interventions.load_state_dict(state["interventions"])
         self.criterion.load_state_dict(state["criterion"])
+        if "update" in state:  # absent in older checkpoints
+            self.update.load_state_dict(state["update"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
 

@@ -89,8 +89,11 @@ def doubt(model: nn.Module, image_shape: Shape) -> str:
 
 
 def _possible(mean: Tensor, std: Tensor) -> bool:
-    """Whether images in [0, 1] can have this mean and deviation: std <= sqrt(mean (1 - mean)), here with a margin."""
-    return bool((std <= 0.8 * (mean * (1 - mean)).clamp_min(0).sqrt()).all())
+    """Whether images in [0, 1] can have this mean and deviation: std <= sqrt(mean (1 - mean)), here with a margin.
+
+    Images of a deviation of a few levels are no data, but values in the wrong range: 0.5 of 255.
+    """
+    return bool(((std <= 0.8 * (mean * (1 - mean)).clamp_min(0).sqrt()) & (std >= 0.02)).all())
 
 
 def _pictures(shape: Shape, device: torch.device) -> list[Tensor]:
@@ -146,7 +149,7 @@ def _distance(layer: nn.Module, mean: Tensor, variance: Tensor) -> float:
     assert isinstance(v, Tensor)
     on = v > 0.01 * v.max()
     a, b, apart = variance[on].double() + 1e-12, v[on].double(), (mean - m)[on].double().square()
-    return float((0.5 * (a / b + b / a) - 1 + 0.5 * apart * (1 / a + 1 / b)).median())
+    return float((0.5 * (a / b + b / a) - 1 + 0.5 * apart * (1 / a + 1 / b)).median().detach())
 
 
 def _few(values: Tensor) -> str:

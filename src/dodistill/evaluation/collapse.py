@@ -53,10 +53,11 @@ def symptoms(
     found: dict[str, str] = {}
     effective, diversity = signs.get("effective_classes"), signs.get("diversity")
     if effective is not None and classes > 2 and effective < max(FEW_CLASSES * classes, 1.5):
+        evenly = "" if signs.get("absent_classes") else ", or draw evenly with --intervention stratified"
         found["few classes"] = (
             f"the newest inputs have {effective:.1f} effective classes of {classes}. Raise the source's weight of "
             "class balance or its batch (see `dodistill distill --source NAME --help`; for dafl, adversarial and pre "
-            "--source.coverage 5), or draw evenly with --intervention stratified."
+            f"--source.coverage 5){evenly}."
         )
     absent = signs.get("absent_classes", 0)
     if absent and done >= WARM and "few classes" not in found:

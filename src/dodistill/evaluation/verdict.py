@@ -2,6 +2,7 @@
 
 Pure functions of summary, config and curves. The causes are tried in this order, and the first that holds is named:
 
+    the teacher        it is at chance on the test images itself
     collapsed source   the newest inputs have few classes, or are nearly equal (`collapse.symptoms`)
     rare classes       classes with a tiny share of the student's inputs
     too few images     the student agrees with the teacher where it trained, and less on held-back inputs
@@ -10,7 +11,8 @@ Pure functions of summary, config and curves. The causes are tried in this order
     small or unstable  the curve is flat, and the student does not even fit its own inputs
     unclear            none of them
 
-Without a test set the distance is unknown, and agreement does not stand in for accuracy: on our cells it lies from 50
+A source that has collapsed is named whatever the agreement: two networks agree on one picture. Without a test set the
+distance is unknown, and agreement does not stand in for accuracy: on our cells it lies from 50
 points below to 82 above (`benchmarks/agreement.py`). Then only a cause that shows by itself is named: one of the first
 four, or a student that hardly agrees beyond chance.
 """
@@ -30,6 +32,7 @@ Record = Mapping[str, Any]
 
 FAR = 0.9  #: a student below this share of its teacher's test accuracy is far below it
 AGREES = 85.0  #: without a test set: a student that agrees on this many held-back inputs (%) gets no verdict
+GUESSES = 1.3  #: a teacher below this multiple of chance on the test images, by 10 points at most, guesses
 FITS = 90.0  #: agreement (%) from which the student has learned its inputs
 TINY = 0.2  #: a class is rare below this share of an even share
 GAP = 10.0  #: points between agreement on training inputs and on held-back inputs
@@ -87,10 +90,29 @@ def verdict(
         folder: the run folder; empty: none was written.
         goes_on: whether the run can be trained longer: `compare` deletes the checkpoints.
     """
+    if (chance := _teacher_by_chance(summary)) is not None:
+        return chance
     found = _distance(summary)
     if found is None:
         return None
     distance, missing = found
+    tested = number(summary, "teacher_accuracy") is not None
+    if not tested and missing <= 100 - AGREES:  # the one fault that makes two networks agree
+        causes = [_collapsed(summary, config)]
+    else:
+        causes = _causes(summary, config, evals, logs, missing, goes_on)
+    cause = next((c for c in causes if c is not None), None)
+    if cause is None:
+        return None
+    out = folder if cause.same_folder or not folder else f"{folder.rstrip('/')}-{cause.name.replace(' ', '-')}"
+    command = retyped(str(summary.get("command") or ""), cause.changes, out, cause.without)
+    return Verdict(distance, cause, command)
+
+
+def _causes(
+    summary: Record, config: Record, evals: Sequence[Record], logs: Sequence[Record], missing: float, goes_on: bool
+) -> list[Cause | None]:
+    """Each cause that holds, in the order in which they are tried."""
     causes = [
         _collapsed(summary, config),
         _rare(summary, config),
@@ -101,12 +123,7 @@ def verdict(
         causes += [_small(summary, config) if _by_chance(summary) else None]
     else:
         causes += [_foreign(summary, config), _small(summary, config), _unclear(summary, config, goes_on)]
-    cause = next((c for c in causes if c is not None), None)
-    if cause is None:
-        return None
-    out = folder if cause.same_folder or not folder else f"{folder.rstrip('/')}-{cause.name.replace(' ', '-')}"
-    command = retyped(str(summary.get("command") or ""), cause.changes, out, cause.without)
-    return Verdict(distance, cause, command)
+    return causes
 
 
 def number(record: Record, *keys: str) -> float | None:
@@ -129,13 +146,27 @@ def _distance(summary: Record) -> tuple[str, float] | None:
         return f"The student is far below its teacher: {mine:.2f} % of the test images, teacher {teacher:.2f} %.", (
             teacher - mine
         )
-    if agreement is None or agreement >= AGREES:
+    if agreement is None:
         return None
     said = (
         "The student may be far from its teacher. Its accuracy is not known, since there was no test set; agreement on "
         f"held-back inputs ({agreement:.2f} %) does not tell."
     )
     return said, 100 - agreement
+
+
+def _teacher_by_chance(summary: Record) -> Verdict | None:
+    """The finding where the teacher itself hardly knows the test images; the student then tells nothing."""
+    teacher, scores = number(summary, "teacher_accuracy"), summary.get("teacher_class_accuracy") or []
+    seen = sum(score is not None for score in scores) or _classes(summary)
+    if teacher is None or seen < 2 or teacher >= min(GUESSES * 100 / seen, 100 / seen + 10):
+        return None
+    said = f"the teacher names {teacher:.2f} % of the test images rightly; chance is {100 / seen:.1f} %"
+    what = (
+        "Check the teacher's weights, its normalisation (teacher.normalise, or mean and std), and that the test set's "
+        "classes are the teacher's, in its order (teacher.classes)."
+    )
+    return Verdict("The teacher itself is at chance on the test images.", Cause("the teacher", said, what), "")
 
 
 def _by_chance(summary: Record) -> bool:
@@ -225,6 +256,8 @@ def _few_images(summary: Record, config: Record) -> Cause | None:
     n, every, capacity = number(source, "n"), number(source, "every"), number(config, "pool", "capacity")
     if capacity and images > capacity and (not n or n >= capacity):
         return Cause("too few images", said, "Keep more images.", {"pool.capacity": int(4 * capacity)})
+    if loop.get("time"):  # the limit decides how many images there are
+        return Cause("too few images", said, *_longer(summary, config, goes_on=False))
     if n and n <= 1.1 * images:
         changes = {"source.n": int(4 * n)}
         if candidates := number(source, "candidates"):

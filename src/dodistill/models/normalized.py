@@ -31,12 +31,12 @@ class UnknownNormalisation(DodistillError):
         names = ", ".join(name for name in NORMALISATION if name != "none")
         super().__init__(
             f"{weights} does not say which normalisation its network was trained with; give {flag}normalise NAME "
-            f"({names}, or none if it reads images in [0, 1]), or {flag}mean 0.5,0.5,0.5 {flag}std 0.5,0.5,0.5, with "
-            f"{flag}input_range 255 if it reads 0 to 255."
+            f"({names}, or none if it reads images in [0, 1]), or {flag}mean 0.5,0.5,0.5 {flag}std 0.5,0.5,0.5. If it "
+            f"reads 0 to 255, give {flag}input_range 255 with mean and std in this range, as 127.5, or without both."
             if flag
             else f"{weights} does not say which normalisation its network was trained with; give mean=NAME ({names}, "
-            "or none if it reads images in [0, 1]), or mean=[...] and std=[...], with input_range=255 if it reads 0 to "
-            "255."
+            "or none if it reads images in [0, 1]), or mean=[...] and std=[...]. If it reads 0 to 255, give "
+            "input_range=255 with mean and std in this range, as 127.5, or without both."
         )
 
 

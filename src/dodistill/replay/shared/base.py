@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...config.plugins import Named
 from ...core.context import Context
+from ...core.state import restore, saved
 from ...data.rows import Pixels
 
 
@@ -48,16 +49,15 @@ class Replay:
         return sum(v.numel() * v.element_size() for v in _tensors(self.state_dict()))
 
     def parts(self) -> dict[str, Any]:
-        """Name -> anything with state_dict/load_state_dict that changes."""
+        """Name -> anything with state_dict/load_state_dict, or a tensor, that changes."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"generator": self.generator.get_state()} | {k: p.state_dict() for k, p in self.parts().items()}
+        return {"generator": self.generator.get_state()} | saved(self.parts(), self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.generator.set_state(state["generator"].cpu())
-        for name, part in self.parts().items():
-            part.load_state_dict(state[name])
+        restore(self.parts(), state)
 
 
 def _tensors(state: Any) -> list[Tensor]:

@@ -15,6 +15,7 @@ from ...config.contracts import Kind as Kind
 from ...config.contracts import SourceSettings
 from ...config.plugins import Named
 from ...core.context import Context
+from ...core.state import restore, saved
 from ...data.rows import Pixels, Rows, chosen
 from .generators import Generator
 
@@ -155,19 +156,11 @@ class Source(ABC):
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"generator": self.generator.get_state()}
-        for name, part in self.parts().items():
-            state[name] = part if isinstance(part, Tensor) else part.state_dict()
-        return state
+        return {"generator": self.generator.get_state()} | saved(self.parts(), self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.generator.set_state(state["generator"].cpu())
-        for name, part in self.parts().items():
-            if isinstance(part, Tensor):
-                with torch.no_grad():
-                    part.copy_(state[name])
-            else:
-                part.load_state_dict(state[name])
+        restore(self.parts(), state)
 
 
 def _generators(module: nn.Module) -> list[nn.Module]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from ...config.plugins import Named
 from ...core.ranks import Ranks
+from ...core.state import restore, saved
 
 #: student (or a function that evaluates it at other weights) -> named loss terms on the current batch
 Objective = Callable[[Callable[[Tensor], Tensor]], dict[str, Tensor]]
@@ -50,3 +51,16 @@ class Update(ABC):
 
         `acquire` is the loss on the new inputs, `retain` that on replayed ones (None: there are none, or none yet).
         """
+
+    def parts(self) -> dict[str, Any]:
+        """Name -> anything with state_dict/load_state_dict, or a tensor, that changes from step to step.
+
+        A tensor is restored in place, so it must exist from the start.
+        """
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return saved(self.parts(), self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        restore(self.parts(), state)
