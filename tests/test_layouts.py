@@ -12,6 +12,8 @@ from PIL import Image
 
 from dodistill.commands.cli import main
 from dodistill.data.images import Images, load_images, refuse_one_class
+from dodistill.data.pack import pack
+from dodistill.engine.lesson import read_lesson
 from dodistill.errors import DodistillError
 from dodistill.models import load_model, save_model
 
@@ -232,6 +234,18 @@ def test_teaching_on_a_folder(tiny: Path, tmp_path: Path, capsys: pytest.Capture
         == 0
     )
     assert '"test"' not in capsys.readouterr().out
+
+
+def test_data_without_a_test_split_is_not_its_own_test_set(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A packed file, and a planted context around it or around a folder."""
+    folder = tiny / "train"
+    pack(str(folder), tiny / "x.npy", SHAPE)
+    for spec in (f"{tiny}/x.npy", f"planted:{tiny}/x.npy", f"planted:{folder}:0.9"):
+        assert read_lesson(spec, shape=SHAPE).test is None
+    assert read_lesson(f"planted:{tiny}", shape=SHAPE).test is not None
+    save_model(load_model("tiny4", num_classes=3, in_channels=3, image_size=8, seed=0), tiny / "t.safetensors")
+    assert main(["evaluate", f"{tiny}/t.safetensors", "--probe", f"{tiny}/x.npy"]) == 2
+    assert "x.npy has no test images of its own" in capsys.readouterr().err
 
 
 def test_test_images_without_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

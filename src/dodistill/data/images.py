@@ -177,7 +177,11 @@ def require_fit(images: Labelled, shape: Shape, classes: int, what: str) -> None
 
 
 def has_test(spec: str) -> bool:
-    """Whether `spec` can have its own test split. A folder without `test` or `val` has none."""
+    """Whether `spec` can have its own test split. A packed file has none, nor has a folder without `test` or `val`."""
+    if spec.startswith("planted:"):
+        return has_test(_rho(spec.removeprefix("planted:"))[0])
+    if packed_file(spec, "test") is not None:
+        return False
     folder = _named_folder(spec) or Path(spec).expanduser()
     return not folder.is_dir() or any((folder / name).is_dir() for name in ("test", "val"))
 
