@@ -174,6 +174,8 @@ def test_evaluate(result: dodistill.Result, teacher: nn.Module, digits: Images) 
         result.evaluate(digits.x)
     with pytest.raises(DodistillError, match="a label is 19, but the model has 10 classes"):
         dodistill.evaluate(teacher, (digits.x[:20], torch.arange(20)))
+    with pytest.raises(DodistillError, match="a label is 10, but the model has 10 classes"):
+        result.evaluate((digits.x[:10], torch.arange(1, 11)))
 
 
 def test_export(result: dodistill.Result, tmp_path: Path) -> None:

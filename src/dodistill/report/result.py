@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from ..core.watch import Watcher
 from ..data.accept import accept
-from ..data.images import Images
+from ..data.images import Images, require_fit
 from ..data.labels import fitted
 from ..data.packed import Packed
 from ..engine.inputs import Inputs
 from ..errors import DodistillError
-from ..evaluation.evaluate import scores
+from ..evaluation.evaluate import predict, scores
 from ..evaluation.monitor import read_metrics
 from ..models.normalized import class_names
 from .canvas import LIGHT
@@ -106,8 +106,10 @@ class Result:
 
     def evaluate(self, test: Any, teacher: nn.Module | None = None) -> dict[str, Any]:
         """Measures of the student on labelled images (`data.accept` has the forms): see `dodistill.evaluate`."""
-        outputs = len(self.summary.get("class_shares", ())) or None
-        images = fitted(labelled(test, self.image_shape), class_names(self.student), outputs, "the test set")
+        images = labelled(test, self.image_shape)
+        outputs = predict(self.student, images.x[:1]).shape[1]
+        images = fitted(images, class_names(self.student), outputs, "the test set")
+        require_fit(images, self.image_shape, outputs, "the test set")
         return scores(self.student, images, teacher) | ({"note": images.note} if images.note else {})
 
     def export(self, path: str | Path, calibrate: Any = None, verbose: bool = True) -> Path:
