@@ -148,6 +148,20 @@ def test_splits_number_their_classes_together(tmp_path: Path) -> None:
     assert load_images(tmp_path, "test", image_shape=SHAPE).classes == ("a", "c", "d")
 
 
+@pytest.mark.parametrize("parts", [("train", "val"), ("",)], ids=["splits", "one"])
+def test_class_folders_that_are_links(parts: tuple[str, ...], tmp_path: Path) -> None:
+    """Two links to one folder are two classes; a link to a folder that it is in ends there."""
+    picture(tmp_path / "kept" / "deeper" / "0.png", 0)
+    for part in parts:
+        picture(tmp_path / "set" / part / "b" / "0.png", 0)
+        for name, to in (("a", "kept"), ("c", "kept"), ("b/up", "set"), ("b/itself", f"set/{part}/b/itself")):
+            (tmp_path / "set" / part / name).symlink_to(tmp_path / to)
+    train, test = (load_images(tmp_path / "set", split, image_shape=SHAPE) for split in ("train", "test"))
+    assert train.classes == test.classes == ("a", "b", "c")
+    assert train.y is not None
+    assert train.y.tolist() == [0, 1, 2]
+
+
 def test_one_class_is_named() -> None:
     x = torch.zeros(3, 1, 2, 2, dtype=torch.uint8)
     with pytest.raises(DodistillError, match=r"a.npz: all 3 images are of one class, '7', .* correct the labels"):

@@ -2,7 +2,7 @@
 
 * Class folders: `CLASS/.../FILE`, perhaps below `train` and `test` (or `val`). Classes are numbered in order of name,
   or of value if all names are numbers. If both splits exist, the classes of both are numbered together, so that a label
-  means the same in either.
+  means the same in either. A class folder may be a symbolic link, as for torchvision's ImageFolder.
 * Tiny-ImageNet as published (the folder `tiny-imagenet-200`, known by its `wnids.txt`): `train/WNID/images/FILE`;
   `val/images/FILE` with one line `FILE WNID ...` for each in `val/val_annotations.txt`. Split `test` is `val`: the
   folder `test` has no labels. The classes are those of `wnids.txt`, numbered in order of name, as torchvision's
@@ -11,6 +11,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +61,7 @@ def _class_folders(folder: Path, split: str, labels: bool) -> Listing:
         name: next((folder / n for n in names if (folder / n).is_dir()), None) for name, names in splits.items()
     }
     here, other = followed[split] or folder, followed["train" if split == "test" else "test"]
-    files = sorted(p for p in here.rglob("*") if p.is_file())
+    files = sorted(p for p in _below(here) if p.is_file())
     names = [_first(p.relative_to(here)) for p in files]
     beside = _with_images(other) if labels and here != folder and other is not None else set()
     return Listing(here, files, names, tuple(sorted(beside)) if beside & set(names) else ())
@@ -69,10 +71,20 @@ def _with_images(folder: Path) -> set[str]:
     """The subfolders of `folder` that hold a file with the name of an image."""
     endings = Image.registered_extensions()
     return {
-        sub.name
-        for sub in folder.iterdir()
-        if sub.is_dir() and any(p.suffix.lower() in endings for p in sub.rglob("*"))
+        sub.name for sub in folder.iterdir() if sub.is_dir() and any(p.suffix.lower() in endings for p in _below(sub))
     }
+
+
+def _below(top: Path) -> Iterator[Path]:
+    """What is below `top` and no folder. Links to folders are followed, but not to one that they are in."""
+    real = Path(os.path.realpath(top))
+    above = {os.fspath(top): frozenset(map(str, (real, *real.parents)))}
+    for here, folders, files in os.walk(top, followlinks=True):
+        chain = above.pop(here)
+        inside = {name: os.path.realpath(os.path.join(here, name)) for name in folders}
+        folders[:] = [name for name in folders if inside[name] not in chain]
+        above |= {os.path.join(here, name): chain | {inside[name]} for name in folders}
+        yield from (Path(here, name) for name in files)
 
 
 def _first(path: Path) -> str:
@@ -89,7 +101,7 @@ def _tiny_imagenet(folder: Path, split: str, labels: bool) -> Listing | None:
         return None
     if part == "val" and (here / "images").is_dir():
         here = here / "images"
-    files = sorted(p for p in here.rglob("*") if _visible(p))
+    files = sorted(p for p in _below(here) if _visible(p))
     if not labels:
         return Listing(here, files, [""] * len(files))
     classes = {line.split()[0] for line in (root / _CLASSES).read_text(encoding="utf-8").splitlines() if line.strip()}
