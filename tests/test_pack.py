@@ -135,6 +135,30 @@ def test_a_second_start_goes_on(kind: str, folder: Path, tmp_path: Path, monkeyp
     assert not list(tmp_path.glob("part.npy.*"))
 
 
+def test_a_start_that_is_killed_leaves_what_the_state_counts_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BLOCK", 2)
+    monkeypatch.setattr(module, "SAVED", 2)
+    listed, on_disk = tmp_path / "x.npy.part.labels", [0]
+
+    def killed(done: int, _total: int) -> None:
+        if done == 6:
+            on_disk.append(len(listed.read_text().split()))
+            raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            pack(str(folder), tmp_path / "x.npy", SHAPE, progress=killed)
+    assert on_disk[-1] >= json.loads((tmp_path / "x.npy.part.json").read_text())["rows"] == 4
+    whole = listed.read_bytes()
+    listed.write_bytes(whole[:14])  # three of "cat", and a part of the fourth
+    with pytest.raises(DodistillError, match=r"has the classes of 3 of the 4 images .*delete .*x.npy.part.json and"):
+        pack(str(folder), tmp_path / "x.npy", SHAPE)
+    listed.write_bytes(whole)
+    assert pack(str(folder), tmp_path / "x.npy", SHAPE).labelled
+
+
 def test_another_start_is_not_gone_on_with(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SAVED", 1)
 

@@ -104,7 +104,13 @@ def _pack(
     records = read_records(given["spec"], given["split"], given["labels"])
     raw, kept, listed = (path.with_name(f"{path.name}.part{ending}") for ending in ("", ".json", ".labels"))
     state, size = _state(kept, raw, given), int(np.prod(shape))
-    labels = listed.read_text(encoding="utf-8").split("\n")[: state.rows] if state.rows else []
+    lines = listed.read_bytes().split(b"\n")[:-1][: state.rows] if state.rows and listed.exists() else []
+    if len(lines) < state.rows:
+        raise DodistillError(
+            f"{listed} has the classes of {len(lines)} of the {state.rows} images that are packed already; delete "
+            f"{kept} and {raw.name} to begin anew."
+        )
+    labels = [line.decode() for line in lines]
 
     def decoded(record: Record) -> bytes | None:
         found = None if record.image is None else decode(as_file(record.image), *shape, crop)
@@ -112,13 +118,13 @@ def _pack(
 
     todo = itertools.islice(records.of, state.done, None)
     with (
-        open(raw, "r+b" if raw.exists() else "w+b") as file, open(listed, "w", encoding="utf-8") as names,
+        open(raw, "r+b" if raw.exists() else "w+b") as file, open(listed, "r+b" if listed.exists() else "w+b") as names,
         ThreadPoolExecutor(workers or os.cpu_count()) as pool, warnings.catch_warnings(),
     ):  # fmt: skip
         warnings.simplefilter("ignore")  # Pillow's warnings; the count replaces them
-        file.truncate(HEADER + state.rows * size)
-        file.seek(0, os.SEEK_END)
-        names.writelines(f"{label}\n" for label in labels)
+        for one, end in ((file, HEADER + state.rows * size), (names, sum(len(line) + 1 for line in lines))):
+            one.truncate(end)  # what the state counts on stays as it is
+            one.seek(0, os.SEEK_END)
         for turn in itertools.count(1):
             block = list(itertools.islice(todo, BLOCK))
             for record, row in zip(block, pool.map(decoded, block)):
@@ -130,7 +136,7 @@ def _pack(
                 state.rows += 1
                 labels.append(" ".join(record.label.split()))
                 file.write(row)
-                names.write(f"{labels[-1]}\n")
+                names.write(f"{labels[-1]}\n".encode())
             if not block or turn % SAVED == 0:
                 for one in (file, names):
                     one.flush()
