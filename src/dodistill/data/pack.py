@@ -183,6 +183,8 @@ def _finish(path: Path, raw: Path, state: State, labels: list[str], known: tuple
         number = {name: k for k, name in enumerate(classes)}
         with replacing(path.with_suffix(".labels.npy")) as file:
             np.save(file, np.array([number[name] for name in labels], np.int64))
+    else:  # those of an earlier OUT.npy are not of these images
+        path.with_suffix(".labels.npy").unlink(missing_ok=True)
     about = {**state.given, "rows": state.rows, "skipped": state.skipped, "classes": list(classes)}
     with replacing(path.with_suffix(".json")) as file:
         file.write(json.dumps(about, indent=1).encode())
