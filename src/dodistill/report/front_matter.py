@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 
-#: A path that begins at a root, a home, a drive or a parent folder, where a word begins.
-_PATH = re.compile(r"(?<![\w/.\\-])(?:[A-Za-z]:[\\/](?!/)|~?/(?!/)|\.{1,2}/)[^\s'\",;)]*")
+#: From where a path begins (at a root, a home, a drive or a parent folder, where a word begins) to the end of the text,
+#: as folders may have spaces and commas, or to the next of several files of code.
+_PATH = re.compile(r"(?<![\w/.\\-])(?:[A-Za-z]:[\\/](?!/)|~?/(?![/\s])|\.{1,2}/)(?:(?!\.py\+).)*", re.DOTALL)
 LICENCE = "other"
 
 
@@ -45,11 +48,18 @@ def front_matter(
 
 
 def without_folders(value: Any) -> Any:
-    """A config, a summary or a text in which each path of this machine is the name of its file alone."""
+    """A config, a summary or a text in which each path of this machine is the name of its file alone.
+
+    In a command each word is taken alone. In other text what stands between the first path and the last separator is
+    lost: nothing tells it from a folder's name.
+    """
     if isinstance(value, Mapping):
         return {key: without_folders(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [without_folders(item) for item in value]
     if isinstance(value, str):
+        if value.startswith("dodistill "):
+            with contextlib.suppress(ValueError):  # an apostrophe: no command, but a sentence
+                return " ".join(shlex.quote(without_folders(word)) for word in shlex.split(value))
         return _PATH.sub(lambda found: re.split(r"[\\/]", found[0].rstrip("\\/"))[-1], value)
     return value
