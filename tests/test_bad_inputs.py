@@ -181,6 +181,12 @@ RECIPES: dict[str, tuple[bytes, list[str]]] = {
         b"a0: &a0 [x, x]\n" + b"".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n".encode() for i in range(1, 40))
         + b"grid: {seed: *a39}\n", ["recipe.yaml"],
     ),
+    "merging": (
+        f"a: &a {{{', '.join(f'k{i}: 1' for i in range(400))}}}\nb: {{<<: [{', '.join(['*a'] * 300)}]}}\n".encode()
+        + b"grid: {seed: [0]}\n", ["recipe.yaml", "merges", "write them out"],
+    ),
+    "merges-a-word": (b"grid: {<<: seed}\n", ["recipe.yaml", "<<", "mappings"]),
+    "twice-merged": (b"base: &b {a: 1, a: 2}\ngrid: {<<: *b}\n", ["recipe.yaml", "twice"]),
     "twice": (b"grid: {seed: [0]}\ngrid: {seed: [1]}\n", ["recipe.yaml", "grid", "twice"]),
     "twice-inside": (GRID.encode() + b"grid: {seed: [0], seed: [1]}\n", ["recipe.yaml", "seed", "twice"]),
     "python-tag": (b"grid: !!python/object/apply:os.system [echo]\n", ["recipe.yaml"]),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dodistill.config import registry
 from dodistill.config import tree as c
+from dodistill.config.strict_yaml import read_yaml
 from dodistill.config.tree import RUNTIME, Distill, difference, expand, merge, resolve
 from dodistill.errors import DodistillError, nearest
 
@@ -54,6 +56,21 @@ def test_every_preset_resolves_and_survives_being_written_down(source: str) -> N
         assert again == d
         assert again.key() == d.key()
         assert d.interventions[0].scale == 2.0
+
+
+def test_merges_of_yaml(tmp_path: Path) -> None:
+    """A mapping's own keys win, then those of the first in a list, in every version of PyYAML."""
+    many = "".join(f"m{i}: &m{i} {{<<: [{', '.join([f'*m{i - 1}'] * 10)}]}}\n" for i in range(1, 20))
+    (tmp_path / "a.yaml").write_text(
+        "common: &common {steps: 100, lr: 0.1}\nquick: &quick {<<: *common, steps: 10}\n"
+        "base: {<<: *quick, batch: 32}\nboth: {<<: [*quick, *common]}\nitself: &i {<<: *i, a: 1}\n"
+        f"m0: &m0 {{key: 1}}\n{many}"
+    )
+    found = read_yaml(tmp_path / "a.yaml")
+    assert found["quick"] == found["both"] == {"steps": 10, "lr": 0.1}
+    assert found["base"] == {"steps": 10, "lr": 0.1, "batch": 32}
+    assert found["itself"] == {"a": 1}
+    assert found["m19"] == {"key": 1}
 
 
 def test_dotted_keys() -> None:

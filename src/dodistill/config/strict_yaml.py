@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,54 @@ MOST, DEEPEST = 100_000, 50
 #: Bytes that one file may have.
 LARGEST = 4 << 20
 
+_MERGE = "tag:yaml.org,2002:merge"  #: the tag of the key <<
+_Pairs = dict[str | int, tuple[yaml.Node, yaml.Node]]
+
 
 class _Strict(yaml.SafeLoader):
-    """SafeLoader that refuses a key that a mapping has already."""
+    """SafeLoader that refuses a key that a mapping gives twice, and merges (`<<`) that grow without end."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen = set()
-        for key, _ in node.value:
-            name = key.value if isinstance(key, yaml.ScalarNode) else None
-            if name is not None and name != "<<" and name in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{name!r} is given twice", key.start_mark)
-            seen.add(name)
-        return super().construct_mapping(node, deep)
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._flat: set[int] = set()  # the mappings that have been flattened, by id
+        self._merged = 0
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Put the keys of merged mappings into `node`, once. Its own keys win, then those of the first in a list.
+
+        PyYAML's own method keeps each key as often as it is merged (6.0.2), or lets the last in a list win (6.0.4).
+        """
+        if id(node) in self._flat:
+            return
+        self._flat.add(id(node))
+        own: _Pairs = {}
+        merges: list[list[yaml.Node]] = []
+        for key, value in node.value:
+            if key.tag == _MERGE:
+                merges.append(value.value if isinstance(value, yaml.SequenceNode) else [value])
+                continue
+            if _name(key) in own:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+            own[_name(key)] = key, value
+        node.value = list(own.values())  # all that a mapping which merges itself can see
+        merged: _Pairs = {}
+        for part in itertools.chain.from_iterable(reversed(merges)):
+            if not isinstance(part, yaml.MappingNode):
+                raise yaml.constructor.ConstructorError(None, None, "<< merges mappings only", part.start_mark)
+            self.flatten_mapping(part)
+            self._merged += len(part.value)
+            if self._merged > MOST:
+                said = f"it grows by more than {MOST:,} values by its merges (<<); write them out"
+                raise yaml.constructor.ConstructorError(None, None, said, part.start_mark)
+            for key, value in part.value:
+                merged.setdefault(_name(key), (key, value))
+        node.value = list((merged | own).values())
+        super().flatten_mapping(node)
+
+
+def _name(key: yaml.Node) -> str | int:
+    """By what a key is the same as another."""
+    return str(key.value) if isinstance(key, yaml.ScalarNode) else id(key)
 
 
 def read_yaml(path: str | Path, what: str = "recipe") -> Any:
