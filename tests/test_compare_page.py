@@ -156,6 +156,14 @@ def test_latex() -> None:
     assert not re.search(r"(?<!\\)[%#_]", "\n".join(body))
 
 
+def test_latex_lines_that_begin_as_an_argument() -> None:
+    """The line's end before them would take [0.4] as a length, and * as its own."""
+    rows = [r | {"label": {"lr": "[0.4]" if r["last"] > 71 else "*", "seed": "0"}} for r in records()]
+    text = latex_tables(group(rows))
+    assert "\n{}[0.4] & " in text
+    assert "\n{}* & " in text
+
+
 def test_the_page_holds_its_tables(tmp_path: Path) -> None:
     text = write_compare(records(), tmp_path / "compare.html", pdf=False).read_text()
     held = {name: base64.b64decode(data).decode() for name, data in

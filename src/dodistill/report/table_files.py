@@ -65,13 +65,19 @@ def latex(text: str) -> str:
     return "".join(_LATEX.get(letter, letter) for letter in text)
 
 
+def _line(cells: Sequence[str]) -> str:
+    r"""One line; `{}` in front of a [ or *, which the \\ or \midrule before it would take as its own argument."""
+    text = " & ".join(map(latex, cells)) + r" \\"
+    return "{}" + text if text[0] in "[*" else text
+
+
 def _tabular(head: Sequence[str], body: Sequence[Sequence[str]], text_columns: int) -> str:
     columns = "l" * text_columns + "r" * (len(head) - text_columns)
-    lines = [r"\begin{tabular}{" + columns + "}", r"\toprule", " & ".join(map(latex, head)) + r" \\", r"\midrule"]
+    lines = [r"\begin{tabular}{" + columns + "}", r"\toprule", _line(head), r"\midrule"]
     for i, row in enumerate(body):
         if i and text_columns > 1 and row[0] != body[i - 1][0]:
             lines.append(r"\midrule")
-        lines.append(" & ".join(map(latex, row)) + r" \\")
+        lines.append(_line(row))
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"])
 
 
