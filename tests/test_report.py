@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dodistill.errors import DodistillError
-from dodistill.report.card import model_card
+from dodistill.report.card import model_card, usage
 from dodistill.report.compare_page import write_compare
 from dodistill.report.format import count, duration, number, percent
 from dodistill.report.images import save_grid
@@ -288,6 +288,12 @@ def test_model_card() -> None:
     tricky = model_card({"teacher": {"spec": "a`b\n# c"}}, {"command": "x ``` y", "warnings": ["<b>"]})
     assert "``a`b # c``" in tricky
     assert "````sh\nx ``` y\n````" in tricky
+
+
+def test_the_printed_command_is_quoted() -> None:
+    assert usage("my runs/a b")[1] == "dodistill evaluate 'my runs/a b/student.safetensors' --test path/to/test"
+    named = usage("my runs", spec="my nets/net.py:make")[1]
+    assert named.startswith("dodistill evaluate 'my nets/net.py:make' --weights 'my runs/student.safetensors' --test ")
 
 
 def test_numbers() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
@@ -65,8 +66,9 @@ def scoring(file: str, summary: Mapping[str, Any], student: object = "") -> str:
     """The command that scores a student on labelled images."""
     known, spec = _known(summary, student)
     if model_file(spec) or (known.get("class") and not spec):
-        return f"dodistill evaluate {spec or FACTORY} --weights {file} --test path/to/test"
-    return f"dodistill evaluate {file} --test path/to/test"
+        words = ["dodistill", "evaluate", spec or FACTORY, "--weights", file, "--test", "path/to/test"]
+        return shlex.join(words)
+    return f"dodistill evaluate {shlex.quote(file)} --test path/to/test"
 
 
 def normalisation(summary: Mapping[str, Any]) -> str:
