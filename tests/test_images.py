@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dodistill.errors import DodistillError
 from dodistill.report.images import GAP, export_images, grid, save_grid
 
 
@@ -58,5 +59,8 @@ def test_export_round_trips(tmp_path: Path) -> None:
     with Image.open(tmp_path / "grey" / "000001.png") as picture:
         assert picture.mode == "L"
         assert np.array_equal(np.asarray(picture), x[1, 0].numpy())
+    with pytest.raises(DodistillError, match=r"a holds images already \(000.*\.png\); delete them, or choose another"):
+        export_images(x[:2], tmp_path / "a", [0, 1])
+    assert len(list((tmp_path / "a").rglob("*.png"))) == 600
     with pytest.raises(ValueError, match="2 images but 3 labels"):
         export_images(x[:2], tmp_path / "b", [0, 1, 2])

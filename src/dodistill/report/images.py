@@ -76,9 +76,12 @@ def export_images(
     """Write each image as PNG: `folder/CLASS/000012.png` with labels, `folder/000012.png` without. Returns n.
 
     CLASS is the class's of `names`, else its number, with zeros in front (`data.classes.folder_names`): `load_images`
-    and a model of these classes read the labels back.
+    and a model of these classes read the labels back. Raises DodistillError for a folder that holds images already.
     """
     folder = Path(folder)
+    endings = Image.registered_extensions()
+    if there := next((p for p in folder.rglob("*") if p.suffix.lower() in endings), None):
+        raise DodistillError(f"{folder} holds images already ({there.name}); delete them, or choose another folder.")
     n = int(pool_x.shape[0])
     numbers: list[int] | None = None
     if labels is not None:
