@@ -61,6 +61,17 @@ def test_forms_of_images(form: Any) -> None:
     assert accept(form, RGB, "test").y is None
 
 
+@pytest.mark.parametrize(("mode", "shape"), [("P", RGB), ("PA", RGB), ("P", (1, 4, 5)), ("1", (1, 4, 5))])
+def test_pictures_with_a_palette(mode: str, shape: tuple[int, int, int]) -> None:
+    """Their values are colours, not numbers of colours."""
+    white = Image.new("1", (5, 4), 1)
+    if mode != "1":
+        white = Image.new("P", (5, 4), 3)
+        white.putpalette([0] * 9 + [255] * 3 + [0] * 756)
+        white = white.convert(mode)
+    assert accept(iter([white]), shape, "test").x.unique().tolist() == [255]
+
+
 def test_grey_images_need_no_channel(tmp_path: Path) -> None:
     x = HWC[..., 0]
     assert accept(x, (1, 4, 5), "unlabelled").x.shape == (12, 1, 4, 5)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..errors import DodistillError
@@ -49,7 +50,7 @@ def accept(given: Any, shape: Shape, what: str, split: str = "train", labels: bo
             raise DodistillError(f"{what}: a tuple of {len(given)}; give (images, labels).")
         x, y = given
     elif not isinstance(given, Tensor | np.ndarray | list):
-        x, y = _collected(given, what)
+        x, y = _collected(given, shape[0], what)
     pixels = as_pixels(x, shape, what)
     if not labels or y is None:
         return Images(pixels)
@@ -125,13 +126,13 @@ def _tensor(value: Any, what: str) -> Tensor:
     return out
 
 
-def _collected(given: Any, what: str) -> tuple[Tensor, Tensor | None]:
+def _collected(given: Any, channels: int, what: str) -> tuple[Tensor, Tensor | None]:
     """All images of a Dataset (item by item) or a DataLoader (batch by batch), and all labels."""
     images: list[Tensor] = []
     labels: list[Tensor] = []
     for item in _items(given, what):
         parts = item if isinstance(item, tuple | list) else (item,)
-        x = parts[0] if isinstance(parts[0], Tensor) else _picture(parts[0], what)
+        x = parts[0] if isinstance(parts[0], Tensor) else _picture(parts[0], channels, what)
         images.append(x if x.dim() == 4 else x[None])
         if len(parts) > 1:
             labels.append(torch.as_tensor(parts[1]).reshape(-1))
@@ -154,8 +155,11 @@ def _items(given: Any, what: str) -> Iterator[Any]:
         raise DodistillError(f"{what} are a {type(given).__name__}; give {FORMS}.")
 
 
-def _picture(item: Any, what: str) -> Tensor:
-    """uint8 [C, H, W] of a picture of Pillow or an array [H, W] or [H, W, C]."""
+def _picture(item: Any, channels: int, what: str) -> Tensor:
+    """uint8 [C, H, W] of a picture of Pillow or an array [H, W] or [H, W, C]. One with a palette has the colours, or
+    the greys, that a model of so many `channels` reads."""
+    if isinstance(item, Image.Image) and item.mode in ("P", "PA", "1"):
+        item = item.convert("RGB" if channels == 3 and item.mode != "1" else "L")
     try:
         x = torch.as_tensor(np.array(item))
     except (TypeError, ValueError) as error:
