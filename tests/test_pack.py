@@ -94,6 +94,10 @@ def test_tar_files_are_packed_in_order(tmp_path: Path) -> None:
     assert load_images(tmp_path / "x.npy").y is None
 
 
+def test_a_folder_may_be_called_as_a_tar_file(folder: Path, tmp_path: Path) -> None:
+    assert pack(str(folder.rename(tmp_path / "full.tar.out")), tmp_path / "x.npy", SHAPE).rows == 8
+
+
 def test_a_cut_tar_file_loses_its_last_samples_only(tmp_path: Path) -> None:
     spec = shards(tmp_path)
     path = tmp_path / "000.tar"

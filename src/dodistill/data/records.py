@@ -46,10 +46,10 @@ def read_records(spec: str, split: str, labels: bool) -> Records:
     """The records of a specification. Raises DodistillError for one that is missing, empty or needs an extra."""
     if spec.startswith("hf:"):
         return _hugging_face(spec[3:], split)
-    if ".tar" in spec:
+    folder = Path(spec).expanduser()
+    if ".tar" in spec and not folder.is_dir():
         shards = expand(spec)
         return Records(itertools.chain.from_iterable(_tar(shard) for shard in shards))
-    folder = Path(spec).expanduser()
     if not folder.is_dir():
         raise DodistillError(f"{spec} is no folder, no .tar and no hf:OWNER/NAME; give one of them.")
     found = listing(folder, split, labels)
