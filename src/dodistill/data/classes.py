@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -148,8 +149,9 @@ def folder_names(names: Sequence[str], count: int) -> tuple[str, ...]:
         return tuple(str(k).zfill(len(str(count - 1))) for k in range(count))
     made = [m[1] if (m := _WNID.match(name)) else re.sub(r'[/\\:*?"<>|]', "_", name) for name in names]
     keys = [_key(name) for name in made]
+    times = Counter(keys)
     sound = [
-        bool(key) and keys.count(key) == 1 and name.strip(". ") == name and len(name.encode()) < 200
+        bool(key) and times[key] == 1 and name.strip(". ") == name and len(name.encode()) < 200
         for name, key in zip(made, keys)
     ]
     return tuple(name if ok else f"class {k}" for k, (name, ok) in enumerate(zip(made, sound)))
