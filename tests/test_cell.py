@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from dodistill import run_cell
-from dodistill.commands.cell import Failed, Stopped
+from dodistill.commands.cell import Failed, Stopped, placed
 from dodistill.commands.compare import compare
 from dodistill.commands.executors import local
 from dodistill.commands.executors.local import Local
@@ -41,6 +41,13 @@ def test_a_record_is_that_of_the_grid(grid: Path) -> None:
     assert str(out) not in json.dumps(record)
     assert compare(grid, out) == 0  # the run is there already: only its record is made
     assert json.loads((out / "cells" / f"{cell.key}.json").read_text()) == record | {"published": None}
+
+
+@pytest.mark.parametrize("folder", ["/home/zoé/teachers", "C:\\Users\\me\\teachers", '/a "b"', "/home/me"])
+def test_a_folder_of_any_name_is_replaced(folder: str) -> None:
+    assert placed({"spec": f"{folder}/t.pth", "n": [1]}, folder, "{teachers}") == {"spec": "{teachers}/t.pth", "n": [1]}
+    assert placed({"spec": "{teachers}/t.pth"}, "{teachers}", folder) == {"spec": f"{folder}/t.pth"}
+    assert placed({"spec": folder}, "", "x") == {"spec": folder}
 
 
 def test_failures_are_exceptions_that_pickle(grid: Path) -> None:

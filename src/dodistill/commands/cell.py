@@ -131,9 +131,13 @@ def run_cell(
         raise Failed(status, " ".join(tail(beside(run, ".log"), 1)))
     summary = read_object(run / "summary.json", "delete the run's folder, and rerun the command")
     record = record_of_summary(label or {}, summary) | of_cell | {"folder": f"{run.parent.name}/{run.name}"}
-    if not str(teachers):
-        return record
-    out: Tree = json.loads(json.dumps(record).replace(str(teachers), "{teachers}"))
+    return placed(record, str(teachers), "{teachers}") if str(teachers) else record
+
+
+def placed(tree: Mapping[str, Any], before: str, now: str) -> Tree:
+    """A tree with the path of a folder replaced; no path is empty."""
+    old, new = (json.dumps(path)[1:-1] for path in (before, now))  # letters beyond ASCII and \\ as the text has them
+    out: Tree = json.loads(json.dumps(tree).replace(old, new) if before else json.dumps(tree))
     return out
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import platform
 import shutil
@@ -12,13 +11,12 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from ... import __version__
 from ...config.grid import cell_key
 from ...config.tree import Tree, resolve
 from ...errors import STOPPED, DodistillError
-from ..cell import TIED, Failed, Flag, Stopped, beside, run_cell, supervise, tail
+from ..cell import TIED, Failed, Flag, Stopped, beside, placed, run_cell, supervise, tail
 from ..kept import Kept
 from ..storage import Storage, Unwritable
 from .shared import Outcome, Teaching, Work, outcome_of
@@ -83,9 +81,3 @@ def _teach(work: Teaching, folder: Path, stop: Flag | None) -> bytes:
         if status:
             raise Failed(status, " ".join(tail(beside(folder, ".log"), 1)))
     return target.read_bytes()
-
-
-def placed(tree: Mapping[str, Any], before: str, now: str) -> Tree:
-    """A tree with the path of a folder replaced."""
-    out: Tree = json.loads(json.dumps(tree).replace(before, now) if before else json.dumps(tree))
-    return out
