@@ -11,7 +11,7 @@ import torch
 
 from dodistill.api import distill_config
 from dodistill.commands.cli import main
-from dodistill.commands.rank import Ranked, rank
+from dodistill.commands.rank import Ranked, _such, rank
 from dodistill.config.tree import resolve
 from dodistill.data.images import Images, load_images
 from dodistill.engine.inputs import read_inputs
@@ -113,6 +113,15 @@ def test_who_learned_from_such_images_is_named(runs: list[Path], tmp_path: Path)
     assert not rank(runs[:2], n=60, on="digits").notes
     (note,) = rank([runs[0], other], n=60, on="strokes:300").notes  # `fast` does not read unlabelled images
     assert "such: short; give" in note
+
+
+@pytest.mark.parametrize(
+    ("unlabeled", "on", "such"),
+    [("cifar100", "cifar10", False), ("cifar10", "cifar10", True), ("data/cats/train", "data/cats/", True),
+     ("data/cats2", "data/cats", False), ("strokes:300", "strokes", True), ("strokes", "strokes:300", True)],
+)  # fmt: skip
+def test_such_images(unlabeled: str, on: str, such: bool) -> None:
+    assert _such(unlabeled, (on,)) is such
 
 
 def test_two_students_that_are_not_told_apart(

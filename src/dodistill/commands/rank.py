@@ -175,10 +175,21 @@ def _images(
     given = load_images(on or f"{PHOTOS}:{CANDIDATES * n}", "train", False, shape, crop=configs[0].data.crop_share)
     some = torch.randperm(len(given), generator=torch.Generator().manual_seed(0))[: CANDIDATES * n]
     same = (on,) if on else (PHOTOS, "strokes")
-    alike = [f.name for f, c in zip(folders, configs) if c.data.unlabeled.startswith(same) and _reads(f)]
+    alike = [f.name for f, c in zip(folders, configs) if _such(c.data.unlabeled, same) and _reads(f)]
     favoured = [f"these images favour the students that learned from such: {_listed(alike)}; give others, by --on."]
     notes = favoured if alike else []
     return given.x[some], f"{on}, without labels" if on else "patches of two photographs", notes
+
+
+def _such(unlabeled: str, same: Sequence[str]) -> bool:
+    """Whether the images are one of these data sets, a number of its images (`strokes:300`), or a folder below it."""
+    mine = unlabeled.rstrip("/\\")
+    for name in same:
+        kind, _, number = name.rstrip("/\\").rpartition(":")
+        one = kind if kind and number.isdigit() else name.rstrip("/\\")
+        if mine == one or mine.startswith((f"{one}:", f"{one}/", f"{one}\\")):
+            return True
+    return False
 
 
 def _reads(folder: Path) -> bool:
