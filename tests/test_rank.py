@@ -6,11 +6,13 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from dodistill.api import distill_config
 from dodistill.commands.cli import main
+from dodistill.commands.look import look
 from dodistill.commands.rank import Ranked, _such, rank
 from dodistill.config.tree import resolve
 from dodistill.data.images import Images, load_images
@@ -157,6 +159,26 @@ def test_one_teacher_in_two_places_is_one(runs: list[Path], teacher_file: Path, 
     assert len(rank([runs[0], copies[0]], n=60).students) == 2
     with pytest.raises(DodistillError, match="different teachers"):
         rank([runs[0], copies[1]], n=60)
+
+
+def test_a_large_packed_file_stays_on_the_disk(
+    runs: list[Path], digits_test: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For `rank` and for `look`, which say what they say of the same file in memory."""
+    np.save(tmp_path / "x.npy", digits_test.x)
+    np.save(tmp_path / "x.labels.npy", digits_test.y)
+    (tmp_path / "x.json").write_text("{}")
+    file = str(tmp_path / "x.npy")
+
+    def said() -> list[float | None]:
+        ranked = rank(runs[:2], on=file, test=file, n=60).students
+        seen = look(runs[:1], file, tmp_path / "look.html", n=60)
+        return [*(s.agreement for s in ranked), *(s.accuracy for s in ranked), *(s.accuracy for s in seen)]
+
+    whole = said()
+    monkeypatch.setenv("DODISTILL_MEMORY_GB", "0")
+    monkeypatch.setattr("dodistill.data.images._npy", lambda _: pytest.fail("read whole"))
+    assert said() == whole
 
 
 def test_mistakes(runs: list[Path], teacher_file: Path, tmp_path: Path) -> None:

@@ -29,8 +29,9 @@ from torch import Tensor, nn
 
 from ..config.tree import Model
 from ..data.classes import require_count, titles
-from ..data.images import Images, load_images, refuse_one_class, require_fit
+from ..data.images import Images, refuse_one_class, require_fit
 from ..data.labels import fitted
+from ..data.packed import Packed, open_images
 from ..engine.inputs import POOL_MOST, read_pool
 from ..engine.run_folder import check_writable, names_of_run
 from ..errors import DodistillError
@@ -124,7 +125,7 @@ def look(
     outputs = model.spec["num_classes"]
     names = class_names(model) or names_of_run(folders[0])
     require_count(names, outputs, "classes")
-    real = load_images(test, split="test", image_shape=shape, crop=have.configs[0].data.crop_share)
+    real = open_images(test, "test", True, shape, have.configs[0].data.crop_share)
     if real.y is None or len(real) < 50:
         raise DodistillError(f"{test} needs labels, and at least 50 images (it has {len(real)}).")
     refuse_one_class(real, test)
@@ -152,7 +153,7 @@ def look(
         progress.update(1)
         for i, (folder, student) in enumerate(zip(folders, students), 2):
             answers.append(predict(student, real.x))
-            found.append(seen(folder.name, answers[-1], features(student, some.x)))
+            found.append(seen(folder.name, answers[-1], features(student, some.x[:])))
             found[-1].agreement = agreement(answers[-1], answers[0])
             _shift(found[-1], folder, model, inside, real, called)
             progress.update(i)
@@ -174,7 +175,9 @@ def _sklearn() -> tuple[Any, Any]:
     return TSNE, silhouette_score
 
 
-def _shift(it: Seen, folder: Path, teacher: nn.Module, inside: Tensor, real: Images, names: Sequence[str]) -> None:
+def _shift(
+    it: Seen, folder: Path, teacher: nn.Module, inside: Tensor, real: Images | Packed, names: Sequence[str]
+) -> None:
     """Fill in the distance from the pool of a run to the real images, if the pool or a sample of it still exists."""
     pool = read_pool(folder)
     if pool is None:
@@ -193,7 +196,7 @@ def _shift(it: Seen, folder: Path, teacher: nn.Module, inside: Tensor, real: Ima
     it.shares = plots.bars(f"class-shares-{it.name}", groups, x_label="class", reference=even, names=names)
 
 
-def _differ(name: str, real: Images, a: Tensor, b: Tensor, names: Sequence[str]) -> Differ:
+def _differ(name: str, real: Images | Packed, a: Tensor, b: Tensor, names: Sequence[str]) -> Differ:
     """a, b: logits [n, K] of two students on the same images; `names` of the K classes, where they are known."""
     assert real.y is not None
     y = real.y.to(a.device)

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from ..config import registry
 from ..config.tree import Distill, Model
-from ..data.images import Images, load_images, refuse_one_class, require_fit
+from ..data.images import Images, refuse_one_class, require_fit
 from ..data.labels import fitted
+from ..data.packed import Packed, open_images
 from ..engine.inputs import read_inputs
 from ..engine.run_folder import names_of_run
 from ..errors import DodistillError
@@ -172,7 +173,7 @@ def _images(
         if inputs is None:
             raise DodistillError(f"{on} keeps no held-back images; give others to compare on.")
         return inputs.held, f"held-back images of {on}, a run of {source}", notes
-    given = load_images(on or f"{PHOTOS}:{CANDIDATES * n}", "train", False, shape, crop=configs[0].data.crop_share)
+    given = open_images(on or f"{PHOTOS}:{CANDIDATES * n}", "train", False, shape, configs[0].data.crop_share)
     some = torch.randperm(len(given), generator=torch.Generator().manual_seed(0))[: CANDIDATES * n]
     same = (on,) if on else (PHOTOS, "strokes")
     alike = [f.name for f, c in zip(folders, configs) if _such(c.data.unlabeled, same) and _reads(f)]
@@ -202,8 +203,8 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names) if len(names) <= 4 else f"{len(names)} of the runs"
 
 
-def _labelled(test: str, shape: Shape, model: Normalized, first: Path, crop: float) -> Images:
-    images = load_images(test, "test", True, shape, crop=crop)
+def _labelled(test: str, shape: Shape, model: Normalized, first: Path, crop: float) -> Images | Packed:
+    images = open_images(test, "test", True, shape, crop)
     if images.y is None:
         raise DodistillError(f"{test} has no labels; accuracy needs them. Without --test none are needed.")
     refuse_one_class(images, test)
@@ -213,6 +214,6 @@ def _labelled(test: str, shape: Shape, model: Normalized, first: Path, crop: flo
     return images
 
 
-def _accuracy(student: Normalized, images: Images) -> float:
+def _accuracy(student: Normalized, images: Images | Packed) -> float:
     assert images.y is not None
     return top1(predict(student, images.x), images.y)
