@@ -72,6 +72,36 @@ def test_a_key_follows_the_content_of_the_weights(recipe: Path, tmp_path: Path) 
     assert not set(before) & {c.key for c in cells(read_recipe(recipe), moved)}
 
 
+def test_images_of_one_name_are_not_one_cell(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A key has the last name of their path alone: a recipe that reads both is refused, a record of the other named."""
+    out, (cats, xrays) = tmp_path / "out", (tmp_path / name / "train" for name in ("cats", "xrays"))
+    tree = yaml.safe_load(recipe.read_text())
+    tree["grid"] = {}
+    for part in ("when", "skip", "published"):
+        del tree[part]
+    for field in ("unlabeled", "test"):
+        tree["grid"]["images"] = {p.parent.name: {f"data.{field}": str(p)} for p in (cats, xrays)}
+        with pytest.raises(DodistillError, match=rf"read {cats} and {xrays} as data.{field}.*rename one of the two"):
+            list(cells(tree, out / "teachers"))
+    tree["grid"]["images"]["xrays"]["data.test"] = f"{cats}/../train"  # another spelling of one path
+    assert len({c.key for c in cells(tree, out / "teachers")}) == 1
+
+    tree["grid"]["images"] = {"cats": {"data.unlabeled": str(cats)}}
+    (cell,) = cells(tree, out / "teachers")
+    (out / "cells").mkdir()
+    (out / "cells" / "x.json").write_text(json.dumps({"key": "x", "config": cell.config.to_tree(), "last": 90.0}))
+    tree["grid"]["images"]["cats"]["data.unlabeled"] = str(xrays)
+    recipe.write_text(yaml.safe_dump(tree))
+    xrays.mkdir(parents=True)
+    assert compare(recipe, out, dry_run=True) == 0
+    assert capsys.readouterr().err == ""  # they may have moved
+    cats.mkdir(parents=True)
+    assert compare(recipe, out, dry_run=True) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("done")
+    assert f"1 finished cell was made with {cats} as data.unlabeled, and the recipe now names {xrays}" in said.err
+
+
 def test_runs_once_resumes_and_prints_the_table(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

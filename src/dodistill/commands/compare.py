@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from ..config.code import changed, code_of
-from ..config.grid import Cell, Records, cells, read_recipe, stored, weights_of
+from ..config.grid import Cell, Records, cells, moved_images, read_recipe, stored, weights_of
 from ..config.tree import Tree
 from ..core.deadline import Deadline, stopping
 from ..engine.run_folder import check_writable, write_atomically
@@ -140,11 +140,13 @@ def _compare(recipe: Tree, out: Path, where: Where, deadline: Deadline, only: li
 
         track = ",".join(track_names(track))
 
-    def planned() -> tuple[list[Cell], list[Task]]:
-        chosen = [c for c in cells(recipe, out / "teachers", allow_code) if _chosen(c, only)]
-        return chosen, _tasks(chosen, stored(out), rerun == "changed")
+    def planned() -> tuple[list[Cell], list[Task], Records]:
+        chosen, known = [c for c in cells(recipe, out / "teachers", allow_code) if _chosen(c, only)], stored(out)
+        return chosen, _tasks(chosen, known, rerun == "changed"), known
 
-    chosen, todo = planned()
+    chosen, todo, known = planned()
+    for said in moved_images(chosen, known):
+        print(said, file=sys.stderr)
     if todo and not (table or dry_run):
         lessons = _lessons(recipe, todo, out / "teachers")
         with closing(where.executor(out)) as executor:
@@ -152,7 +154,7 @@ def _compare(recipe: Tree, out: Path, where: Where, deadline: Deadline, only: li
                 print("budget spent while training the teachers; rerun the command to resume.", file=sys.stderr)
                 return STOPPED
             if lessons:  # a cell is known by its teacher's weights
-                chosen, todo = planned()
+                chosen, todo, _ = planned()
             run_all(todo, out, executor, deadline, track, where.stored(out))
     if dry_run:
         of = {task.cell.key: "changed" if task.again else "todo" for task in todo}

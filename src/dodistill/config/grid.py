@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -19,6 +20,7 @@ from typing import Any
 
 from ..errors import DodistillError, nearest
 from ..files import read_object
+from . import plugins
 from .plugins import Allow
 from .strict_yaml import read_yaml
 from .tree import RUNTIME, Distill, Tree, expand, merge, portable, resolve
@@ -27,6 +29,8 @@ KEYS = ("name", "about", "teachers", "base", "grid", "when", "skip", "published"
 SHORT = {"seed": "loop.seed", "steps": "loop.steps", "lr": "optim.lr", "student": "student.spec"}
 #: What a name in a recipe may be, as it becomes the name of a folder or a file.
 _NAME = re.compile(r"\w[\w .+-]*")
+#: The settings of `data` that name images. Of a path, the last name alone counts.
+IMAGES = ("unlabeled", "test")
 
 
 @dataclass
@@ -122,6 +126,7 @@ def cells(recipe: Tree, teachers: Path, allow_code: Allow = False) -> Iterator[C
     """The grid's cells, in the order in which they run. `allow_code`: see `resolve`."""
     axes = {axis: _options(axis, values) for axis, values in recipe["grid"].items()}
     base = expand(_fill(recipe.get("base") or {}, teachers))
+    first: dict[str, Cell] = {}
     for combination in itertools.product(*axes.values()):
         label = {axis: name for axis, (name, _) in zip(axes, combination)}
         if any(_matches(where, label) for where in recipe.get("skip") or []):
@@ -141,7 +146,20 @@ def cells(recipe: Tree, teachers: Path, allow_code: Allow = False) -> Iterator[C
         )
         cell = Cell(label, config, "", published)
         cell.key = _key(cell.identity)
+        _refuse_namesakes(cell, first.setdefault(cell.key, cell))
         yield cell
+
+
+def _refuse_namesakes(cell: Cell, other: Cell) -> None:
+    """Refuse two cells of one key that read other images: the second would never run."""
+    for field in IMAGES:
+        mine, its = getattr(cell.config.data, field), getattr(other.config.data, field)
+        if not plugins.same(mine, its):
+            raise DodistillError(
+                f"the cells {other.label} and {cell.label} read {its} and {mine} as data.{field}. A cell knows images "
+                f"by the last name of their path alone, so both would have one result; rename one of the two, or give "
+                "it by a link of another name."
+            )
 
 
 def _matches(where: Mapping[str, Any], label: Mapping[str, str]) -> bool:
@@ -229,7 +247,7 @@ def identity(tree: Mapping[str, Any], weights: Mapping[str, str] | None = None) 
         for field in ("spec", "weights"):
             if _is_weights(part[field]):
                 part[field] = (weights or {}).get(f"{name}.{field}") or content(part[field])
-    for field in ("unlabeled", "test"):  # without the folder
+    for field in IMAGES:  # without the folder
         out["data"][field] = Path(out["data"][field]).name
     return out
 
@@ -285,6 +303,33 @@ class Records:
                 if all(_may_choose(its.get(axis), name) for axis, name in others.items())
             }
         return self._completed[chosen].get(_hashable(mine))
+
+
+def moved_images(chosen: Sequence[Cell], known: Records) -> list[str]:
+    """A warning for each path of images that finished cells were made with and that is still there, where the recipe
+    now names another one of the same last name. One that is gone has only moved."""
+    count = Counter[tuple[str, str, str]]()
+    for cell in chosen:
+        data = ((known.find(cell) or {}).get("config") or {}).get("data") or {}
+        for field in IMAGES:
+            count[field, data.get(field, ""), getattr(cell.config.data, field)] += 1
+    said = []
+    for (field, its, mine), n in count.items():
+        if plugins.is_path(its) and plugins.is_path(mine) and _both_there(its, mine):
+            said.append(
+                f"{n} finished {'cell was' if n == 1 else 'cells were'} made with {its} as data.{field}, "
+                f"and the recipe now names {mine}. A cell knows images by the last name of their path alone; if these "
+                "are other images, rename them, or give them by a link of another name."
+            )
+    return said
+
+
+def _both_there(a: str, b: str) -> bool:
+    """Whether both paths are there, and are not one file or folder."""
+    try:
+        return not os.path.samefile(plugins.tidy(a), plugins.tidy(b))
+    except (OSError, ValueError):
+        return False
 
 
 def _may_choose(choice: object, name: str) -> bool:
