@@ -19,7 +19,7 @@ import yaml
 
 from dodistill.commands.compare import compare, seconds_of, teach_missing
 from dodistill.config import grid
-from dodistill.config.grid import Records, cells, read_recipe, stored
+from dodistill.config.grid import Cell, Records, cells, read_recipe, stored, weights_of
 from dodistill.core.deadline import Deadline
 from dodistill.engine.run_folder import RunFolder, check_writable
 from dodistill.errors import DodistillError
@@ -70,6 +70,28 @@ def test_a_key_follows_the_content_of_the_weights(recipe: Path, tmp_path: Path) 
     data[-1] ^= 1
     (moved / "t.safetensors").write_bytes(bytes(data))
     assert not set(before) & {c.key for c in cells(read_recipe(recipe), moved)}
+
+
+def test_a_key_follows_the_text_of_a_models_file(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not its path: a file that moved is the same student, an edited one another, also to a finished cell."""
+    tree, out = yaml.safe_load(recipe.read_text()), tmp_path / "out"
+    monkeypatch.chdir(tmp_path)
+
+    def first(student: str) -> Cell:
+        tree["base"]["student"] = student
+        return next(cells(tree, out / "teachers", allow_code=True))
+
+    Path("net.py").write_text("def make(): ...")
+    cell = first("net.py:make")
+    made = {"key": cell.key, "config": cell.config.to_tree(), "weights": weights_of(cell.config)}
+    Path("deep").mkdir()
+    shutil.copy("net.py", "deep/net.py")
+    assert first("deep/net.py:make").key == first("./net.py:make").key == cell.key != first("net.py:other").key
+    assert Records([made], out / "teachers").find(first("deep/net.py:make")) == made
+    Path("net.py").write_text("def make(): return 'another'")
+    assert first("net.py:make").key != cell.key
+    assert Records([made], out / "teachers").find(first("net.py:make")) is None
+    assert first("none.py:make").key != first("nothing.py:make").key
 
 
 def test_images_of_one_name_are_not_one_cell(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

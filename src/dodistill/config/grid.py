@@ -179,15 +179,18 @@ def content(path: str) -> str:
     """16 hex digits of the weights in a file, or `path` itself where there is no such file: a zoo name, or a teacher
     that is not trained yet. Metadata of a .safetensors do not count: they hold the time that the training took.
 
-    Of hf:path/to/folder, the digits of its files; of hf:OWNER/NAME, the name with the commit in the local cache.
+    Of hf:path/to/folder, the digits of its files; of hf:OWNER/NAME, the name with the commit in the local cache. Of
+    net.py:make, the digits of the file, and the name of the factory.
     """
+    if file := plugins.model_file(path):
+        return f"{content(plugins.tidy(file))}:{path.rpartition(':')[2]}"
     if path.startswith("hf:"):
         return _of_hub(path[3:])
     try:
         status = Path(path).stat()
+        return _content(path, status.st_mtime_ns, status.st_size)
     except (OSError, ValueError):
         return path
-    return _content(path, status.st_mtime_ns, status.st_size)
 
 
 def _of_hub(name: str) -> str:
@@ -227,15 +230,18 @@ def _content(path: str, _changed: int, _size: int) -> str:
     return digest.hexdigest()[:16]
 
 
-def _is_weights(spec: object) -> bool:
-    return isinstance(spec, str) and (spec.endswith((".safetensors", ".pt", ".pth")) or spec.startswith("hf:"))
+def _has_content(spec: object) -> bool:
+    """Whether a spec names weights or code, and not a network of the zoo."""
+    return isinstance(spec, str) and (
+        spec.endswith((".safetensors", ".pt", ".pth")) or spec.startswith("hf:") or bool(plugins.model_file(spec))
+    )
 
 
 def weights_of(config: Distill) -> dict[str, str]:
-    """The content of each file of weights that a config names: {"teacher.weights": hash}."""
+    """The content of each file of weights or code that a config names: {"teacher.weights": hash}."""
     parts = {"teacher": config.teacher, "student": config.student, "foreign": config.data.foreign}
     named = {f"{part}.{f}": getattr(model, f) for part, model in parts.items() for f in ("spec", "weights")}
-    return {where: content(path) for where, path in named.items() if _is_weights(path)}
+    return {where: content(path) for where, path in named.items() if _has_content(path)}
 
 
 def identity(tree: Mapping[str, Any], weights: Mapping[str, str] | None = None) -> Tree:
@@ -245,7 +251,7 @@ def identity(tree: Mapping[str, Any], weights: Mapping[str, str] | None = None) 
     out["loop"] = {k: v for k, v in out["loop"].items() if k not in RUNTIME}
     for name, part in (("teacher", out["teacher"]), ("student", out["student"]), ("foreign", out["data"]["foreign"])):
         for field in ("spec", "weights"):
-            if _is_weights(part[field]):
+            if _has_content(part[field]):
                 part[field] = (weights or {}).get(f"{name}.{field}") or content(part[field])
     for field in IMAGES:  # without the folder
         out["data"][field] = Path(out["data"][field]).name

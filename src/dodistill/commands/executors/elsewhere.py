@@ -56,7 +56,7 @@ def _cell(work: Work, weights: Mapping[str, bytes], scratch: Path, stop: Flag | 
     if cell_key(config) != work.key:
         raise DodistillError(
             f"on {platform.node()}, with dodistill {__version__}, the settings have the key {cell_key(config)}, not "
-            f"{work.key}. Install the driver's version there, and let it see the weights that the recipe names."
+            f"{work.key}. Install the driver's version there, and let it see the files that the recipe names."
         )
     return run_cell(
         config, scratch / "runs" / "it", work.label, published=work.published, teachers=teachers,
