@@ -345,6 +345,10 @@ def test_mistakes_are_named(recipe: Path, tmp_path: Path) -> None:
     bad.write_text(yaml.safe_dump(tree))
     with pytest.raises(DodistillError, match="did you mean 'scale'"):
         list(cells(read_recipe(bad), tmp_path))
+    for seeds in ([0, 1, 1], [1, "1"]):
+        bad.write_text(yaml.safe_dump(tree | {"grid": {"seed": seeds}}))
+        with pytest.raises(DodistillError, match=r"grid\.seed has the label '1' twice, and would count its runs twice"):
+            read_recipe(bad)
 
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml")), ids=lambda p: p.stem)

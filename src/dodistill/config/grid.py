@@ -119,6 +119,8 @@ def _options(axis: str, values: Any, where: str = "recipe") -> list[tuple[str, T
         raise DodistillError(f"{here} is {values!r}; it must be a list of values, or a mapping label -> settings.")
     if isinstance(values, Mapping):
         return [(str(k), dict(_mapping(v or {}, f"{here}.{k}", "settings"))) for k, v in values.items()]
+    if twice := [label for label, n in Counter(map(str, values)).items() if n > 1]:
+        raise DodistillError(f"{here} has the label {twice[0]!r} twice, and would count its runs twice; remove one.")
     return [(str(v), {SHORT.get(axis, axis): v}) for v in values]
 
 
