@@ -94,6 +94,19 @@ def test_a_key_follows_the_text_of_a_models_file(recipe: Path, tmp_path: Path, m
     assert first("none.py:make").key != first("nothing.py:make").key
 
 
+def test_a_run_folders_name_has_room_for_its_key(recipe: Path, tmp_path: Path) -> None:
+    """Also where labels are paths; two that begin alike have two folders. Shorter names are as ever."""
+    tree = yaml.safe_load(recipe.read_text())
+    del tree["when"], tree["skip"], tree["published"]
+    tree["grid"] = {"seed": [0], "arm": {"a" * 300: {}, "a" * 301: {"intervention": "kdci"}, "plain, short": {}}}
+    *long, short = cells(tree, tmp_path / "out" / "teachers")
+    assert len({cell.slug for cell in long}) == 2
+    for cell in long:
+        assert len(cell.slug) < 170
+        assert cell.slug.endswith(cell.key)
+    assert short.slug == f"0-plain_short-{short.key}"
+
+
 def test_images_of_one_name_are_not_one_cell(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A key has the last name of their path alone: a recipe that reads both is refused, a record of the other named."""
     out, (cats, xrays) = tmp_path / "out", (tmp_path / name / "train" for name in ("cats", "xrays"))

@@ -29,6 +29,8 @@ KEYS = ("name", "about", "teachers", "base", "grid", "when", "skip", "published"
 SHORT = {"seed": "loop.seed", "steps": "loop.steps", "lr": "optim.lr", "student": "student.spec"}
 #: What a name in a recipe may be, as it becomes the name of a folder or a file.
 _NAME = re.compile(r"\w[\w .+-]*")
+#: The most letters of a run folder's name that are of its labels.
+LONGEST = 150
 #: The settings of `data` that name images. Of a path, the last name alone counts.
 IMAGES = ("unlabeled", "test")
 
@@ -49,8 +51,9 @@ class Cell:
 
     @property
     def slug(self) -> str:
-        words = "-".join(self.label.values())
-        return re.sub(r"[^A-Za-z0-9_.+-]+", "_", f"{words}-{self.key}")
+        """The name of its run folder. Labels are cut, as a label may be a path, and a name has at most 255 letters."""
+        words = re.sub(r"[^A-Za-z0-9_.+-]+", "_", "-".join(self.label.values()))
+        return f"{words[:LONGEST]}-{self.key}"
 
 
 def read_recipe(path: Path) -> Tree:
