@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from dodistill import run_cell
 from dodistill.commands.cell import Failed, Stopped, placed
@@ -22,7 +23,7 @@ from dodistill.commands.executors import local
 from dodistill.commands.executors.local import Local
 from dodistill.commands.executors.shared import Work
 from dodistill.config.grid import Cell, cells, read_recipe
-from dodistill.errors import DodistillError
+from dodistill.errors import STOPPED, DodistillError
 from test_trust import grid as grid  # a fixture
 
 
@@ -48,6 +49,20 @@ def test_a_folder_of_any_name_is_replaced(folder: str) -> None:
     assert placed({"spec": f"{folder}/t.pth", "n": [1]}, folder, "{teachers}") == {"spec": "{teachers}/t.pth", "n": [1]}
     assert placed({"spec": "{teachers}/t.pth"}, "{teachers}", folder) == {"spec": f"{folder}/t.pth"}
     assert placed({"spec": folder}, "", "x") == {"spec": folder}
+
+
+def test_the_settings_of_a_cell_are_replaced_in_one_move(grid: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second `compare` writes them again, while the process of the first may be reading them."""
+    cell, run = the_cell(grid), grid.parent / "run"
+    settings, read = grid.parent / "run.yaml", grid.parent / "read.yaml"
+    settings.write_text("first")
+    os.link(settings, read)
+    monkeypatch.setattr("dodistill.commands.cell.supervise", lambda *_: STOPPED)
+    with pytest.raises(Stopped):
+        run_cell(cell.config, run)
+    assert read.read_text() == "first"
+    assert yaml.safe_load(settings.read_text()) == cell.config.to_tree()
+    assert not list(grid.parent.glob(".run*"))
 
 
 def test_failures_are_exceptions_that_pickle(grid: Path) -> None:

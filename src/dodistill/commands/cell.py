@@ -21,6 +21,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -117,7 +118,7 @@ def run_cell(
     run, tree = Path(folder), config.to_tree()
     of_cell = {"key": cell_key(config), "published": published, "config": tree, "weights": weights_of(config)}
     run.mkdir(parents=True, exist_ok=True)
-    beside(run, ".yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    write_settings(run, tree)
     threads = threads or os.cpu_count() or 1
     words = [*(TIED if tied else DODISTILL), *arguments(config, run, threads, seconds, track)]
     kept = None
@@ -201,6 +202,14 @@ def _outlast(process: subprocess.Popen[bytes]) -> None:
 def beside(run: Path, suffix: str) -> Path:
     """A file beside a run folder. A label may have a dot, so `with_suffix` would give two cells one file."""
     return run.with_name(run.name + suffix)
+
+
+def write_settings(run: Path, tree: Tree) -> None:
+    """Write FOLDER.yaml in one move, from a file of this thread alone: others may read or write it at the same time."""
+    path = beside(run, ".yaml")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    temporary.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def tail(log: Path, lines: int) -> list[str]:

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-import yaml
-
 from ..config import plugins
 from ..config.code import code_of
 from ..config.grid import Cell
@@ -27,7 +25,7 @@ from ..errors import DodistillError
 from ..report.format import duration
 from ..report.grid_progress import GridProgress, Running, remaining
 from ..report.report import write_report
-from .cell import beside
+from .cell import beside, write_settings
 from .executors.shared import Executor, Handle, Work
 from .kept import Kept
 from .storage import Storage, Unwritable
@@ -191,7 +189,7 @@ def _finish(it: Started, out: Path, here: bool, storage: str) -> tuple[str, floa
             return f"FAILED {error} Its outcome stays there; rerun to read it again.", None
         if not (run / "summary.json").exists():
             return f"FAILED {storage} has lost what the cell put there; rerun to run it again.", None
-        beside(run, ".yaml").write_text(yaml.safe_dump(cell.config.to_tree()), encoding="utf-8")
+        write_settings(run, cell.config.to_tree())
     record = outcome.record | {"folder": f"runs/{run.name}"}
     it.task.record(out).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(it.task.record(out), json.dumps(record, indent=1).encode())
