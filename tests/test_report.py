@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from dodistill.commands.cell import record_of_summary
 from dodistill.errors import DodistillError
 from dodistill.report.card import model_card, usage
 from dodistill.report.compare_page import write_compare
@@ -238,6 +239,22 @@ def test_changes_against_an_arm_of_two_axes_and_of_what_was_logged() -> None:
         ["bank", "replay", "+10.50 ± 0.71", "+10.00, +11.00", "-5.00 ± 0.00", "2"],
         ["bank", "exact", "+11.50 ± 0.71", "+11.00, +12.00", "–", "2"],
     ]
+
+
+def test_a_class_without_images_is_named() -> None:
+    """Its ratio is bounded by half an image, and means nothing. Of very many images, a share of 0 may be rounded."""
+
+    def of(least: float, images: int) -> dict[str, Any]:
+        return record_of_summary({"seed": str(images)}, {
+            "class_shares": [1 - least, least], "images": images, "agreement": 90.0, "seconds": 1.0,
+        }) | {"config": {"pool": {"capacity": 300_000}}}  # fmt: skip
+
+    table = markdown_table([of(0.0, 1000), of(0.25, 1000)])
+    assert "class missing |" in table
+    assert "Class missing: in a run, the teacher assigns no image to some class." in table
+    for cells in ([of(0.25, 1000)], [of(0.0, 250_000)]):
+        assert "missing" not in markdown_table(cells)
+        assert ":1 |" in markdown_table(cells)
 
 
 def test_what_was_logged_at_the_end_can_be_shown() -> None:

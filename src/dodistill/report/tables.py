@@ -20,6 +20,7 @@ MEASURES: tuple[tuple[str, str], ...] = (
     ("share_ratio", "class max:min"),
     ("seconds", "time"),
 )
+MISSING = "class missing"  #: in place of a ratio
 CHANGED = "†"  #: the mark of a row with cells of older code
 
 
@@ -52,7 +53,7 @@ class Setting:
         if key == "seconds":
             return duration(mean)
         if key == "share_ratio":
-            return f"{number(mean, 3)}:1" if math.isfinite(mean) else "class missing"
+            return MISSING if any(map(_lacks_a_class, self.runs)) else f"{number(mean, 3)}:1"
         if "/" in key:
             spread = f" ± {number(statistics.stdev(values), 2)}" if len(values) > 1 else ""
             return number(mean, 3) + spread
@@ -85,6 +86,8 @@ def footnote(found: Grouped) -> str:
         says.append(
             "Class max:min: the ratio of the most frequent class of the substitution data to the least frequent."
         )
+        if any(row.text("share_ratio") == MISSING for row in found.rows):
+            says.append(f"{MISSING.capitalize()}: in a run, the teacher assigns no image to some class.")
     return " ".join([*says, *_about_code(found)])
 
 
@@ -102,6 +105,14 @@ def _about_code(found: Grouped) -> list[str]:
         cells = "1 cell" if unknown == 1 else f"{unknown} cells"
         says.append(f"Code unknown: {cells}, recorded before records had a hash of the code.")
     return says
+
+
+def _lacks_a_class(run: Run) -> bool:
+    """Whether the teacher assigns none of a finished run's images to some class. The shares have 5 digits: with 200 000
+    images in the pool, 0 may be one of them."""
+    summary, pool = run.get("summary") or {}, (run.get("config") or {}).get("pool") or {}
+    shares, kept = summary.get("class_shares") or [1], min(summary.get("images", 0), pool.get("capacity", math.inf))
+    return bool(min(shares) == 0 and kept < 200_000)
 
 
 def _done(cell: Run) -> bool:
