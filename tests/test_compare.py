@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
+from dodistill.commands.cli import main
 from dodistill.commands.compare import compare, seconds_of, teach_missing
 from dodistill.config import grid
 from dodistill.config.grid import Cell, Records, cells, read_recipe, stored, weights_of
@@ -226,6 +227,30 @@ def test_only_the_teachers_of_the_cells_to_run_are_taught(
     assert compare(recipe, tmp_path / "out", only=["arm=plain"], dry_run=True) == 0
     assert compare(recipe, tmp_path / "out", only=["arm=plain"]) == 75
     assert taught == [["other"], []]
+
+
+def test_a_teacher_that_was_taught_otherwise_is_refused(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its cells would be those of the old weights, beside the new recipe. Where nothing runs, it is said."""
+    out, tree = tmp_path / "out", yaml.safe_load(recipe.read_text())
+    words = ["--data", "digits", "--epochs", "1", "--flip", "false", "--pad", "1"]
+    (out / "teachers" / "t.safetensors").unlink()
+    assert main(["teach", "tiny4", *words, "--out", str(out / "teachers" / "t.safetensors")]) == 0
+    how = {"model": "tiny4", "data": "digits", "epochs": 1, "flip": False, "pad": 1, "test": "digits"}
+
+    def asked(**other: Any) -> None:
+        recipe.write_text(yaml.safe_dump(tree | {"teachers": {"t": how | other, "untaught": how}}, sort_keys=False))
+        assert compare(recipe, out, budget="0s") == 75
+
+    asked(lr=1e-1, data="./digits")  # as it was
+    capsys.readouterr()
+    with pytest.raises(
+        DodistillError, match=r"taught with epochs 1, and the recipe's teachers\.t now says epochs 200\."
+    ):
+        asked(epochs=200)
+    assert compare(recipe, out, table=True) == 75
+    assert "now says epochs 200. Restore the recipe, delete the file to teach it again" in capsys.readouterr().err
 
 
 def test_a_label_may_have_commas(recipe: Path, tmp_path: Path) -> None:

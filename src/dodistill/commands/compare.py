@@ -42,7 +42,7 @@ from .cell import record_of_summary as record_of_summary
 from .cell_runs import Task, run_all
 from .executors import Where
 from .executors.shared import Executor
-from .teachers import teach_elsewhere, teach_missing
+from .teachers import taught_otherwise, teach_elsewhere, teach_missing
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,11 @@ def _compare(recipe: Tree, out: Path, where: Where, deadline: Deadline, only: li
 
     chosen, todo, known = planned()
     for said in moved_images(chosen, known):
+        print(said, file=sys.stderr)
+    if said := " ".join(taught_otherwise(recipe, out / "teachers")):
+        said += " Restore the recipe, delete the file to teach it again, or give the new teacher a name of its own."
+        if todo and not (table or dry_run):
+            raise DodistillError(said)
         print(said, file=sys.stderr)
     if todo and not (table or dry_run):
         lessons = _lessons(recipe, todo, out / "teachers")

@@ -7,11 +7,12 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from ..config import flags
+from ..config.grid import content
 from ..config.tree import Model, build
 from ..core.deadline import Deadline, stopping
 from ..core.precision import emulated
@@ -45,6 +46,15 @@ class Arguments:
     max_seconds: float = math.inf  #: stop cleanly after this many seconds; rerun the command to resume
 
 
+def taught(arguments: Arguments, config: Teach) -> dict[str, Any]:
+    """What the weights come from, for their file: the settings, with code by its content and images by their name."""
+    a, shape = arguments, flags.shape(arguments.image_shape)
+    space = {"normalise": a.normalise, "mean": a.mean, "std": a.std, "input_range": a.input_range}
+    of = asdict(config) | {"model": content(config.model), "data": Path(a.data).name, "image_shape": shape, **space}
+    plain: dict[str, Any] = json.loads(json.dumps(of))
+    return plain
+
+
 def run(arguments: Arguments, settings: Mapping[str, Any], _words: Sequence[str], _start: float) -> int:
     """`settings` are fields of `Teach`."""
     at_least(0, "teach", ", as in 600", max_seconds=arguments.max_seconds)
@@ -76,7 +86,8 @@ def run(arguments: Arguments, settings: Mapping[str, Any], _words: Sequence[str]
         if lesson.note:
             progress.note(lesson.note)
         with stopping(deadline):
-            result = teach_to_file(target, model, lesson, config, device, on_log, progress.update, deadline)
+            how = taught(arguments, config)
+            result = teach_to_file(target, model, lesson, config, device, on_log, progress.update, deadline, how)
     if not result.get("finished", True):
         print(
             f"stopped after epoch {result['epoch']} of {config.epochs}; rerun the command to resume.", file=sys.stderr

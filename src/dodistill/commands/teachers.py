@@ -12,17 +12,22 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..config import plugins
-from ..config.tree import Tree
+from ..config.tree import Tree, build, expand
 from ..core.deadline import Deadline
 from ..engine.run_folder import write_atomically
+from ..engine.teach import Teach
 from ..errors import STOPPED, Busy, DodistillError
 from ..files import claimed
+from ..models import read_metadata
 from .cell import DODISTILL
 from .cell_runs import environment
+from .cli import read
 from .executors.shared import Executor, Teaching
 from .storage import Storage
+from .teach import Arguments, taught
 
 
 def _lessons(recipe: Tree, allow_code: bool) -> Iterator[tuple[str, list[str]]]:
@@ -35,6 +40,32 @@ def _lessons(recipe: Tree, allow_code: bool) -> Iterator[tuple[str, list[str]]]:
         for key, value in settings.items():
             words += [f"--{key}", str(value)]
         yield name, words
+
+
+def taught_otherwise(recipe: Tree, folder: Path) -> list[str]:
+    """A sentence for each teacher in `folder` that was taught by other settings than the recipe's. Files of an older
+    version, and those that were not taught here, do not say how."""
+    said = []
+    for name, words in _lessons(recipe, allow_code=True):  # which does not run here
+        file = folder / f"{name}.safetensors"
+        then = _metadata(file).get("taught")
+        if isinstance(then, dict):
+            given, settings = read("teach", words)
+            arguments = build(Arguments, expand(given), "teach")
+            now = taught(arguments, build(Teach, {**settings, "model": arguments.model}, "teach"))
+            other = [key for key in then if key in now and then[key] != now[key]]
+            if other:
+                was, says = (", ".join(f"{key} {some[key]}" for key in other) for some in (then, now))
+                said.append(f"{file} was taught with {was}, and the recipe's teachers.{name} now says {says}.")
+    return said
+
+
+def _metadata(file: Path) -> dict[str, Any]:
+    """The metadata of a teacher's file; {} where there is none, or a damaged one, which the cells that read it name."""
+    try:
+        return read_metadata(file)
+    except DodistillError:
+        return {}
 
 
 def teach_missing(recipe: Tree, folder: Path, deadline: Deadline, allow_code: bool = False) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,8 +83,10 @@ def teach_to_file(
     on_log: Callable[[Log], None],
     on_step: Callable[[int], None],
     deadline: float,
+    taught: Mapping[str, Any],
 ) -> Log:
-    """Train `model`, and write it to `target` with its scores. A stopped training resumes.
+    """Train `model`, and write it to `target` with its scores, and with `taught`, which says how. A stopped training
+    resumes.
 
     Returns the result of `teach`; of a finished training, only the numbers.
     """
@@ -98,6 +100,6 @@ def teach_to_file(
     if not result.get("finished", True):
         return result
     numbers = {name: value for name, value in result.items() if isinstance(value, int | float)}
-    save_model(model, target, **numbers)
+    save_model(model, target, **numbers, taught=taught)
     begun.unlink(missing_ok=True)
     return numbers
