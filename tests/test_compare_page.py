@@ -181,3 +181,12 @@ def test_the_footnote_is_about_what_is_there() -> None:
     assert "chosen on the test set" in footnote(group([{**c, "best": 90.0} for c in records()]))
     assert "±" not in footnote(group(records(seeds=1)))
     assert "best on test" not in markdown_table(records())
+    told = [("bf16: measured 1.21 times as fast", "AMD EPYC (AVX512), 1 thread(s)"), ("fp32, as set", "NVIDIA H100")]
+    mixed = [
+        {**c, "summary": {"precision": p, "machine": m}} for c, (p, m) in zip(records(), [told[0], *11 * [told[1]]])
+    ]
+    assert footnote(group(mixed)).endswith(
+        "The runs differ in precision (1 bf16, 11 fp32) and machine (1 AMD EPYC (AVX512), 11 NVIDIA H100): a difference "
+        "of rows may come from that."
+    )
+    assert "differ" not in footnote(group(mixed[1:]))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,7 +90,20 @@ def footnote(found: Grouped) -> str:
         )
         if any(row.text("share_ratio") == MISSING for row in found.rows):
             says.append(f"{MISSING.capitalize()}: in a run, the teacher assigns no image to some class.")
-    return " ".join([*says, *_about_code(found)])
+    return " ".join([*says, *_about_conditions(found), *_about_code(found)])
+
+
+def _about_conditions(found: Grouped) -> list[str]:
+    """A sentence where the runs had not one precision or one machine, as `loop.precision auto` and several computers
+    allow: the difference of two rows may be theirs."""
+    summaries = [run.get("summary") or {} for row in found.rows for run in row.runs if _done(run)]
+    says = []
+    for what in ("precision", "machine"):
+        # the choice without its reason, the machine without its threads
+        kinds = Counter(re.split("[,:]", str(s[what]))[0] for s in summaries if s.get(what))
+        if len(kinds) > 1:
+            says.append(f"{what} ({', '.join(f'{n} {kind}' for kind, n in sorted(kinds.items()))})")
+    return [f"The runs differ in {' and '.join(says)}: a difference of rows may come from that."] if says else []
 
 
 def _about_code(found: Grouped) -> list[str]:
