@@ -186,7 +186,7 @@ def test_the_footnote_is_about_what_is_there() -> None:
         {**c, "summary": {"precision": p, "machine": m}} for c, (p, m) in zip(records(), [told[0], *11 * [told[1]]])
     ]
     assert footnote(group(mixed)).endswith(
-        "The runs differ in precision (1 bf16, 11 fp32) and machine (1 AMD EPYC (AVX512), 11 NVIDIA H100): a difference "
-        "of rows may come from that."
+        "The runs differ in precision (1 bf16, 11 fp32) and machine (1 AMD EPYC (AVX512), 11 NVIDIA H100): a "
+        "difference of rows may come from that."
     )
     assert "differ" not in footnote(group(mixed[1:]))
