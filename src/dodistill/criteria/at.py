@@ -4,7 +4,8 @@
     L_AT = sum over stages of mean ( Q(F) - Q(H) )^2
 
 As in RepDistiller, the mean is over batch and positions. The resolutions that both networks have are compared
-(`taps.stages`); the released code resizes the larger map instead.
+(`taps.stages`); the released code resizes the larger map instead. On VGG, RepDistiller pairs maps of 16, 8, 4 and 4
+pixels (`feat[1:-1]`); ours are of 32, 16, 8 and 4.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""`cid`: sample and class representations beside the predictions. Deng and Zhang, Comprehensive, Interventional
-Distillation (NeurIPS 2021), as its released code has it. With f, h the penultimate features of student and teacher:
+"""`cid`: sample and class representations beside the predictions. Deng and Zhang, Comprehensive Knowledge Distillation
+with Causal Intervention (NeurIPS 2021), as its released code has it. With f, h the penultimate features of student and
+teacher:
 
     L_sample = (1/B) sum_i || r(f_i) - h_i ||^2 / || h_i ||^2                  r linear, learned, without weight decay
     L_class  = (1/|U|) sum_{k in U} (1/n_k^2) sum_{i,j: y_i = y_j = k} ( cos(f_i, f_j) - cos(h_i, h_j) )^2

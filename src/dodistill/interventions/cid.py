@@ -1,8 +1,8 @@
 """CID's intervention: the student predicts from its features and from the contexts of its classes.
 
-Comprehensive, Interventional Distillation (Deng and Zhang, NeurIPS 2021), as its released code has it. Training data
-bias a teacher by the context of a class (grass with dogs). The contexts are one prototype per class: the mean of the
-student's features f_i over one pass through the data, weighted by the teacher's confidence:
+Comprehensive Knowledge Distillation with Causal Intervention (Deng and Zhang, NeurIPS 2021), as its released code has
+it. Training data bias a teacher by the context of a class (grass with dogs). The contexts are one prototype per class:
+the mean of the student's features f_i over one pass through the data, weighted by the teacher's confidence:
 
     c_k  = sum_{i: y_i = k} w_i f_i / sum_{i: y_i = k} w_i,   w_i = softmax(t_i / T)[y_i]        C [K, d]
     C   <- u C + (1 - u) C_new                       after each pass, for use in the next pass

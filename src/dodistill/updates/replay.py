@@ -7,7 +7,8 @@ LRA is equivalent to it (see `retain`).
 
 Deviations, and why
  1. The papers take one mean over new and replayed images together. There are eight times as many new images, so the two
-    losses weigh 8:1. `weight = 0.125` has this ratio. The scale, 8/9, is absorbed by the rate.
+    losses weigh 8:1. `weight = 0.125` has this ratio. The scale is not corrected: the gradient is 9/8 of theirs
+    at the same rate.
  2. In the papers, BatchNorm normalises both kinds in one batch. Here each kind has its own statistics, and only the new
     inputs update the running ones. `retain` does the same, so that the two updates differ in nothing else.
 """
