@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -362,6 +363,41 @@ def test_the_committed_results_are_those_of_the_committed_recipes(name: str) -> 
         for c in cells(read_recipe(root / "recipes" / f"{name}.yaml"), root / "results" / name / "teachers")
     ]
     assert sum(record is not None for record in found) == len(known) > 10
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"only": ["arm=plian"]}, "no cell has arm=plian; the values are plain, kdci"),
+        ({"only": ["seed=1", "arm=plain"]}, "--only seed=1 --only arm=plain leaves no cell"),
+        ({"against": "bogus=plain"}, "no cell has bogus=plain; write AXIS=LABEL, with one of the axes seed, arm"),
+        ({"against": "arm=kdci", "only": ["arm=plain"]}, "no cell has arm=kdci; the values are plain"),
+    ],
+)
+def test_a_label_of_no_cell_is_refused_before_anything_runs_or_is_written(
+    recipe: Path, tmp_path: Path, asked: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(DodistillError, match=re.escape(said)):
+        compare(recipe, tmp_path / "out", csv=str(tmp_path / "t.csv"), **asked)
+    assert not (tmp_path / "t.csv").exists()
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["teachers"]
+
+
+def test_a_logged_value_of_no_finished_cell_is_named(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that some arms alone log has a column."""
+    out = tmp_path / "out"
+    (out / "cells").mkdir()
+    for cell, log in zip(cells(read_recipe(recipe), out / "teachers"), ({"match/kl": 0.5}, {"kdci/F": 2.0})):
+        record = {"key": cell.key, "config": cell.config.to_tree(), "agreement": 50.0, "summary": {"log": log}}
+        (out / "cells" / f"{cell.key}.json").write_text(json.dumps(record))
+    compare(recipe, out, table=True, show=["match/kll", "kdci/F"], csv=str(tmp_path / "t.csv"))
+    printed, said = capsys.readouterr()
+    assert "--show match/kll has no column" in said
+    assert "did you mean 'match/kl'?" in said
+    assert "kdci/F" in printed
+    assert "match/kll" not in printed + (tmp_path / "t.csv").read_text()
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("25m", 1500), ("1.5h", 5400), ("7", 7)])

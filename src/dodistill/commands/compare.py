@@ -26,7 +26,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +37,8 @@ from ..config.grid import Cell, Records, cells, moved_images, read_recipe, store
 from ..config.tree import Tree
 from ..core.deadline import Deadline, stopping
 from ..engine.run_folder import check_writable, write_atomically
-from ..errors import STOPPED, DodistillError
+from ..errors import STOPPED, DodistillError, nearest
+from ..report.paired import require_arm
 from .cell import record_of_summary as record_of_summary
 from .cell_runs import Task, run_all
 from .executors import Where
@@ -141,10 +142,11 @@ def _compare(recipe: Tree, out: Path, where: Where, deadline: Deadline, only: li
         track = ",".join(track_names(track))
 
     def planned() -> tuple[list[Cell], list[Task], Records]:
-        chosen, known = [c for c in cells(recipe, out / "teachers", allow_code) if _chosen(c, only)], stored(out)
+        chosen, known = _chosen(list(cells(recipe, out / "teachers", allow_code)), only), stored(out)
         return chosen, _tasks(chosen, known, rerun == "changed"), known
 
     chosen, todo, known = planned()
+    base = _arm(shown.against, list(recipe["grid"]), chosen) if shown.against else None
     for said in moved_images(chosen, known):
         print(said, file=sys.stderr)
     if said := " ".join(taught_otherwise(recipe, out / "teachers")):
@@ -166,7 +168,7 @@ def _compare(recipe: Tree, out: Path, where: Where, deadline: Deadline, only: li
         for cell in chosen:
             print(f"{of.get(cell.key, 'done')}  {cell.key}  {cell.label}")
         return 0
-    return _report(recipe, chosen, out, shown)
+    return _report(recipe, chosen, out, shown, base)
 
 
 def _lessons(recipe: Tree, todo: Sequence[Task], folder: Path) -> Tree:
@@ -197,17 +199,24 @@ def _tasks(chosen: Sequence[Cell], known: Records, again: bool) -> list[Task]:
     return [Task(cell, old, typical.get(cell.config.source.name)) for cell, old in out]
 
 
-def _chosen(cell: Cell, only: list[str]) -> bool:
+def _chosen(every: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
+    """The cells that `only` names. Raises DodistillError for an axis or a label of no cell, and if none is left."""
     wanted: dict[str, set[str]] = {}
     for item in only:
-        axis, given, value = item.partition("=")
-        if not given or axis not in cell.label:
-            raise DodistillError(f"--only {item}: write AXIS=LABEL, with one of the axes {', '.join(cell.label)}.")
-        wanted.setdefault(axis, set()).add(value)
-    return all(cell.label[axis] in values for axis, values in wanted.items())
+        axis, _, label = item.partition("=")
+        try:
+            require_arm([cell.label for cell in every], {axis: label})
+        except ValueError as error:
+            raise DodistillError(f"--only {item}: {error}.") from error
+        wanted.setdefault(axis, set()).add(label)
+    chosen = [cell for cell in every if all(cell.label[axis] in labels for axis, labels in wanted.items())]
+    if not chosen:
+        said = " ".join(f"--only {item}" for item in only) or "`skip`"
+        raise DodistillError(f"{said} leaves no cell of the grid; remove a part of it.")
+    return chosen
 
 
-def _report(recipe: Tree, chosen: list[Cell], out: Path, shown: Shown) -> int:
+def _report(recipe: Tree, chosen: list[Cell], out: Path, shown: Shown, base: Mapping[str, str] | None) -> int:
     from ..report.compare_page import write_compare
     from ..report.paired import paired, paired_table
     from ..report.table_files import csv_table, latex_tables, paired_csv
@@ -219,32 +228,48 @@ def _report(recipe: Tree, chosen: list[Cell], out: Path, shown: Shown) -> int:
         record = known.find(cell) or {"key": cell.key}
         more = {"label": cell.label, "published": cell.published, "changed": changed(record, code_of(cell.config))}
         records.append({"folder": f"runs/{cell.slug}", **record, **more})
-    print(markdown_table(records, shown.show))
-    base = _arm(shown.against, list(recipe["grid"])) if shown.against else None
-    try:
-        pairs = paired(records, base, shown.show)
-        if base is not None:
-            print(f"\n{paired_table(records, base, shown.show)}")
-    except ValueError as error:
-        raise DodistillError(f"--against {shown.against}: {error}.") from error
+    show = _logged(shown.show, records)
+    print(markdown_table(records, show))
+    pairs = paired(records, base, show)
+    if base is not None:
+        print(f"\n{paired_table(records, base, show)}")
     page = write_compare(
         records, out / "compare.html", str(recipe.get("name", "comparison")), recipe=shown.text, base=base,
-        show=shown.show,
+        show=show,
     )  # fmt: skip
     if shown.csv:
-        write_atomically(Path(shown.csv), csv_table(group(records, shown.show)).encode())
+        write_atomically(Path(shown.csv), csv_table(group(records, show)).encode())
         if pairs.rows:
             beside = Path(shown.csv)
             write_atomically(beside.with_name(f"{beside.stem}-paired{beside.suffix}"), paired_csv(pairs).encode())
     if shown.latex:
-        write_atomically(Path(shown.latex), latex_tables(group(records, shown.show), pairs).encode())
+        write_atomically(Path(shown.latex), latex_tables(group(records, show), pairs).encode())
     left = sum("seconds" not in r for r in records)
     print(f"\n{len(records) - left} of {len(records)} cells; {page}")
     return STOPPED if left else 0
 
 
-def _arm(against: str, axes: Sequence[str]) -> dict[str, str]:
-    """axis -> label, from AXIS=LABEL,AXIS=LABEL."""
+def _logged(show: Sequence[str], records: Sequence[Tree]) -> list[str]:
+    """The names in `show` without those that no finished cell logged, of which it prints a note."""
+    from ..report.tables import logged
+
+    known = {
+        name for r in records for name in ((r.get("summary") or {}).get("log") or {}) if logged(r, name) is not None
+    }
+    strange = [name for name in show if known and name not in known]
+    for name in strange:
+        said = nearest(name, known, "value")
+        print(f"--show {name} has no column: no finished cell logged it at its last step. {said}", file=sys.stderr)
+    return [name for name in show if name not in strange]
+
+
+def _arm(against: str, axes: Sequence[str], chosen: Sequence[Cell]) -> dict[str, str]:
+    """axis -> label, from AXIS=LABEL,AXIS=LABEL. Raises DodistillError if no chosen cell has such a label."""
     known = "|".join(re.escape(axis) for axis in axes)
     pairs = re.split(rf",(?=(?:{known})=)", against)  # a label may contain commas
-    return {axis: wanted for axis, _, wanted in (pair.partition("=") for pair in pairs)}
+    arm = {axis: wanted for axis, _, wanted in (pair.partition("=") for pair in pairs)}
+    try:
+        require_arm([cell.label for cell in chosen], arm)
+    except ValueError as error:
+        raise DodistillError(f"--against {against}: {error}.") from error
+    return arm

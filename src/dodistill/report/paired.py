@@ -64,6 +64,16 @@ def first_arm(cells: Sequence[Run]) -> dict[str, str]:
     return {several[-1]: labels[several[-1]][0]} if several else {}
 
 
+def require_arm(labels: Sequence[Mapping[str, object]], arm: Mapping[str, str]) -> None:
+    """Raise ValueError for the first axis of `arm` on which no cell has its label. `labels`: of each cell."""
+    for axis, wanted in arm.items():
+        known = list(dict.fromkeys(str(label[axis]) for label in labels if axis in label))
+        if wanted not in known:
+            axes = ", ".join(dict.fromkeys(axis for label in labels for axis in label))
+            fix = f"the values are {', '.join(known)}" if known else f"write AXIS=LABEL, with one of the axes {axes}"
+            raise ValueError(f"no cell has {axis}={wanted}; {fix}")
+
+
 def paired(cells: Sequence[Run], base: Mapping[str, str] | None = None, show: Sequence[str] = ()) -> Paired:
     """Every arm minus the arm `base` (axis -> label; None: `first_arm`) with the same other labels and seed.
 
@@ -71,10 +81,7 @@ def paired(cells: Sequence[Run], base: Mapping[str, str] | None = None, show: Se
     last step. Raises ValueError if no cell has the labels of `base`.
     """
     base = first_arm(cells) if base is None else dict(base)
-    for axis, wanted in base.items():
-        if not any(str(cell["label"].get(axis)) == wanted for cell in cells):
-            known = sorted({str(cell["label"].get(axis)) for cell in cells})
-            raise ValueError(f"no cell has {axis}={wanted}; the values are {', '.join(known)}")
+    require_arm([cell["label"] for cell in cells], base)
     tested = any(as_number(c.get("last")) is not None for c in cells)
     main, title = ("last", "last epoch") if tested or not cells else ("agreement", "agreement")
     read = {main: lambda c: as_number(c.get(main))} | {n: (lambda c, n=n: logged(c, n)) for n in show}
