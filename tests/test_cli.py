@@ -139,6 +139,20 @@ def test_the_deadline_stops_cleanly_and_the_same_command_goes_on(teacher_file: P
     assert json.loads((out / "summary.json").read_text())["steps"] == 12
 
 
+def test_warnings_are_shown_once_with_and_without_the_progress(
+    teacher_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = ["--teacher", str(teacher_file), "--student", "tiny4", "--source", "noise", "--source.n", "40"]
+    command = ["distill", *models, "--steps", "2", "--batch", "8", "--no-report", "--out"]
+    finished = [*command, str(tmp_path / "b")]
+    for words in ([*command, str(tmp_path / "a"), "--quiet"], finished, finished):
+        assert main(words) == 0
+        warnings = json.loads((Path(words[words.index("--out") + 1]) / "summary.json").read_text())["warnings"]
+        said = capsys.readouterr().err
+        assert warnings
+        assert [said.count(text) for text in warnings] == [1] * len(warnings)
+
+
 def test_a_recipe_file_and_flags_over_it(teacher_file: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(

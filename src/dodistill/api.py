@@ -373,6 +373,8 @@ def run(
     ranks.share(opened)  # after all checks, so that an error leaves no folder behind
     try:
         if (done := ranks.share(folder.summary)) is not None:
+            if verbose:
+                Progress(it.plan.steps, title).rest(done.get("warnings") or [])
             return _again(it, folder, done, report)
         return _run(it, folder, title if verbose else "", deadline, report, watchers, track)
     except BaseException:
@@ -410,6 +412,8 @@ def _run(
     which = it.ranks.share(lambda: it.scorer.delivered()[0])
     best = it.scorer.shipped(which)
     summary = it.ranks.share(lambda: _outcome(it, which, best, said, code, recorder, folder, report))
+    if isinstance(progress, Progress):
+        progress.rest(summary["warnings"])
     return result_of(it, best, summary, folder, recorder.history)
 
 

@@ -38,7 +38,7 @@ class Arguments:
 
     recipe: Annotated[str, "[RECIPE.yaml]"] = ""  #: a file of settings, as the first argument; flags override it
     out: Annotated[str, "FOLDER"] = ""  #: the run folder; empty: a folder in runs/ named after the settings
-    quiet: bool = False  #: show no progress
+    quiet: bool = False  #: show no progress; the notes and warnings follow at the end
     no_report: bool = False  #: write no report.html
     track: Annotated[str, "NAMES"] = ""  #: log to tensorboard, wandb, trackio, or several, joined by commas
     max_seconds: float = math.inf  #: stop cleanly after this many seconds; rerun the command to resume. See --time
@@ -90,6 +90,9 @@ def _run(
         print(f"{where}; rerun the command to resume.", file=sys.stderr)
         return STOPPED
     _say(result.summary, Path(out))
+    if arguments.quiet:  # no progress display has shown them
+        for text in result.summary.get("warnings") or []:
+            print(f"note: {text}", file=sys.stderr)
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -63,6 +63,7 @@ class Progress(Watcher):
         self._began = self._last = clock()
         self._printed: int | None = None
         self._live: Live | None = None
+        self._noted: list[str] = []
         self._scores: dict[str, float] = {}  # of the last evaluation
 
     def __enter__(self) -> Self:
@@ -113,7 +114,14 @@ class Progress(Watcher):
 
     def note(self, text: str) -> None:
         """A line that stays: a checkpoint, a warning."""
+        self._noted.append(text)
         self._line(text)
+
+    def rest(self, warnings: Sequence[str]) -> None:
+        """The lines of a run's warnings that were not shown, as those found after its last step."""
+        for text in warnings:
+            if not text.endswith(tuple(self._noted)):  # after "symptom: "
+                self.note(text)
 
     def on_start(self, step: int, steps: int) -> None:
         self.total = steps
