@@ -18,7 +18,7 @@ from torch import nn
 from dodistill.api import distill
 from dodistill.commands.cli import main
 from dodistill.data.images import Images
-from dodistill.models import Normalized, read_metadata, save_model
+from dodistill.models import Normalized, load_model, read_metadata, save_model
 from helpers import SHAPE, tree
 
 NET = """
@@ -111,6 +111,30 @@ def test_code_that_a_file_names_does_not_run_by_itself_and_the_fix_works(
         if words[0] == "distill":
             named[named.index("--out") + 1] += "-again"
         assert main(named) == 0
+
+
+def test_the_typed_code_of_two_files_lets_runs_be_compared_as_they_were_made(
+    there: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their weights and their normalisation stay those of the configs."""
+    pytest.importorskip("sklearn")
+    Path("other.py").write_text(NET.replace("net.py runs", "other.py runs"))
+    made = load_model("net.py:make", seed=0, mean=[0.3], std=[0.4])
+    torch.save(made.model.state_dict(), "net.pth")
+    words = ["distill", "--teacher", "net.py:make", "--teacher.weights", "net.pth", "--image-shape", "1,8,8",
+             "--teacher.mean", "0.3", "--teacher.std", "0.4", "--student", "other.py:make", *QUICK]  # fmt: skip
+    for run in ("a", "b"):
+        assert main([*words, "--out", run]) == 0
+    capsys.readouterr()
+    assert main(["rank", "a", "b", "--n", "60"]) == 2
+    said = capsys.readouterr()
+    assert "--teacher net.py:make --model other.py:make, or --allow-code" in said.err
+    assert "runs\n" not in said.out
+    assert main(["rank", "a", "b", "--n", "60", "--allow-code"]) == 0
+    allowed = capsys.readouterr().out
+    assert main(["rank", "a", "b", "--n", "60", "--teacher", "./net.py:make", "--model", "other.py:make"]) == 0
+    assert capsys.readouterr().out == allowed
+    assert "other weights" not in allowed
 
 
 def test_the_card_and_the_report_print_what_runs(there: Path, capsys: pytest.CaptureFixture[str]) -> None:

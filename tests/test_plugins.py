@@ -26,6 +26,7 @@ from dodistill.config.tree import code_in, merge, portable, resolve
 from dodistill.core.deadline import Deadline
 from dodistill.engine.run_folder import RunFolder
 from dodistill.errors import DodistillError
+from dodistill.models import load_model, save_model
 from dodistill.sources import fast, procedural
 from helpers import metrics
 from plugged import ACT, ALL, BASE, FILES, SOURCE, MyCriterion, Weighted, of_file, run, spy
@@ -221,10 +222,10 @@ def test_a_finished_folder_opens_without_its_code(here: Path, teacher_file: Path
 
 def test_look_runs_a_teachers_file_only_if_it_was_typed(here: Path) -> None:
     Path("run").mkdir()
-    Path("run/student.safetensors").touch()
+    save_model(load_model("tiny4", num_classes=10, in_channels=1), "run/student.safetensors")
     Path("run/config.json").write_text(json.dumps(resolve({"teacher": "net.py:make"}, allow_code=True).to_tree()))
     trace = spy("net.py", "def make(): ...")
-    with pytest.raises(DodistillError, match=r"config of run names code, net\.py:make; code runs only if you name it"):
+    with pytest.raises(DodistillError, match=r"runs name code, net\.py:make; code runs only if you name it"):
         look(["run"], "digits", "look.html")
     assert not trace.exists()
 

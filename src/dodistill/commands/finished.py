@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from ..errors import DodistillError
 from ..files import read_object
 from ..models.configured import Shape, load_teacher, open_student
 from ..models.normalized import Normalized
+from ..models.weights import read_metadata
 
 
 @dataclass(frozen=True)
@@ -45,37 +46,78 @@ def opened(
 ) -> Finished:
     """The runs in these folders.
 
-    `teacher` is needed for a run that was given its teacher in memory, `network` (a spec) for students whose weights
-    name code or nothing, unless `allow_code` lets the code that runs name run; `classes` names the teacher's classes.
-    Raises DodistillError for missing files, and for runs of several teachers.
+    `teacher` is needed for a run that was given its teacher in memory; the spec of the runs' own teacher lets its code
+    run, and changes nothing else. `network` (a spec) is needed for students whose weights name code or nothing, unless
+    `allow_code` lets the code that runs name run; `classes` names the teacher's classes. Raises DodistillError for
+    missing files, and for runs of several teachers.
     """
     part = Model(spec=teacher) if isinstance(teacher, str) else teacher
-    configs = [config_of(f, bool(part.spec), allow_code) for f in folders]
-    if not part.spec:
+    configs = [config_of(f) for f in folders]
+    allowed = _permitted(folders, configs, part.spec, network, allow_code)
+    if part.spec and all(_same(part.spec, c.teacher.spec) for c in configs):
+        if not part.weights:
+            one_teacher(folders, configs)
+        part = _over(configs[0].teacher, part)
+    elif not part.spec:
         one_teacher(folders, configs)
         part = configs[0].teacher
     part = replace(part, classes=classes or part.classes)
-    model, shape = load_teacher(part, configs[0].data.image_shape, allow_code=allow_code)
+    model, shape = load_teacher(part, configs[0].data.image_shape, allow_code=allowed)
     device = pick_device()
     model.to(device)
-    students = [open_student(f / "student.safetensors", network, allow_code).to(device) for f in folders]
+    students = [open_student(f / "student.safetensors", network, allowed).to(device) for f in folders]
     notes = [note for f in folders for note in strangers(f, model)]
     notes += [text] if (text := doubt(model, shape)) else []
     return Finished(configs, model, shape, students, device, notes)
 
 
-def config_of(folder: Path, typed: bool, allow_code: bool) -> Distill:
-    """The teacher and the data in a run's config. The code of its methods does not run. The code of its teacher's file
-    runs only if the user typed the teacher, or allowed it."""
+def config_of(folder: Path) -> Distill:
+    """The teacher and the data in a run's config. No code runs."""
     if not (folder / "student.safetensors").is_file():
         raise DodistillError(f"{folder} holds no student.safetensors; give the folder of a finished run.")
     tree = read_object(folder / "config.json", "give the folder of a finished run")
-    if not (typed or allow_code) and plugins.model_file(tree["teacher"]["spec"]):
-        raise DodistillError(
-            f"the config of {folder} names code, {tree['teacher']['spec']}; code runs only if you name it yourself: "
-            f"--teacher {tree['teacher']['spec']}, or --allow-code."
-        )
-    return resolve({"teacher": {} if typed else tree["teacher"], "data": tree["data"]}, allow_code=True)
+    return resolve({"teacher": tree["teacher"], "data": tree["data"]}, allow_code=True)
+
+
+def _permitted(
+    folders: Sequence[Path], configs: Sequence[Distill], teacher: str, network: str, allow_code: bool
+) -> plugins.Allow:
+    """The code that may run: what the user allowed or typed. Raises DodistillError, with all flags that are missing,
+    for other code of teachers and students."""
+    if allow_code:
+        return True
+    typed = {file for spec in (teacher, network) if (file := plugins.model_file(spec))}
+    teachers = [] if teacher else _code([c.teacher.spec for c in configs], typed)
+    if not teachers:
+        return typed  # `open_student` asks for the students' code
+    saved = [] if network else [read_metadata(f / "student.safetensors").get("spec") or "" for f in folders]
+    students = _code(saved, typed | {plugins.model_file(teachers[0])})
+    fix = " ".join([f"--teacher {teachers[0]}", *(f"--model {spec}" for spec in students)])
+    fix = f"{fix}, or --allow-code" if len(teachers) == 1 and len(students) < 2 else "--allow-code"
+    raise DodistillError(
+        f"the runs name code, {', '.join([*teachers, *students])}; code runs only if you name it yourself: {fix}."
+    )
+
+
+def _code(specs: Sequence[str], allowed: plugins.Allow) -> list[str]:
+    """Those of the specs, each once, that name code which is not allowed."""
+    found = [s for s in specs if (file := plugins.model_file(s)) and not plugins.permitted(file, allowed)]
+    return list(dict.fromkeys(found))
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two specs name the same model, however their paths are written."""
+    a, b = plugins.model_file(one), plugins.model_file(other)
+    return one == other if not (a and b) else plugins.same(a, b) and one.removeprefix(a) == other.removeprefix(b)
+
+
+def _over(own: Model, typed: Model) -> Model:
+    """`own` with the fields that were typed; a typed normalisation replaces the whole of its own."""
+    given = {f.name: v for f in fields(Model) if (v := getattr(typed, f.name)) != f.default}
+    space = ("normalise", "mean", "std", "input_range")
+    if given.keys() & set(space):
+        given = {name: getattr(typed, name) for name in space} | given
+    return replace(own, **given)
 
 
 def source_of(folder: Path) -> str:
