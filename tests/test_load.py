@@ -1,11 +1,14 @@
 """Models from anywhere, weights in and out, and every way in which they may not fit."""
 
+import argparse
 import os
 import pickle
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -127,10 +130,20 @@ def test_a_pickle_that_would_run_code_is_refused_and_not_run(tmp_path: Path, sty
     assert not trap.exists()
 
 
-def test_the_advice_given_for_a_pickled_module_works(tmp_path: Path) -> None:
-    """The command in the message converts a whole pickled module into weights that load."""
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda net: net,
+        lambda net: {"epoch": 3, "model": net},
+        lambda net: {"ema": net, "args": argparse.Namespace(lr=1)},
+        lambda net: {"args": argparse.Namespace(lr=1), "state_dict": net.state_dict()},
+    ],
+    ids=["module", "in a dict", "of another name", "state dict"],
+)
+def test_the_advice_given_for_a_pickled_module_works(tmp_path: Path, wrapped: Callable[[nn.Module], Any]) -> None:
+    """The command in the message converts a pickled module, or what a dict holds, into weights that load."""
     net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
-    torch.save(net, tmp_path / "w.pt")
+    torch.save(wrapped(net), tmp_path / "w.pt")
     (tmp_path / "m.py").write_text(
         "from torch import nn\ndef make(): return nn.Sequential(nn.Flatten(), nn.Linear(4, 3))"
     )

@@ -31,6 +31,9 @@ _PREFIXES = ("module.", "_orig_mod.", "model.")  # DataParallel, torch.compile, 
 _REFUSED = """{path} is a pickle that would run code when read ({reason}); refused. Ask its author for a state dict, \
 or, if you trust it, convert it once yourself:
   python -c "import sys, torch; o = torch.load(sys.argv[1], map_location='cpu', weights_only=False); \
+d = o if isinstance(o, dict) else {{}}; m = torch.nn.Module; \
+o = next((v for v in [*map(d.get, {inside}), *(v for v in d.values() if isinstance(v, m))] \
+if isinstance(v, (dict, m))), o); \
 torch.save(o.state_dict() if hasattr(o, 'state_dict') else o, 'converted.pt')" {quoted}"""
 
 
@@ -109,7 +112,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         if wanted or path.read_bytes()[:1] == b"\x80":
             reason = f"it calls {wanted[1]}" if wanted else "it holds more than tensors"
-            raise DodistillError(_REFUSED.format(path=path, reason=reason, quoted=shlex.quote(str(path)))) from error
+            raise DodistillError(
+                _REFUSED.format(path=path, reason=reason, quoted=shlex.quote(str(path)), inside=_INSIDE)
+            ) from error
         raise DodistillError(damaged.format("it is not a torch file")) from error
     except Exception as error:  # damage raises many types: RuntimeError, EOFError, KeyError, ...
         raise DodistillError(damaged.format(str(error).splitlines()[0] if str(error) else repr(error))) from error
