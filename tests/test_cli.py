@@ -189,6 +189,7 @@ def test_teach_writes_weights_that_know_themselves(tmp_path: Path, capsys: pytes
         (["teach", "tiny4", "--data", "digits", "--epoch", "3"], "--epoch 3"),
         (["distill", "--kdci.scal", "2"], "kdci: unknown key 'scal'; did you mean 'scale'?"),
         (["distill", "--kdci.scal=2"], "You wrote --kdci.scal 2."),
+        (["distill", "--normalise", "none"], "'normalise'; did you mean --data.foreign.normalise or --student.normal"),
         (["distill", "--stepps", "2"], "distill: unknown key 'stepps'; did you mean 'steps'"),
         (["compare", "x.yaml", "--job", "2"], "compare: unknown key 'job'; did you mean 'jobs'?"),
         (["compare", "x.yaml", "--jobs", "two"], "compare.jobs is 'two'; it must be of type int"),

@@ -77,6 +77,7 @@ def test_short_names() -> None:
     for line in ("--steps 3 --loop.steps 4", "--loop.steps=4 --steps 3", "--train a --unlabeled b"):
         with pytest.raises(DodistillError, match="are the same setting"):
             read(line)
+    assert read("--lr 0.01 --foreign vgg8") == {"optim.lr": 0.01, "data.foreign.spec": "vgg8"}  # as in Python
     assert read("--steps 3 --steps 4") == {"loop.steps": 4}
 
 

@@ -34,7 +34,7 @@ SHORT = {
     "teacher": "teacher.spec", "student": "student.spec", "unlabeled": "data.unlabeled", "train": "data.unlabeled",
     "test": "data.test",
     "image_shape": "data.image_shape", "steps": "loop.steps", "batch": "loop.batch", "seed": "loop.seed",
-    "time": "loop.time",
+    "time": "loop.time", "lr": "optim.lr", "foreign": "data.foreign.spec",
     "device": "loop.device", "precision": "loop.precision", "threads": "loop.threads",
     "data.foreign": "data.foreign.spec", "classes": "teacher.classes",
 }  # fmt: skip
@@ -338,4 +338,6 @@ def _no_flag(name: str, parts: Sequence[Part], command: str) -> str:
     inside = {other.removeprefix(f"{within}.") for other in known if other.startswith(f"{within}.")}
     if within and inside:
         return f"{within}: {nearest(key, inside, 'key')}"
+    if ends := [f"--{other.replace('_', '-')}" for other in sorted(known) if other.endswith(f".{name}")]:
+        return f"{command}: unknown key {name!r}; did you mean {' or '.join(ends)}?"
     return f"{command}: {nearest(name.split('.')[0], {other.split('.')[0] for other in known}, 'key')}"
