@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from dodistill.api import run
+from dodistill.api import distill, run
 from dodistill.core.watch import Watcher
 from dodistill.data.images import Images
 from dodistill.engine import Distiller, Job, Meter
@@ -73,6 +73,19 @@ def test_a_watcher_hears_of_a_stop_and_of_the_resumption(teacher: nn.Module, dig
             job(teacher, cfg, digits.x[:300]).run(folder, [mine], deadline)
         heard.append((mine.heard[0], mine.heard[-1]))
     assert heard == [(("start", 0, 4), ("end", 0, False)), (("start", 0, 4), ("end", 4, True))]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ([print], "watchers has <built-in function print>, which is no watcher"),
+        ([Recorder(), Recorder], "which is no watcher"),
+        (Recorder(), "it must be a list"),
+    ],
+)
+def test_what_is_no_watcher_is_refused_before_anything_runs(given: Any, said: str, teacher: nn.Module) -> None:
+    with pytest.raises(DodistillError, match=said):
+        distill(teacher, student(), image_shape=SHAPE, watchers=given)
 
 
 def test_watching_changes_nothing(teacher: nn.Module, digits: Images) -> None:

@@ -23,7 +23,7 @@ from .core.launch import joined
 from .core.precision import emulated
 from .core.ranks import Ranks
 from .core.runtime import pick_device
-from .core.watch import Watcher
+from .core.watch import Watcher, require_watchers
 from .data.accept import accept, as_labels
 from .data.classes import Given
 from .data.images import Images, contexts_of, load_images, refuse_one_class, require_fit
@@ -166,6 +166,7 @@ def distill(
     for name, model in (("teacher", teacher), ("student", student), ("foreign", foreign)):
         if not isinstance(model, nn.Module) and not (name == "foreign" and model is None):
             raise DodistillError(f"{name} is {model!r}; it must be a torch.nn.Module, as load_model(NAME) returns.")
+    require_watchers(watchers)
     began = monotonic()
     track = track_names(track)
     chosen = {} if intervention is None else {"intervention": intervention}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+
+from ..errors import DodistillError
 
 
 class Watcher:
@@ -45,6 +47,19 @@ class Watcher:
 
     def on_end(self, step: int, finished: bool) -> None:
         """Once, when the loop ends: at its last step, at the deadline, or by an error (`finished` is False)."""
+
+
+def require_watchers(given: object) -> None:
+    """Raise DodistillError unless `given` is a sequence of watchers: of objects with all methods of `Watcher`."""
+    if not isinstance(given, Sequence):
+        raise DodistillError(f"watchers is {given!r}; it must be a list, as in watchers=[MyWatcher()].")
+    names = [name for name in vars(Watcher) if name.startswith("on_")]
+    for part in given:
+        if isinstance(part, type) or not all(callable(getattr(part, name, None)) for name in names):
+            fix = (
+                "derive its class from dodistill.core.watch.Watcher, whose methods do nothing, and give an object of it"
+            )
+            raise DodistillError(f"watchers has {part!r}, which is no watcher; {fix}.")
 
 
 class Watchers(Watcher):
