@@ -387,6 +387,15 @@ def test_a_rate_that_is_far_too_high(steps: int, log_every: int, teacher: nn.Mod
         assert all(torch.isfinite(v).all() for v in saved[0]["matcher"]["student"].values())
 
 
+def test_divergence_promises_only_what_is_there(teacher: nn.Module) -> None:
+    """No checkpoint without a folder, and no term's weight where all terms are finite."""
+    cfg = config(steps=1, optim={"lr": 1e38})
+    with pytest.raises(Diverged) as told:
+        job(teacher, cfg).run()
+    said = str(told.value)
+    assert said.endswith("at step 1. Lower the rate (optim.lr is 1e+38).")
+
+
 def test_divergence_on_the_command_line(refused: Refused, tmp_path: Path) -> None:
     out = tmp_path / "run"
     out.mkdir()

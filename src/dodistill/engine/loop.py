@@ -84,7 +84,8 @@ class Distiller:
         except OutOfTime as reached:
             self.stopped = f"{reached}, of acquisition {self.acquirer.round + 1}"
         except Diverged as error:
-            raise error.located(self.step, self.config.optim.lr) from None
+            kept = folder.path is not None and (folder.path / "checkpoint.pt").exists()
+            raise error.located(self.step, self.config.optim.lr, kept) from None
         finally:
             tell.on_end(self.step, finished)
         return finished
@@ -253,7 +254,7 @@ class Distiller:
     def _save(self, folder: RunFolder | NoFolder) -> None:
         self.acquirer.check()
         if bad := self.matcher.infinite():
-            raise Diverged("the student's weights are not finite", self.meter.infinite() or bad[:3])
+            raise Diverged(f"the student's weights are not finite ({', '.join(bad[:3])})", self.meter.infinite())
         if folder.keeps:
             folder.save(self.state_dict(), self.acquirer.pool_state, self.acquirer.pool.version)
 

@@ -26,13 +26,11 @@ class Diverged(DodistillError):
         super().__init__(f"{what}{terms}{advice}")
         self.what, self.bad = what, bad
 
-    def located(self, step: int, lr: float) -> Diverged:
-        """The same error with its step and a remedy."""
-        return Diverged(
-            self.what, self.bad,
-            f", at step {step}. Lower that term's weight or the rate (optim.lr is {lr}); the last good checkpoint is "
-            "kept.",
-        )  # fmt: skip
+    def located(self, step: int, lr: float, kept: bool) -> Diverged:
+        """The same error with its step and a remedy. `kept`: whether there is a checkpoint."""
+        term = f"the weight of {' or '.join(self.bad)}, or " if self.bad else ""
+        good = "; the last good checkpoint is kept" if kept else ""
+        return Diverged(self.what, self.bad, f", at step {step}. Lower {term}the rate (optim.lr is {lr}){good}.")
 
 
 class Meter:
