@@ -199,6 +199,8 @@ def test_a_network_that_cannot_be_exported(tmp_path: Path) -> None:
     ("words", "said"),
     [
         (["run"], "export what? Give files that end in .int8.onnx, .onnx, .pt2, .safetensors, or a folder"),
+        (["nowhere", "s.pt2"], "there is no run folder nowhere (looked for from /"),
+        (["run/config.json", "s.pt2"], "run/config.json is neither a run folder nor a .safetensors"),
         (["run", "s.tflite"], "cannot export to s.tflite; there are FILE.int8.onnx"),
         (["run", "s.pt2", "images"], "cannot export to images; there are"),
         (["run", "nowhere/run/s.pt2", "--calibrate", "none.npz"], "none.npz"),

@@ -40,6 +40,10 @@ class Arguments:
 
 def run(arguments: Arguments) -> int:
     source, targets = Path(arguments.run), [Path(target) for target in arguments.targets]
+    if not source.is_dir() and source.suffix != ".safetensors":
+        wrong = f"{source} is neither a run folder nor a .safetensors"
+        wrong = wrong if source.exists() else f"there is no run folder {source} (looked for from {Path.cwd()})"
+        raise DodistillError(f"{wrong}; give the folder of a finished run, or a .safetensors.")
     if not targets and not arguments.push:
         raise DodistillError(f"export what? Give files that end in {', '.join(ENDINGS)}, or a folder for the images.")
     if len(targets) == 1 and (targets[0].is_dir() or not targets[0].suffix):
