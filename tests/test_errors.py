@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dodistill.api import distill, distill_config
+from dodistill.api import distill, distill_config, evaluate
 from dodistill.commands.cli import main
 from dodistill.config.tree import resolve
 from dodistill.data.images import Images
@@ -72,6 +72,22 @@ def refused(teacher_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 # --------------------------------------------------------------------------------------------- class counts
+
+
+def test_a_factory_that_takes_no_number_of_classes(refused: Refused, taught: nn.Module, tmp_path: Path) -> None:
+    file, weights = tmp_path / "net.py", str(tmp_path / "t.pth")
+    file.write_text("import dodistill\ndef make(): return dodistill.load_model('tiny8', num_classes=10)")
+    torch.save(taught.model.state_dict(), weights)  # type: ignore[union-attr,operator]
+    its = ["--teacher.weights", weights, "--teacher.normalise", "none", "--image_shape", "1,8,8"]
+    text = refused(*its, "--teacher.num-classes", "7", teacher=f"{file}:make")
+    assert f"--teacher.num-classes is 7, but {file}:make has 10 outputs" in text
+
+
+def test_weights_without_a_shape_are_those_of_the_model_that_is_scored(taught: nn.Module, digits_test: Images) -> None:
+    bare = taught.model
+    for call, who in ((lambda: evaluate(bare, digits_test), "model"), (lambda: distill(bare, bare), "teacher")):
+        with pytest.raises(DodistillError, match=f"the {who}'s weights do not contain its image shape"):
+            call()
 
 
 def test_student_with_other_classes(refused: Refused, teacher_file: Path, tmp_path: Path) -> None:

@@ -182,7 +182,7 @@ def distill(
     tree, choice = {**given, "source": source, **chosen}, None
     with joined() as ranks:
         if methods.asks(tree):
-            wrapped = Teacher(teacher, image_shape or shape_of(teacher))
+            wrapped = Teacher(teacher, image_shape or shape_of(teacher, "the teacher"))
             auto = tree
             tree, choice = ranks.share(lambda: settle(auto, wrapped, unlabeled is not None, time_in(auto)))
             teacher, image_shape = wrapped, wrapped.image_shape
@@ -197,7 +197,7 @@ def _job(
     test: Any, foreign: nn.Module | None, classes: Given | None, choice: methods.Choice | None,
 ) -> Job:  # fmt: skip
     """The job of `distill`, whose arguments these are."""
-    shape = image_shape or shape_of(teacher)
+    shape = image_shape or shape_of(teacher, "the teacher")
     if labels is not None and not config.source.reads_labels:
         raise DodistillError(f"source {config.source.name} reads no labels; remove `labels`, or use source data.")
     if labels is not None and unlabeled is None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..config.plugins import Allow, model_file
 from ..config.tree import Model
 from ..data.classes import Given, read_names, require_count
 from ..errors import DodistillError
+from ..functional.modes import evaluating
 from .load import PRETRAINED, RANDOM, UnknownNetwork, load_model, refuse_random, require_weights
 from .normalized import Normalized, UnknownNormalisation, class_names
+from .teacher import LARGEST
 
 Shape = tuple[int, int, int]
 
@@ -22,7 +26,7 @@ def load_teacher(
 ) -> tuple[Normalized, Shape]:
     """The model of a config's `teacher`, and its input shape (C, H, W): as given, else from its weights' metadata."""
     model = load_trained(part, shape, flag, allow_code)
-    return model, shape if all(shape) else shape_of(model)
+    return model, shape if all(shape) else shape_of(model, "the teacher")
 
 
 def load_trained(part: Model, shape: Shape, flag: str = "--teacher.", allow_code: Allow = False) -> Normalized:
@@ -54,7 +58,24 @@ def load_trained(part: Model, shape: Shape, flag: str = "--teacher.", allow_code
         raise UnknownNetwork(error.file, error.spec, error.cls, fix) from error
     if model_file(part.spec) and not part.weights:
         refuse_random(part.spec, model, load(1), f"{flag}weights")
+    if part.num_classes:
+        seen = shape if all(shape) else shape_of(model, "the model" if flag == "--" else "the teacher")
+        _require_outputs(model, part.num_classes, seen, f"{flag}num-classes")
     return model
+
+
+def _require_outputs(model: Normalized, given: int, shape: Shape, flag: str) -> None:
+    """Refuse another number of classes than a model has, as of a factory that takes none. What else may be wrong with
+    its answer is refused where it is used."""
+    if math.prod(shape) > LARGEST:
+        return
+    try:
+        with evaluating(model), torch.no_grad():
+            outputs = model(torch.zeros(2, *shape)).shape[-1]
+    except Exception:  # a model of the user's may raise anything
+        return
+    if outputs != given:
+        raise DodistillError(f"{flag} is {given}, but {model.spec['spec']} has {outputs} outputs; remove it.")
 
 
 def open_student(file: str | Path, network: str = "", allow_code: Allow = False) -> Normalized:
@@ -82,13 +103,13 @@ def space_of(part: Model, flag: str) -> dict[str, Any]:
     return {"mean": mean, "std": part.std or None, "input_range": part.input_range}
 
 
-def shape_of(model: nn.Module) -> Shape:
-    """(C, H, W) from the metadata of a model. Raises DodistillError if the metadata lack it."""
+def shape_of(model: nn.Module, who: str = "the model") -> Shape:
+    """(C, H, W) from the metadata of a model. Raises DodistillError, which names it by `who`, if they lack it."""
     spec = getattr(model, "spec", {}) or {}
     channels, size = spec.get("in_channels"), spec.get("image_size")
     if not channels or not size:
         raise DodistillError(
-            "the teacher's weights do not contain its image shape; give --image-shape 3,32,32 "
+            f"{who}'s weights do not contain its image shape; give --image-shape 3,32,32 "
             "(in Python image_shape=(3, 32, 32))."
         )
     height, width = (size, size) if isinstance(size, int) else size
