@@ -294,6 +294,27 @@ def test_onnx(made: dodistill.Result, files: tuple[Path, str]) -> None:
     assert re.search(r"s\.onnx: max \|difference\| of logits [\d.e-]+ \(logits to .*, same class on 100\.00 %", said)
 
 
+def test_an_exported_file_is_scored(
+    files: tuple[Path, str], run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """As the student is, and only by what applies to it."""
+    said = []
+    for model in (run / "student.safetensors", files[0] / "s.onnx"):
+        assert main(["evaluate", str(model), "--test", "digits", "--teacher", str(run / "student.safetensors")]) == 0
+        said.append(capsys.readouterr().out.splitlines()[1:])
+    assert said[0][0] == said[1][0]
+    assert "agreement 100.00 %" in said[1][-1]
+    (tmp_path / "other.onnx").write_bytes(b"no network")
+    for words, fix in (
+        (["evaluate", str(files[0] / "s.int8.onnx"), "--probe", "digits"], "--probe is not for"),
+        (["evaluate", "other.onnx", "--test", "digits"], "onnxruntime does not read other.onnx"),
+        (["evaluate", "nowhere.onnx", "--test", "digits"], "there is no file nowhere.onnx"),
+        (["evaluate", "s.pt2", "--test", "digits"], "s.pt2 is an exported file, not a model; give the student"),
+    ):
+        assert main(words) == 2
+        assert fix in capsys.readouterr().err
+
+
 def test_the_code_in_the_readme(
     files: tuple[Path, str], run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

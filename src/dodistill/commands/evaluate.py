@@ -25,8 +25,9 @@ from ..evaluation import evaluate
 from ..evaluation.probe import context_gap, linear_probe
 from ..models import Normalized, save_model
 from ..models.batchnorm import calibrate
-from ..models.configured import Shape, load_trained, shape_of
+from ..models.configured import Shape, load_trained, names_for, shape_of
 from ..models.normalized import class_names
+from ..models.onnx import read_onnx
 from ..report.delivery import parameters
 
 
@@ -34,7 +35,7 @@ from ..report.delivery import parameters
 class Arguments:
     """Score a model on labelled images, by agreement with a teacher, or by a linear probe on other data."""
 
-    model: str  #: a .safetensors that dodistill wrote, or a model spec with --weights
+    model: str  #: a .safetensors that dodistill wrote, an exported .onnx, or a model spec with --weights
     weights: Annotated[str, "FILE"] = ""  #: the weights of a model that is given by its spec; or pretrained, or random
     image_shape: Annotated[str, "C,H,W"] = ""  #: the model's image shape, if its weights do not contain it
     num_classes: int = 0  #: 0: from the weights
@@ -67,7 +68,7 @@ def run(arguments: Arguments) -> int:
     _check(arguments)
     model = _model(arguments)
     data = _read(arguments, shape_of(model), model)
-    device = pick_device()
+    device = torch.device("cpu") if _exported(arguments) else pick_device()
     model.to(device)
     teacher = None
     if arguments.teacher.spec and data.test is not None:
@@ -103,10 +104,26 @@ def _check(arguments: Arguments) -> None:
         check_writable(Path(arguments.out))
     if arguments.n < 2:
         raise DodistillError(f"--n is {arguments.n}; statistics need at least 2 images.")
+    if _exported(arguments):
+        for name in ("weights", "image_shape", "num_classes", "normalise", "mean", "std", "input_range", "probe",
+                     "calibrate"):  # fmt: skip
+            if getattr(arguments, name) != getattr(Arguments, name, ()):
+                raise DodistillError(
+                    f"--{name.replace('_', '-')} is not for {arguments.model}, an exported network with its "
+                    "normalisation inside; remove it, or evaluate the student.safetensors of its run."
+                )
+
+
+def _exported(arguments: Arguments) -> bool:
+    return arguments.model.endswith(".onnx")
 
 
 def _model(arguments: Arguments) -> Normalized:
     a = arguments
+    if _exported(a):
+        model = read_onnx(a.model)
+        model.spec["classes"] = names_for(model, model.spec["num_classes"], a.classes or None)
+        return model
     named = Model(
         spec=a.model, weights=a.weights, num_classes=a.num_classes, normalise=a.normalise, mean=a.mean, std=a.std,
         input_range=a.input_range, classes=a.classes,
@@ -161,7 +178,8 @@ def _calibrate(arguments: Arguments, model: Normalized, images: Images | Packed)
 
 def _score(name: str, model: nn.Module, test: Images | Packed, teacher: nn.Module | None) -> None:
     found = evaluate.scores(model, test, teacher)
-    print(f"model      {name}, {parameters(model):,} parameters")
+    size = f"{n:,} parameters" if (n := parameters(model)) else "exported"
+    print(f"model      {name}, {size}")
     print(f"accuracy   {found['accuracy']:.2f} % of {found['images']:,} images")
     print(f"ECE        {found['ECE']:.4f}")
     print(f"predicted class shares (%)  {_shares(found['class_shares'], class_names(model))}")

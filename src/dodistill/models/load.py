@@ -194,6 +194,8 @@ def _check_grammar(spec: str) -> None:
         raise DodistillError(f"{spec} is a file; name the function in it that builds the model: {spec}:FACTORY.")
     if spec.endswith((".pt", ".pth", ".th", ".bin", ".ckpt")):
         raise DodistillError(f"{spec} contains weights, not a network; use load_model(NAME, weights='{spec}').")
+    if spec.endswith((".onnx", ".pt2")):
+        raise DodistillError(f"{spec} is an exported file, not a model; give the student.safetensors of its run.")
     if colon:
         raise DodistillError(f"{nearest(origin, LIBRARIES, 'origin of models')} A model is {_GRAMMAR}.")
     if (Path(spec) / "student.safetensors").is_file():

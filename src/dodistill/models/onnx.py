@@ -8,7 +8,7 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,13 @@ Shape = tuple[int, int, int]
 Run = Callable[[Tensor], Tensor]  #: images fp32 [n, C, H, W] in [0, 1] -> logits [n, K]
 
 
-def require_onnx() -> None:
+def require_onnx(names: Sequence[str] = ("onnx", "onnxscript", "onnxruntime"), what: str = "ONNX export") -> None:
     """Raise DodistillError, which names the extra, if a library for ONNX is missing."""
-    for name in ("onnx", "onnxscript", "onnxruntime"):
+    for name in names:
         try:
             importlib.import_module(name)
         except ImportError as error:
-            raise DodistillError(f"ONNX export needs {error.name}: pip install 'dodistill[onnx]'") from error
+            raise DodistillError(f"{what} needs {error.name}: pip install 'dodistill[onnx]'") from error
 
 
 def facts(model: nn.Module, image_shape: Shape) -> dict[str, Any]:
@@ -87,20 +87,62 @@ def export_onnx(model: nn.Module, path: str | Path, image_shape: Shape) -> Path:
 def onnx_runner(data: bytes) -> Run:
     """The network of an ONNX file on one CPU thread of onnxruntime. Raises DodistillError if it cannot be read."""
     require_onnx()
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    try:
-        session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime has a kind for each status
-        raise DodistillError(f"onnxruntime does not read the exported network: {reason(error)}") from error
+    session = _session(data, "the exported network", 1)
 
     def run(images: Tensor) -> Tensor:
         return torch.from_numpy(session.run(["logits"], {"images": images.contiguous().numpy()})[0])
 
     return run
+
+
+def _session(data: bytes, what: str, threads: int) -> Any:
+    """The bytes of an ONNX file, `what`, in onnxruntime."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has a kind for each status
+        raise DodistillError(f"onnxruntime does not read {what}: {reason(error)}") from error
+
+
+class Exported(nn.Module):
+    """A network in onnxruntime, on the CPU."""
+
+    def __init__(self, session: Any) -> None:
+        super().__init__()
+        self.session = session
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.from_numpy(self.session.run(["logits"], {"images": x.contiguous().numpy()})[0])
+
+
+def read_onnx(path: str | Path) -> Normalized:
+    """The network in a file that `export` wrote, from images in [0, 1] on the CPU to logits; its `spec` are the file's
+    class names and image shape.
+
+    Raises DodistillError for a file that is missing, damaged, or of another origin.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DodistillError(f"there is no file {path} (looked for from {Path.cwd()}); correct the path.")
+    require_onnx(["onnxruntime"], f"{path.suffix} file {path}")
+    session = _session(path.read_bytes(), str(path), torch.get_num_threads())
+    told = session.get_modelmeta().custom_metadata_map
+    try:
+        channels, *size = json.loads(told["image_shape"])
+        spec = {"spec": path.name, "in_channels": channels, "image_size": size}
+        net = Exported(session)
+        spec |= {"num_classes": net(torch.zeros(1, channels, *size)).shape[1]}
+        spec |= {"classes": tuple(json.loads(told["classes"]))} if "classes" in told else {}
+    except Exception as error:  # its metadata, its inputs or its outputs are others
+        raise DodistillError(
+            f"{path} is no file that dodistill exported ({reason(error)}); export the student again, or score its "
+            "student.safetensors."
+        ) from error
+    return Normalized(net, (0.0,), (1.0,), spec=spec)
 
 
 def as_text(values: Mapping[str, Any]) -> dict[str, str]:
