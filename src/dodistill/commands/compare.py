@@ -258,7 +258,8 @@ def _logged(show: Sequence[str], records: Sequence[Tree]) -> list[str]:
     }
     strange = [name for name in show if known and name not in known]
     for name in strange:
-        said = nearest(name, known, "value")
+        derived = ("course/", "late/")  # many; listed only where one is meant
+        said = nearest(name, {k for k in known if name.startswith(derived) or not k.startswith(derived)}, "value")
         print(f"--show {name} has no column: no finished cell logged it at its last step. {said}", file=sys.stderr)
     return [name for name in show if name not in strange]
 
