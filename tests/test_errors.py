@@ -366,7 +366,7 @@ def test_a_teacher_that_sours_is_named_and_the_last_checkpoint_is_good(
     cfg = config("dfnd", intervention, steps=40, loop={"checkpoint_seconds": 0.0, "log_every": 5, "eval_every": 40})
     it = job(Sours(teacher, 14), cfg, digits.x[:300])
     with pytest.raises(
-        Diverged, match=r"not finite: .*(match/kd|kd).* at step \d+.*optim.lr is 0.05.*checkpoint is kept"
+        Diverged, match=r"not finite: .*(match/kd|kd).* in step \d+.*optim.lr is 0.05.*checkpoint is kept"
     ):
         ended(it, tmp_path)
     saved = RunFolder(tmp_path / "run", cfg).load()
@@ -409,7 +409,7 @@ def test_divergence_promises_only_what_is_there(teacher: nn.Module) -> None:
     with pytest.raises(Diverged) as told:
         job(teacher, cfg).run()
     said = str(told.value)
-    assert said.endswith("at step 1. Lower the rate (optim.lr is 1e+38).")
+    assert said.endswith("in step 1. Lower the rate (optim.lr is 1e+38).")
 
 
 def test_divergence_on_the_command_line(refused: Refused, tmp_path: Path) -> None:

@@ -217,7 +217,7 @@ def test_changes_are_paired_by_seed() -> None:
     del cells[3]["last"]  # a pair that is not complete is left out
     assert "+3.00 ± 0.71" in paired_table(cells, {"intervention": "none"})
     assert paired_table(CELLS[:3], {"intervention": "none"}) == "No pair is complete yet."
-    with pytest.raises(ValueError, match="no cell has intervention=plain; the values are kdci, none"):
+    with pytest.raises(ValueError, match="no cell has intervention=plain; the values are none, kdci"):
         paired_table(CELLS, {"intervention": "plain"})
 
 

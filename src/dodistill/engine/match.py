@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config.tree import Distill
 from ..core.batch import Batch, Drawn
@@ -62,8 +62,7 @@ class Matcher:
 
     def _side_by_side(self, which: Callable[[Tensor], bool]) -> tuple[list[Tensor], list[Tensor]]:
         mine, its = self.student.state_dict(), self.ema.state_dict()
-        # tied weights have several names, and are averaged once
-        names = list({(v.data_ptr(), v.shape): k for k, v in its.items() if which(v)}.values())
+        names = [k for k, v in its.items() if k not in _second_names(self.ema) and which(v)]
         return [its[k] for k in names], [mine[k] for k in names]
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
@@ -150,6 +149,13 @@ class Matcher:
             self.update.load_state_dict(state["update"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
+
+
+def _second_names(net: nn.Module) -> set[str]:
+    """The names under which `net` has a parameter or buffer once more, as of tied weights, which are averaged once."""
+    listed = (net.named_parameters, net.named_buffers)
+    every = {name for each in listed for name, _ in each(remove_duplicate=False)}
+    return every - {name for each in listed for name, _ in each()}
 
 
 class Objective:
