@@ -176,7 +176,7 @@ def test_an_acquisition_is_shared_out(found: list[dict[str, Any]]) -> None:
 
 def test_an_error_of_the_first_rank_stops_all(found: list[dict[str, Any]]) -> None:
     assert [its["diverged"][0] for its in found] == ["Diverged", "Elsewhere"]
-    assert "match/kd, at step 2" in found[0]["diverged"][1]
+    assert "match/kd, in step 2" in found[0]["diverged"][1]
     assert found[0]["an_error_of_the_first"] == ["ValueError", "no room"]
     assert found[1]["an_error_of_the_first"] == ["Elsewhere", "rank 0 has stopped: ValueError: no room"]
 

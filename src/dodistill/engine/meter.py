@@ -30,7 +30,7 @@ class Diverged(DodistillError):
         """The same error with its step and a remedy. `kept`: whether there is a checkpoint."""
         term = f"the weight of {' or '.join(self.bad)}, or " if self.bad else ""
         good = "; the last good checkpoint is kept" if kept else ""
-        return Diverged(self.what, self.bad, f" in step {step}. Lower {term}the rate (optim.lr is {lr}){good}.")
+        return Diverged(self.what, self.bad, f", in step {step}. Lower {term}the rate (optim.lr is {lr}){good}.")
 
 
 class Meter:
