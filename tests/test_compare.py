@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,8 @@ from dodistill.config.grid import Cell, Records, cells, read_recipe, stored, wei
 from dodistill.core.deadline import Deadline
 from dodistill.engine.run_folder import RunFolder, check_writable
 from dodistill.errors import DodistillError
+from dodistill.files import replacing
+from dodistill.report.compare_page import write_compare
 
 
 @pytest.fixture
@@ -194,6 +197,18 @@ def test_a_teacher_is_taught_by_one_process(
         assert f"{target} is in use by another process" in capfd.readouterr().err
         assert teach_missing(recipe, tmp_path, Deadline())
     assert target.read_bytes() == teacher_file.read_bytes()
+
+
+def test_two_grids_that_end_together_both_write_their_page(tmp_path: Path) -> None:
+    page = tmp_path / "compare.html"
+    with replacing(page, several=True) as file:
+        other = threading.Thread(target=write_compare, args=([], page), kwargs={"pdf": False})
+        other.start()
+        other.join()
+        assert "<html" in page.read_text()
+        file.write(b"last")
+    assert page.read_text() == "last"
+    assert [p.name for p in tmp_path.iterdir()] == ["compare.html"]
 
 
 def test_two_grids_that_begin_together_do_not_refuse_their_folder(tmp_path: Path) -> None:

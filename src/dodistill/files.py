@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,13 +17,15 @@ from .errors import Busy, DodistillError
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, several: bool = False) -> Iterator[BinaryIO]:
     """`with replacing(path) as file: file.write(...)`. A kill or a full disk leaves the old file intact.
 
-    A symbolic link at `path` is replaced, not followed. Raises DodistillError if the folder is not writable or the disk
-    is full.
+    A symbolic link at `path` is replaced, not followed. `several`: other threads or processes may write the file at the
+    same time; each has a temporary file of its own then, and the last one stays. Raises DodistillError if the folder is
+    not writable or the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    mine = f".{os.getpid()}-{threading.get_ident()}" if several else ""
+    temporary = path.with_name(f".{path.name}{mine}.tmp")
     try:
         temporary.unlink(missing_ok=True)  # of a killed start; or a link, which must not be followed
         with open(temporary, "xb") as file:

@@ -21,7 +21,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,7 +33,7 @@ from ..config.grid import cell_key, weights_of
 from ..config.plugins import Allow
 from ..config.tree import Distill, Tree, resolve
 from ..errors import STOPPED, DodistillError
-from ..files import read_object
+from ..files import read_object, replacing
 from .kept import Kept
 from .storage import Storage, Unwritable
 
@@ -205,11 +204,9 @@ def beside(run: Path, suffix: str) -> Path:
 
 
 def write_settings(run: Path, tree: Tree) -> None:
-    """Write FOLDER.yaml in one move, from a file of this thread alone: others may read or write it at the same time."""
-    path = beside(run, ".yaml")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-    temporary.write_text(yaml.safe_dump(tree), encoding="utf-8")
-    os.replace(temporary, path)
+    """Write FOLDER.yaml in one move: other drivers and their processes may write or read it at the same time."""
+    with replacing(beside(run, ".yaml"), several=True) as file:
+        file.write(yaml.safe_dump(tree).encode())
 
 
 def tail(log: Path, lines: int) -> list[str]:

@@ -62,7 +62,8 @@ class Matcher:
 
     def _side_by_side(self, which: Callable[[Tensor], bool]) -> tuple[list[Tensor], list[Tensor]]:
         mine, its = self.student.state_dict(), self.ema.state_dict()
-        names = [k for k, v in its.items() if k not in _second_names(self.ema) and which(v)]
+        again = _second_names(self.ema)
+        names = [k for k, v in its.items() if k not in again and which(v)]
         return [its[k] for k in names], [mine[k] for k in names]
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:

@@ -28,7 +28,7 @@ def render(template: str, path: Path, **values: object) -> Path:
     env.globals.update(light=LIGHT, dark=DARK)
     page = env.get_template(template).render(**values)
     _make_folder(path)
-    with replacing(path) as file:
+    with replacing(path, several=True) as file:
         file.write(page.encode())
     return path
 
@@ -46,7 +46,7 @@ def write_figures(page: Path, plots: Iterable[Plot | None]) -> list[Path]:
                 break
             path = path.with_name(f"{name}-{n}.pdf")
         _make_folder(path)
-        with replacing(path) as file:
+        with replacing(path, several=True) as file:
             file.write(plot.pdf())
         written[path] = plot
     return list(written)
