@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
+from dodistill import distill
 from dodistill.commands.cli import main
-from dodistill.data.images import Images
+from dodistill.config.grid import cell_key
+from dodistill.config.tree import resolve
+from dodistill.data.images import Images, halves, resized
 from dodistill.errors import DodistillError
 from dodistill.evaluation.probe import features, linear_probe
 from dodistill.models import heads, load_model, save_model
@@ -87,3 +93,102 @@ def test_evaluate_probes(tmp_path: Path, capsys: pytest.CaptureFixture[str], tea
     assert "accuracy" in said
     assert main(["evaluate", str(file)]) == 2
     assert "--test DATA, --probe DATA or --calibrate DATA" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("size", "shape"), [((28, 28), (3, 32, 32)), ((28, 28), (1, 14, 10)), ((9, 9), (1, 9, 9))])
+def test_arrays_are_resized_as_folders_are(size: tuple[int, int], shape: tuple[int, int, int]) -> None:
+    """The oracle is Pillow, which reads folders."""
+    x = torch.randint(0, 256, (5, 1, *size), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    found = resized(x, shape, at_once=2)
+    assert found.dtype == torch.uint8
+    assert found.shape == (5, *shape)
+    for image, small in zip(x, found):
+        _, h, w = shape
+        want = np.asarray(Image.fromarray(image[0].numpy()).resize((w, h), Image.Resampling.BILINEAR)).astype(int)
+        for channel in small:
+            assert np.abs(channel.numpy().astype(int) - want).max() <= 1
+
+
+def test_colour_becomes_grey_as_in_pillow() -> None:
+    x = torch.randint(0, 256, (3, 3, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    for image, grey in zip(x, resized(x, (1, 8, 8))):
+        want = np.asarray(Image.fromarray(image.permute(1, 2, 0).numpy()).convert("L")).astype(int)
+        assert np.abs(grey[0].numpy().astype(int) - want).max() <= 1
+    with pytest.raises(DodistillError, match="2 channels cannot become images of 3; give 1 or 3"):
+        resized(x[:, :2], (3, 8, 8))
+
+
+def test_halves_of_data_without_labels_or_test(tmp_path: Path) -> None:
+    x, y = np.zeros((6, 4, 4), np.uint8), np.arange(6) % 2
+    np.savez(tmp_path / "good.npz", x_train=x, y_train=y, x_test=x[:2], y_test=y[:2])
+    np.savez(tmp_path / "plain.npz", x_train=x, x_test=x)
+    np.savez(tmp_path / "one.npz", x_train=x, y_train=y, x_test=x, y_test=0 * y)
+    np.save(tmp_path / "packed.npy", x)
+    train, test = halves(str(tmp_path / "good.npz"), (3, 8, 8))
+    assert train.image_shape == test.image_shape == (3, 8, 8)
+    assert (len(train), len(test)) == (6, 2)
+    for name, said in (("plain.npz", "no labels"), ("one.npz", "one class"), ("packed.npy", "no labels")):
+        with pytest.raises(DodistillError, match=said):
+            halves(str(tmp_path / name), (3, 8, 8))
+
+
+def run(out: Path, teacher: Path, *more: str) -> int:
+    return main(["distill", "--teacher", str(teacher), "--student", "tiny4", "--source", "noise", "--steps", "2",
+                 "--batch", "8", "--source.n", "64", "--out", str(out), *more])  # fmt: skip
+
+
+def test_a_run_probes_its_student(tmp_path: Path, capsys: pytest.CaptureFixture[str], teacher: nn.Module) -> None:
+    file, out = save_model(teacher, tmp_path / "t.safetensors"), tmp_path / "run"
+    assert run(out, file, "--probe", "digits") == 0
+    assert "% on digits, by a linear classifier on the frozen features" in capsys.readouterr().out
+    summary = json.loads((out / "summary.json").read_text())
+    student = load_model(str(out / "student.safetensors"))
+    shape = summary["image_shape"]
+    want = linear_probe(student, *halves("digits", tuple(shape)))["test"]
+    assert summary["probe"] == {"digits": pytest.approx(want, abs=0.5)}
+    assert summary["log"]["probe/digits"] == summary["probe"]["digits"]
+    assert "on digits." in (out / "report.html").read_text()
+    assert "linear probe on" in (out / "README.md").read_text()
+
+
+def test_a_finished_run_is_probed_later(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, teacher: nn.Module
+) -> None:
+    """The student stays, and so does all that was measured before."""
+    file, out = save_model(teacher, tmp_path / "t.safetensors"), tmp_path / "run"
+    assert run(out, file) == 0
+    before = json.loads((out / "summary.json").read_text())
+    weights = (out / "student.safetensors").read_bytes()
+    assert "probe" not in before
+    monkeypatch.setattr("dodistill.engine.match.Matcher.step", lambda *_, **__: pytest.fail("trained again"))
+    assert run(out, file, "--probe", "digits") == 0
+    after = json.loads((out / "summary.json").read_text())
+    assert after["probe"]["digits"] == after["log"].pop("probe/digits")
+    assert after == before | {"probe": after["probe"]}
+    assert (out / "student.safetensors").read_bytes() == weights
+    monkeypatch.setattr("dodistill.api.linear_probe", lambda *_, **__: pytest.fail("probed again"))
+    assert run(out, file, "--probe", "digits") == 0
+    assert run(out, file) == 0
+    assert json.loads((out / "summary.json").read_text())["probe"] == after["probe"]
+
+
+def test_a_wrong_probe_costs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str], teacher: nn.Module) -> None:
+    file, out = save_model(teacher, tmp_path / "t.safetensors"), tmp_path / "run"
+    for spec, said in (("photos", "no labels"), ("dgits", "did you mean 'digits'"), ("a/digits,digits", "twice")):
+        assert run(out, file, "--probe", spec) == 2
+        assert said in capsys.readouterr().err
+        assert not out.exists()
+
+
+def test_a_probe_makes_no_other_cell() -> None:
+    assert cell_key(resolve({"data.probe": ["digits"]})) == cell_key(resolve({}))
+    assert resolve({"data.probe": ["digits"]}).key() == resolve({}).key()
+
+
+def test_a_probe_in_python(teacher: nn.Module) -> None:
+    net = build("tiny4", 10, 1)
+    found = distill(teacher, net, "noise", image_shape=(1, 8, 8), steps=2, batch=8, data={"probe": ["digits"]},
+                    verbose=False)  # fmt: skip
+    assert found.summary["probe"]["digits"] == pytest.approx(
+        linear_probe(found.student, *halves("digits", (1, 8, 8)))["test"], abs=0.5
+    )

@@ -26,7 +26,7 @@ from .core.runtime import pick_device
 from .core.watch import Watcher, require_watchers
 from .data.accept import accept, as_labels
 from .data.classes import Given
-from .data.images import Images, contexts_of, load_images, refuse_one_class, require_fit
+from .data.images import Images, contexts_of, halves, load_images, refuse_one_class, require_fit
 from .data.labels import fitted
 from .data.packed import Packed, open_images
 from .engine import Distiller, Job, Test, budget
@@ -39,7 +39,7 @@ from .engine.run_folder import NoFolder, RunFolder
 from .errors import DodistillError
 from .evaluation.evaluate import predict, scores
 from .evaluation.monitor import courses, flat, read_metrics
-from .evaluation.probe import context_gap
+from .evaluation.probe import context_gap, linear_probe
 from .evaluation.verdict import verdict
 from .files import read_object
 from .interventions.shared.base import Compensated
@@ -213,9 +213,14 @@ def _job(
         notes += [found.note] if found.note else []
     tested = _test(test, teacher, names)
     return Job(
-        config, teacher, student, shape, pixels, y, tested, foreign=foreign, notes=tuple(notes), choice=choice,
-        classes=names,
+        config, teacher, student, shape, pixels, y, tested, probes=_probes(config, shape), foreign=foreign,
+        notes=tuple(notes), choice=choice, classes=names,
     )  # fmt: skip
+
+
+def _probes(config: Distill, shape: Shape) -> dict[str, tuple[Images, Images]]:
+    """The images of `data.probe`, by the last name of their path."""
+    return {Path(spec).name: halves(spec, shape, config.data.crop_share) for spec in config.data.probe}
 
 
 def time_in(tree: Mapping[str, Any]) -> float:
@@ -312,6 +317,7 @@ def distill_config(config: Distill, out: str | Path | None, verbose: bool = True
         labels,
         test,
         tuple(contexts),
+        _probes(config, shape),
         foreign,
         tuple(notes),
         choice,
@@ -438,6 +444,7 @@ def _outcome(
         for name, model in (("test", best), ("teacher", it.context.teacher)):
             gap = context_gap(model, job.contexts, it.context.autocast)
             summary["log"] |= {f"{name}/{k}": round(v, 4) for k, v in gap.items()}
+    _probe(job, best, summary, it)
     history = recorder.history if folder.path is None else read_history(folder.path)
     if it.plan.limited:
         summary["time"] = time_used(it, history)
@@ -452,8 +459,22 @@ def _outcome(
     return summary
 
 
+def _probe(job: Job, best: nn.Module, summary: dict[str, Any], it: Distiller) -> bool:
+    """Add to a summary the accuracy of the linear probes that it lacks: `probe`, data set -> accuracy in %. Whether
+    there were any."""
+    bare = best.student if isinstance(best, Compensated) else best
+    known = dict(summary.get("probe") or {})
+    new = {spec: pair for spec, pair in job.probes.items() if spec not in known}
+    for spec, pair in new.items():
+        known[spec] = round(linear_probe(bare, *pair, autocast=it.context.autocast)["test"], 4)
+    if new:
+        summary["probe"] = known
+        summary["log"] = {**(summary.get("log") or {}), **{f"probe/{spec}": value for spec, value in known.items()}}
+    return bool(new)
+
+
 def _again(it: Distiller, folder: RunFolder | NoFolder, done: dict[str, Any], report: bool) -> Result:
-    """The result in a finished run folder, without recomputation."""
+    """The result in a finished run folder, without recomputation; only probes that are new are computed."""
     require_same(done.get("made_of"), it.made_of)
     saved = it.ranks.share(folder.newest)
     complete = saved is not None and saved[0].get("format") == FORMAT
@@ -464,6 +485,8 @@ def _again(it: Distiller, folder: RunFolder | NoFolder, done: dict[str, Any], re
         it.ranks.share(lambda: _kept_student(it, folder))
         it.ranks.alike(it.matcher.student)
         best = it.matcher.student.eval()
+    if it.ranks.share(lambda: _probe(it.job, best, done, it)) and isinstance(folder, RunFolder):
+        folder.write_json("summary.json", done)
     if isinstance(folder, RunFolder) and complete:
         kept = folder.path / "student.safetensors"
         if not kept.exists():

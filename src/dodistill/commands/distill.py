@@ -107,6 +107,8 @@ def _say(summary: dict[str, Any], out: Path) -> None:
         print(f"accuracy   {summary['student_accuracy']:.2f} % last step, teacher {summary['teacher_accuracy']:.2f} %")
     else:
         print(f"accuracy   not known without labelled images; to compare students: dodistill rank {out} OTHER")
+    for spec, accuracy in (summary.get("probe") or {}).items():
+        print(f"probe      {accuracy:.2f} % on {spec}, by a linear classifier on the frozen features")
     if "replay_memory_mb" in summary:
         print(f"replay     {summary['replay_memory_mb']:.2f} MB in memory and in each checkpoint")
     if "time" in summary:

@@ -15,7 +15,7 @@ from ..config.tree import Model
 from ..core.runtime import pick_device
 from ..data.classes import titles
 from ..data.folder import crop_share
-from ..data.images import Images, contexts_of, has_test, load_images, refuse_one_class, require_fit
+from ..data.images import Images, contexts_of, halves, load_images, refuse_one_class, require_fit
 from ..data.labels import fitted
 from ..data.packed import Given, Packed, open_images
 from ..engine.normalisation import doubt
@@ -147,24 +147,12 @@ def _read(arguments: Arguments, shape: Shape, model: Normalized) -> Data:
         refuse_one_class(images, spec)
         return images
 
-    def load(spec: str, split: str) -> Images:
-        return load_images(spec, split, True, shape, crop=share)
-
-    def halves(spec: str) -> tuple[Images, Images]:
-        train = labelled(load(spec, "train"), spec)
-        if not has_test(spec):
-            raise DodistillError(
-                f"--probe {spec} has no test images of its own, and a probe is not scored on those that it learned "
-                "from; give a folder with train and test."
-            )
-        return train, labelled(load(spec, "test"), spec)
-
     test, probe, plain = arguments.test, arguments.probe, arguments.calibrate
     return Data(
         own(labelled(open_images(test, "test", True, shape, share), test), test) if test else None,
-        halves(probe) if probe else None,
+        halves(probe, shape, share) if probe else None,
         open_images(plain, "train", False, shape, share) if plain else None,
-        [own(labelled(load(spec, "test"), spec), spec) for spec in contexts_of(test)],
+        [own(labelled(load_images(spec, "test", True, shape, crop=share), spec), spec) for spec in contexts_of(test)],
     )
 
 

@@ -10,7 +10,9 @@ import dataclasses
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DodistillError, at_least, positive
@@ -117,6 +119,11 @@ def _run(config: Distill) -> None:
     if loop.restarts and any(a >= b for a, b in itertools.pairwise(ends)):
         raise DodistillError(
             f"loop.restarts is {list(loop.restarts)}; give rising steps between 0 and loop.steps, {loop.steps}."
+        )
+    named = Counter(PurePath(spec).name for spec in data.probe)
+    if twice := [name for name, n in named.items() if n > 1]:
+        raise DodistillError(
+            f"data.probe names {twice[0]} twice; results are kept by the last name of a path: rename one."
         )
     at_least(0, "augment", " (0: new views at each draw)", views=augment.views)
     positive("augment", ", as in 2", views_gb=augment.views_gb)

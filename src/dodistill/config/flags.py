@@ -32,7 +32,7 @@ from .outline import comment
 #: Short names of common flags -> their names in the tree.
 SHORT = {
     "teacher": "teacher.spec", "student": "student.spec", "unlabeled": "data.unlabeled", "train": "data.unlabeled",
-    "test": "data.test",
+    "test": "data.test", "probe": "data.probe",
     "image_shape": "data.image_shape", "steps": "loop.steps", "batch": "loop.batch", "seed": "loop.seed",
     "time": "loop.time", "lr": "optim.lr", "foreign": "data.foreign.spec",
     "device": "loop.device", "precision": "loop.precision", "threads": "loop.threads",

@@ -23,7 +23,7 @@ from ..files import read_object
 from . import plugins
 from .plugins import Allow
 from .strict_yaml import read_yaml
-from .tree import RUNTIME, Distill, Tree, expand, merge, portable, resolve
+from .tree import Distill, Tree, expand, lasting, merge, portable, resolve
 
 KEYS = ("name", "about", "teachers", "base", "grid", "when", "skip", "published")
 SHORT = {"seed": "loop.seed", "steps": "loop.steps", "lr": "optim.lr", "student": "student.spec"}
@@ -252,8 +252,7 @@ def weights_of(config: Distill) -> dict[str, str]:
 def identity(tree: Mapping[str, Any], weights: Mapping[str, str] | None = None) -> Tree:
     """The part of a config that determines a result: without `RUNTIME`, with weights and code by content and data sets
     by name. `weights`: what was known of the files when it ran; else they are read now."""
-    out = portable(json.loads(json.dumps(tree)))
-    out["loop"] = {k: v for k, v in out["loop"].items() if k not in RUNTIME}
+    out = lasting(portable(json.loads(json.dumps(tree))))
     for name, part in (("teacher", out["teacher"]), ("student", out["student"]), ("foreign", out["data"]["foreign"])):
         for field in ("spec", "weights"):
             if _has_content(part[field]):

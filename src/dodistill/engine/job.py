@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,7 @@ class Job:
         labels: true classes of `unlabeled`, long [n], for a source that distils with data.
         test: optional; reported on, never used to choose.
         contexts: test sets by which a planted context is measured.
+        probes: data set -> its training and test images, for linear probes of the delivered student.
         foreign: another model that predicts M for the dictionary (KDCI Table 5).
         notes: sentences for the summary.
         choice: the choice of `--source auto`, if there was one.
@@ -69,6 +70,7 @@ class Job:
     labels: Tensor | None = None
     test: Test | None = None
     contexts: tuple[Images, ...] = ()
+    probes: Mapping[str, tuple[Images, Images]] = field(default_factory=dict)
     foreign: nn.Module | None = None
     notes: tuple[str, ...] = ()
     choice: Choice | None = None

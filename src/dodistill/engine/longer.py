@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..config.tree import RUNTIME, Distill, Tree, grown, portable, resolve
+from ..config.tree import Distill, Tree, grown, lasting, portable, resolve
 from ..errors import DodistillError
 from ..files import read_object
 
@@ -23,10 +23,8 @@ AGAIN = ("cosine", "constant")
 
 
 def settings_of(tree: Tree) -> Tree:
-    """The settings that determine a result: all except `RUNTIME`."""
-    out = portable(tree)
-    out["loop"] = {k: v for k, v in out.get("loop", {}).items() if k not in RUNTIME}
-    return out
+    """The settings that determine a result: all except `RUNTIME`'s."""
+    return lasting(portable(tree))
 
 
 def longer(out: str | Path | None, config: Distill) -> Distill:

@@ -113,6 +113,10 @@ def model_card(
         ("student, test accuracy, " + BEST, percent(summary.get("best_on_test"))),
         ("teacher, test accuracy", percent(summary.get("teacher_accuracy"))),
         ("agreement with the teacher on held-back substitution data (not accuracy)", percent(summary.get("agreement"))),
+        *(
+            (f"linear probe on {_code(k)}, features frozen", percent(v))
+            for k, v in (summary.get("probe") or {}).items()
+        ),
     ]
     known = [f"| {what} | {value} |" for what, value in rows if value != "–"]
     table = ["| what | value |", "|---|---:|", *known] if known else ["No values were measured."]
