@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dodistill import files
-from dodistill.api import distill, distill_config
+from dodistill.api import distill, distill_config, run
 from dodistill.config.tree import Distill, Tree, resolve
 from dodistill.core.watch import Watcher
 from dodistill.data.images import Images
@@ -130,6 +130,32 @@ def test_dropout_draws_the_same_masks_after_a_stop(teacher: nn.Module, tmp_path:
         ends.append(untimed(it.state_dict()))
     same(ends[0], ends[1])
     same(ends[0], ends[2])
+
+
+def test_a_run_that_began_on_another_device_goes_on(halfway: Any) -> None:
+    """With streams begun anew, as the states of a GPU's are of another kind; and the summary says so."""
+    path, _, again = halfway
+    state = torch.load(path / "checkpoint.pt", weights_only=True)
+    assert state["devices"] == ["cpu"]
+
+    def of_a_gpu(tree: Any) -> Any:
+        if isinstance(tree, dict):
+            return {k: v if k == "host" else of_a_gpu(v) for k, v in tree.items()}
+        is_stream = isinstance(tree, Tensor) and tree.dtype == torch.uint8 and tree.numel() > 2000
+        return torch.full((16,), 7, dtype=torch.uint8) if is_stream and tree.dim() == 1 else tree
+
+    torch.save({**of_a_gpu(state), "devices": ["cuda"]}, path / "checkpoint.pt")
+    found = run(again().job, path, verbose=False)
+    assert found.finished
+    assert "this run has moved (cuda -> cpu): its streams" in " ".join(found.summary["warnings"])
+
+
+def test_a_step_outside_a_run_leaves_the_global_streams(teacher: nn.Module, digits: Images) -> None:
+    it = job(teacher, config("dfnd", "none", steps=2), digits.x)
+    assert it.run()
+    before = torch.get_rng_state()
+    it.match()
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_pool_that_has_not_changed_is_not_copied(tmp_path: Path) -> None:

@@ -442,3 +442,16 @@ def test_a_model_for_images_that_are_not_square(ending: str, tmp_path: Path) -> 
     else:
         logits = torch.export.load(path).module()(x)
     torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_weights_without_an_image_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The error names the flag, and the flag helps."""
+    kept = tmp_path / "net.safetensors"
+    net = load_model("tiny4", num_classes=3, in_channels=1, image_size=8, seed=0)
+    del net.spec["image_size"]
+    dodistill.save_model(net, kept)
+    words = ["export", str(kept), str(tmp_path / "net.pt2")]
+    assert main(words) == 2
+    assert "do not contain its image shape; give --image-shape" in capsys.readouterr().err
+    assert main([*words, "--image-shape", "1,8,8"]) == 0
+    assert torch.export.load(tmp_path / "net.pt2").module()(torch.rand(2, 1, 8, 8)).shape == (2, 3)

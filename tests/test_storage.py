@@ -52,6 +52,18 @@ def step_of(run: Path) -> bytes:
     return (run / "checkpoint.pt").read_bytes()
 
 
+def test_paths_that_json_escapes_are_of_each_machine(tmp_path: Path) -> None:
+    """An accent, and the separator of Windows."""
+    here, there = (tmp_path / name / "run" for name in ("Zoé", r"x\y"))
+    save(here, 1)
+    keep(str(tmp_path / "s"), here).close(finished=False)
+    stored = b"".join(p.read_bytes() for p in (tmp_path / "s").rglob("*") if p.is_file())
+    assert b"Zo" not in stored
+    assert keep(str(tmp_path / "s"), there).fetch()
+    config = json.loads((there / "config.json").read_text())
+    assert config == {"teacher": f"{there.parent}/teachers/t.safetensors", "out": str(there)}
+
+
 @pytest.mark.parametrize("kind", ["path", "file", "memory"])
 def test_another_machine_goes_on_with_the_newest_checkpoint(kind: str, tmp_path: Path) -> None:
     if kind == "memory":

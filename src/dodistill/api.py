@@ -22,7 +22,7 @@ from .config.tree import Distill, Tree, expand, merge, portable, resolve
 from .core.launch import joined
 from .core.precision import emulated
 from .core.ranks import Ranks
-from .core.runtime import pick_device
+from .core.runtime import limited_threads, pick_device
 from .core.watch import Watcher, require_watchers
 from .data.accept import accept, as_labels
 from .data.classes import Given
@@ -357,39 +357,40 @@ def run(
     `began`: the time.monotonic() from which `loop.time` counts; None: now. `ranks`: the processes that share the run;
     on all but the first one `out`, `watchers` and the like mean nothing.
     """
-    plan, record, ranks = None, None, ranks or Ranks()
-    if not ranks.first:
-        out, verbose, report, watchers, track = None, False, False, (), ()
-    if job.config.loop.time:
-        fit = budget.fit(job, out, monotonic() if began is None else began, ranks)
-        job, plan, record = fit.job, fit.plan, fit.record
-    else:
-        job = dataclasses.replace(job, config=_continued(job.config, out, ranks))
-    config = job.config
-    if job.classes and isinstance(job.student, Normalized):
-        job.student.spec["classes"] = job.classes
-    names = f"{model_name(config.teacher, job.teacher)} -> {model_name(config.student, job.student)}"
-    title = f"{config.source.name} + {config.intervention}: {names}"
-    it = Distiller(job, plan, ranks)
-    folder: RunFolder | NoFolder = NoFolder()
+    with limited_threads(job.config.loop.threads):
+        plan, record, ranks = None, None, ranks or Ranks()
+        if not ranks.first:
+            out, verbose, report, watchers, track = None, False, False, (), ()
+        if job.config.loop.time:
+            fit = budget.fit(job, out, monotonic() if began is None else began, ranks)
+            job, plan, record = fit.job, fit.plan, fit.record
+        else:
+            job = dataclasses.replace(job, config=_continued(job.config, out, ranks))
+        config = job.config
+        if job.classes and isinstance(job.student, Normalized):
+            job.student.spec["classes"] = job.classes
+        names = f"{model_name(config.teacher, job.teacher)} -> {model_name(config.student, job.student)}"
+        title = f"{config.source.name} + {config.intervention}: {names}"
+        it = Distiller(job, plan, ranks)
+        folder: RunFolder | NoFolder = NoFolder()
 
-    def opened() -> None:
-        nonlocal folder
-        folder = NoFolder() if out is None else RunFolder(out, config, plan=record, classes=job.classes)
+        def opened() -> None:
+            nonlocal folder
+            folder = NoFolder() if out is None else RunFolder(out, config, plan=record, classes=job.classes)
 
-    ranks.share(opened)  # after all checks, so that an error leaves no folder behind
-    try:
-        if (done := ranks.share(folder.summary)) is not None:
-            if verbose:
-                Progress(it.plan.steps, title).rest(done.get("warnings") or [])
-            return _again(it, folder, done, report)
-        return _run(it, folder, title if verbose else "", deadline, report, watchers, track)
-    except BaseException:
-        if not it.acquirer.round:  # nothing was computed
-            folder.abandon()
-        raise
-    finally:
-        folder.close()
+        ranks.share(opened)  # after all checks, so that an error leaves no folder behind
+        try:
+            if (done := ranks.share(folder.summary)) is not None:
+                if verbose:
+                    Progress(it.plan.steps, title).rest(done.get("warnings") or [])
+                return _again(it, folder, done, report)
+            return _run(it, folder, title if verbose else "", deadline, report, watchers, track)
+        except BaseException:
+            if not it.acquirer.round:  # nothing was computed
+                folder.abandon()
+            raise
+        finally:
+            folder.close()
 
 
 def _run(
@@ -412,6 +413,8 @@ def _run(
             for part in (progress, *trackers):
                 part.on_note(note)
         finished = it.run(folder, [progress, recorder, *trackers, *watchers], deadline)
+    if len(it.devices) > 1:
+        said.append(f"this run has moved ({' -> '.join(it.devices)}): its streams of random numbers began anew there.")
     said += [*folder.notes, *(part.failure for part in trackers if part.failure)]
     if not finished:
         reached = {"finished": False, "step": it.step, "steps": it.plan.steps, "stopped": it.stopped}

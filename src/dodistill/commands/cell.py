@@ -206,7 +206,7 @@ def beside(run: Path, suffix: str) -> Path:
 def write_settings(run: Path, tree: Tree) -> None:
     """Write FOLDER.yaml in one move: other drivers and their processes may write or read it at the same time."""
     with replacing(beside(run, ".yaml"), several=True) as file:
-        file.write(yaml.safe_dump(tree).encode())
+        file.write(yaml.safe_dump(tree, allow_unicode=True).encode())
 
 
 def tail(log: Path, lines: int) -> list[str]:

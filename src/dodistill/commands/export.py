@@ -8,7 +8,7 @@ from typing import Annotated
 
 from torch import nn
 
-from ..config import plugins
+from ..config import flags, plugins
 from ..config.tree import resolve
 from ..data.classes import folder_names
 from ..data.packed import open_images
@@ -32,6 +32,7 @@ class Arguments:
     targets: Annotated[tuple[str, ...], "[OUT ...]"] = ()  #: files .onnx, .int8.onnx, .pt2, .safetensors, or a folder
     model: Annotated[str, "FILE.py:FACTORY"] = ""  #: the student's network, if its weights name code, or nothing
     allow_code: bool = False  #: allow the code that the weights name as their network to run
+    image_shape: Annotated[str, "C,H,W"] = ""  #: the student's image shape, if its weights do not contain it
     calibrate: Annotated[str, "DATA"] = ""  #: unlabelled images for .int8.onnx, in place of those that the run kept
     push: Annotated[str, "OWNER/NAME"] = ""  #: upload weights, OUT files, config and model card to the Hugging Face hub
     private: bool = False  #: with --push: a private repository
@@ -82,7 +83,7 @@ def _student(source: Path, targets: list[Path], arguments: Arguments) -> dict[Pa
         if target.suffix == ".safetensors" and target.exists():
             raise DodistillError(f"{target} is there already; choose another file, or delete it.")
     model, file = student_of(source, arguments.model, arguments.allow_code)
-    shape = shape_of(model)
+    shape = flags.shape(arguments.image_shape) or shape_of(model)
     said = ship(model, targets, shape, _material(source, shape, arguments), weights=file)
     print(said.text)
     return said.notes

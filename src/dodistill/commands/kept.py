@@ -249,9 +249,12 @@ class Kept:
 
     @staticmethod
     def _reworded(path: Path, words: Mapping[str, str]) -> None:
+        """Replace words in a text. In JSON they stand as JSON escapes them: \\u00e9, and two backslashes for one."""
         if path.suffix in TEXT:
             text = path.read_text(encoding="utf-8")
             for old, new in sorted(words.items(), key=lambda pair: -len(pair[0])):
+                if path.suffix == ".json":
+                    old, new = json.dumps(old)[1:-1], json.dumps(new)[1:-1]
                 text = text.replace(old, new) if old else text
             path.write_text(text, encoding="utf-8")
 

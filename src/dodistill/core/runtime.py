@@ -92,6 +92,31 @@ def generator(device: torch.device, seed: int, purpose: str) -> torch.Generator:
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
 
 
+def restore_stream(stream: torch.Generator, state: torch.Tensor) -> None:
+    """Give a stream the state that `get_state` returned, as of a checkpoint.
+
+    The states of CPU and GPU differ in kind. One of the other kind seeds the stream: the run goes on, with other random
+    numbers than on one device.
+    """
+    state = state.cpu()
+    if state.shape == stream.get_state().shape:
+        stream.set_state(state)
+    else:
+        digest = hashlib.sha256(state.numpy().tobytes()).digest()
+        stream.manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+@contextmanager
+def limited_threads(n: int) -> Iterator[None]:
+    """In this block torch computes with `n` CPU threads; 0: with as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @contextmanager
 def seeded_steps(device: torch.device, seed: int, rank: int = 0) -> Iterator[Callable[[int], None]]:
     """In this block, `begin(step)` seeds torch's global streams, from which dropout draws, for one step of a run.

@@ -29,7 +29,7 @@ from ..config.tree import Augment
 from ..functional.augment import mix_weights, shift_draws, shift_flip, to_float
 from .pool import Pool
 from .ranks import Ranks
-from .runtime import at_once
+from .runtime import at_once, restore_stream
 
 #: Bytes beside the logits of a view: two shifts (int16) and whether it is mirrored.
 _DRAW = 5
@@ -242,7 +242,7 @@ class Views:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         device = self.pool.device
         self.count, self.reason = state["count"], state["reason"]
-        self.generator.set_state(state["generator"].cpu())
+        restore_stream(self.generator, state["generator"])
         self.t = state["t"].to(device)
         # checkpoints from before blends were stored have one image in a view, and no axis S
         S, views = self.shift.shape[2], self.t.shape[:2]

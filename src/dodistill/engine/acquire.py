@@ -14,6 +14,7 @@ from ..core.ahead import Ahead
 from ..core.batch import Drawn
 from ..core.context import Context
 from ..core.pool import Draw, Pool
+from ..core.runtime import restore_stream
 from ..core.views import Views
 from ..data.rows import Pixels, as_uint8, rows_of
 from ..errors import DodistillError
@@ -322,7 +323,7 @@ class Acquirer:
             self.dictionary.load_state_dict(state["dictionary"])
         self.holdout.load_state_dict(state["holdout"])
         for name, generator in self.generators.items():
-            generator.set_state(state["generators"][name].cpu())
+            restore_stream(generator, state["generators"][name])
         self.round, self.seconds, self._remembers = state["round"], state["seconds"], self.replay.ready
         self.source.terms, self.replay.terms, self.signs = (
             {k: v.to(self.context.device) for k, v in state[name].items()}

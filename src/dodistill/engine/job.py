@@ -84,8 +84,6 @@ class Job:
         teacher's, and pads that do not fit the images.
         """
         config, loop = self.config, self.config.loop
-        if loop.threads:
-            torch.set_num_threads(loop.threads)
         device = pick_device(loop.device)
         (ranks or Ranks()).require_device(device)
         teacher = self.teacher if isinstance(self.teacher, Teacher) else Teacher(self.teacher, self.image_shape)

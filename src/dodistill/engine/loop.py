@@ -51,7 +51,8 @@ class Distiller:
         self.meter = Meter(self.context.num_classes, self.context.device, self.ranks)
         self.clock = Clock()
         self.step = 0  #: matching steps done
-        self._begin: Callable[[int], None] = lambda _step: None  # seeds the global streams of a step, within `run`
+        self._begin: Callable[[int], None] = _unseeded  # seeds the global streams of a step, within `run`
+        self._devices: list[str] = []  # the kinds of device that have computed it
         self._behind = False  # whether the last step was not yet logged and evaluated
         self.stopped = ""  #: where the last `run` stopped inside an acquisition or evaluation
 
@@ -65,8 +66,12 @@ class Distiller:
         Of several processes, all call this; only the first one has a folder and watchers.
         """
         c = self.context
-        with repeatable(c.device), seeded_steps(c.device, c.seed, self.ranks.rank) as self._begin:
-            return self._run(folder or NoFolder(), watchers, deadline)
+        with repeatable(c.device), seeded_steps(c.device, c.seed, self.ranks.rank) as begin:
+            self._begin = begin
+            try:
+                return self._run(folder or NoFolder(), watchers, deadline)
+            finally:
+                self._begin = _unseeded
 
     def _run(self, folder: RunFolder | NoFolder, watchers: Iterable[Watcher], deadline: float) -> bool:
         tell = Watchers([folder, *watchers])
@@ -265,6 +270,12 @@ class Distiller:
         """Fingerprints of teacher, student and data; see `job.made_of`."""
         return made_of(self.context)
 
+    @property
+    def devices(self) -> list[str]:
+        """The kinds of device that have computed this run, in order: ["cuda"], or ["cuda", "cpu"] if it has moved."""
+        mine = self.context.device.type
+        return self._devices if self._devices[-1:] == [mine] else [*self._devices, mine]
+
     def state_dict(self) -> dict[str, Any]:
         """Everything except the pool, which is saved separately when it changes."""
         return {
@@ -272,7 +283,7 @@ class Distiller:
             "precision": self.context.autocast.state_dict(), "compiled": self.compiled.state_dict(),
             "acquirer": self.acquirer.state_dict(), "matcher": self.matcher.state_dict(),
             "scorer": self.scorer.state_dict(), "meter": self.meter.state_dict(), 
-            "plan": self.plan.state_dict(), "behind": self._behind,
+            "plan": self.plan.state_dict(), "behind": self._behind, "devices": self.devices,
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any], pool: Mapping[str, Any]) -> None:
@@ -302,8 +313,13 @@ class Distiller:
         self.meter.load_state_dict(state["meter"])
         self.step = state["step"]
         self._behind = state.get("behind", False)
+        self._devices = list(state.get("devices", []))
         self.plan.load_state_dict(state.get("plan", {}), state["seconds"])
         self.clock = Clock(state["seconds"])
+
+
+def _unseeded(_step: int) -> None:
+    """A step outside `run`, which leaves the global streams alone."""
 
 
 class Clock:

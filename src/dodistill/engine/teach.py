@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.precision import Precision, trial
-from ..core.runtime import generator, seeded_steps
+from ..core.runtime import generator, restore_stream, seeded_steps
 from ..data.images import Images, minival, refuse_one_class
 from ..errors import DodistillError, at_least, positive
 from ..evaluation.evaluate import accuracy
@@ -146,7 +146,7 @@ def teach(
             )
         model.load_state_dict(resume["model"])
         optimizer.load_state_dict(resume["optimizer"])
-        rng.set_state(resume["rng"].cpu())
+        restore_stream(rng, resume["rng"])
         cast.load_state_dict(resume.get("precision") or cast.state_dict())  # absent in older checkpoints
         begun, before = resume["epoch"], resume["seconds"]
     else:

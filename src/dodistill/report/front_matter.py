@@ -10,9 +10,11 @@ from typing import Any
 
 import yaml
 
-#: From where a path begins (at a root, a home, a drive or a parent folder, where a word begins) to the end of the text,
-#: as folders may have spaces and commas, or to the next of several files of code.
-_PATH = re.compile(r"(?<![\w/.\\-])(?:[A-Za-z]:[\\/](?!/)|~?/(?![/\s])|\.{1,2}/)(?:(?!\.py\+).)*", re.DOTALL)
+#: From where a path begins (at a root, a home, a drive, a share, file:// or a parent folder, where a word begins) to
+#: the end of the text, as folders may have spaces and commas, or to the next of several files of code.
+_PATH = re.compile(
+    r"(?<![\w/.\\-])(?:[A-Za-z]:[\\/](?!/)|file:/+|\\\\(?=\w)|~?/(?![/\s])|\.{1,2}[\\/])(?:(?!\.py\+).)*", re.DOTALL
+)
 LICENCE = "other"
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.context import Context
+from ...core.runtime import restore_stream
 from ...errors import at_least
 from ...functional import kmeans
 
@@ -175,5 +176,5 @@ class ConfounderDictionary(nn.Module):
         return {"generator": self.generator.get_state(), "built": self.built}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.generator.set_state(state["generator"].cpu())
+        restore_stream(self.generator, state["generator"])
         self.built = bool(state["built"])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...config.plugins import Named
 from ...core.context import Context
+from ...core.runtime import restore_stream
 from ...core.state import restore, saved
 from ...data.rows import Pixels
 
@@ -56,7 +57,7 @@ class Replay:
         return {"generator": self.generator.get_state()} | saved(self.parts(), self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.generator.set_state(state["generator"].cpu())
+        restore_stream(self.generator, state["generator"])
         restore(self.parts(), state)
 
 

@@ -15,6 +15,7 @@ from ...config.contracts import Kind as Kind
 from ...config.contracts import SourceSettings
 from ...config.plugins import Named
 from ...core.context import Context
+from ...core.runtime import restore_stream
 from ...core.state import restore, saved
 from ...data.rows import Pixels, Rows, chosen
 from .generators import Generator
@@ -159,7 +160,7 @@ class Source(ABC):
         return {"generator": self.generator.get_state()} | saved(self.parts(), self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.generator.set_state(state["generator"].cpu())
+        restore_stream(self.generator, state["generator"])
         restore(self.parts(), state)
 
 
