@@ -173,7 +173,7 @@ def other(name: str, value: Any, hint: str) -> Any:
         "source.meta": "reptile", "kdci.weights": "constant", "stratified.by": "cluster",
         "stratified.prior": [1.0, 2.0], "preset": "wrn", "view.crop": "resized", "view.padding": "reflect",
         "view.flip": True, "augment.padding": "reflect", "view.scale": [0.2, 0.9], "augment.mix": "mixup",
-        "data.probe": ["digits"],
+        "data.probe": ["digits"], "augment.crop": "resized", "augment.scale": [0.2, 0.9],
     }  # fmt: skip
     if name in special:
         return special[name]

@@ -101,6 +101,7 @@ def cases() -> dict[str, dict[str, Any]]:
     )
     made["uneven parts"] = tree("dfnd", "kdci", steps=STEPS, loop=LOOP | {"batch": 15})
     made["stored views"] = tree("dfnd", steps=STEPS, loop=LOOP, augment={"pad": 1, "flip": False, "views": 2})
+    made["resized crops"] = tree("dfnd", steps=STEPS, loop=LOOP, augment={"crop": "resized", "mix": "mixup"})
     blends = {"augment": {"views": 1, "mix": "cutmix"}, "source": {"batch": 8, "extra": 1}}
     made["stored blends"] = tree("fast", steps=STEPS, loop=LOOP, **blends)
     made["rows of a file"] = tree("dfnd", "kdci+stratified", steps=STEPS, loop=LOOP)

@@ -19,7 +19,7 @@ from dodistill.engine import Distiller
 from dodistill.engine.meter import Diverged
 from dodistill.engine.run_folder import RunFolder
 from dodistill.errors import DodistillError
-from dodistill.functional.augment import shift_flip, to_float
+from dodistill.functional.augment import resized_crop, shift_flip, to_float
 from helpers import SHAPE, SOURCES, config, fitting, job, same, student, tree
 from test_resume import stopped_at
 
@@ -159,6 +159,38 @@ class Loud(nn.Module):
         return out
 
 
+# ------------------------------------------------------------------------------------------- resized crops
+
+
+@pytest.mark.parametrize("mix", ["none", "mixup"])
+def test_a_resized_crop_is_new_at_each_draw_and_of_its_image(mix: str, teacher: nn.Module, digits: Images) -> None:
+    """Stored views are asked for in vain, and the teacher answers to the crop itself."""
+    augment = {"crop": "resized", "scale": (0.3, 0.6), "views": 16, "mix": mix, "mix_share": 1.0}
+    it = job(teacher, config("data", "none", steps=4, augment=augment, criterion={"name": "kl"}), digits.x[:200])
+    it.acquire(Watcher())
+    acquirer = it.acquirer
+    assert acquirer.views.count == 0
+    assert "resized crops are not stored" in acquirer.views.reason
+    first, second = acquirer.draw(), acquirer.draw()
+    torch.testing.assert_close(first.t, it.context.teacher(first.x), rtol=1e-3, atol=1e-3)
+    assert not torch.equal(first.x, second.x)
+    if mix == "none":
+        clean = to_float(acquirer.pool.x[first.index])
+        assert bool((first.x.amin((1, 2, 3)) >= clean.amin((1, 2, 3)) - 1e-6).all())
+        assert bool((first.x.amax((1, 2, 3)) <= clean.amax((1, 2, 3)) + 1e-6).all())
+
+
+def test_a_resized_crop_is_that_of_the_library_function() -> None:
+    pool = Pool(6, SHAPE, 3, CPU)
+    seen = Views(pool, Augment(crop="resized", scale=(0.25, 0.5)), rng(1))
+    seen.plan(99.0, 6)
+    put(pool, seen, 6)
+    index = torch.tensor([4, 0, 2, 2])
+    x, t = seen(index, rng(5))
+    assert t is None
+    assert torch.equal(x, resized_crop(to_float(pool.x[index]), rng(5), (0.25, 0.5), flip=True))
+
+
 # ------------------------------------------------------------------------------------------- mixed images
 
 
@@ -249,6 +281,8 @@ def test_a_run_with_mixed_images_asks_the_teacher_about_them(
         ({"views": 0}, 365.0, 56_000, False, 0, "augment.views is 0"),
         ({"views": 16}, 365.0, 56_000, True, 0, "reads the teacher's features"),
         ({"views": 16, "pad": 0, "flip": False}, 365.0, 56_000, False, 0, "without augmentation"),
+        ({"views": 16, "crop": "resized"}, 365.0, 56_000, False, 0, "resized crops are not stored"),
+        ({"pad": 0, "flip": False, "crop": "resized"}, 365.0, 56_000, False, 0, "resized crops are not stored"),
         ({"views": 16, "pad": 0}, 365.0, 56_000, False, 2, "all 2 views"),
         ({"views": 300}, 365.0, 56_000, False, 162, "all 162 views of each image (227 MB)"),
         ({"views": 162}, 161.9, 56_000, False, 0, "less than 162 views"),
@@ -423,7 +457,10 @@ def test_the_summary_says_which_was_chosen(teacher: nn.Module, digits: Images) -
         assert says in out.summary["views"]
 
 
-@pytest.mark.parametrize(("bad", "says"), [({"views": -1}, "views is -1"), ({"views_gb": 0}, "views_gb is 0")])
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [({"views": -1}, "views is -1"), ({"views_gb": 0}, "views_gb is 0"), ({"scale": [0.5, 0.2]}, "augment.scale is")],
+)
 def test_bad_values_are_refused(bad: dict[str, Any], says: str) -> None:
     with pytest.raises(DodistillError, match=says):
         resolve({"augment": bad})

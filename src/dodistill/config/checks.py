@@ -127,11 +127,12 @@ def _run(config: Distill) -> None:
         )
     at_least(0, "augment", " (0: new views at each draw)", views=augment.views)
     positive("augment", ", as in 2", views_gb=augment.views_gb)
+    for part, (low, high) in (("augment", augment.scale), ("view", view.scale)):
+        if not 0 < low <= high <= 1:
+            raise DodistillError(f"{part}.scale is {[low, high]}; give shares 0 < low <= high <= 1, as in [0.08, 1].")
     if not 0 < augment.mix_share <= 1:
         raise DodistillError(f"augment.mix_share is {augment.mix_share}; it must lie in (0, 1], as in 0.5.")
     at_least(0, "view", " (0: an eighth of the height)", pad=view.pad)
-    if not 0 < view.scale[0] <= view.scale[1] <= 1:
-        raise DodistillError(f"view.scale is {list(view.scale)}; give shares 0 < low <= high <= 1, as in [0.08, 1].")
     if not 0 <= data.crop_share <= 1:
         raise DodistillError(
             f"data.crop_share is {data.crop_share}; it must lie in (0, 1], as in 0.875, or be 0, the default."

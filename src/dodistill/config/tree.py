@@ -98,7 +98,9 @@ class PoolConfig:
 class Augment:
     """Per-sample augmentation of the student's inputs."""
 
+    crop: Literal["shift", "resized"] = "shift"  #: shift by up to pad pixels; resized: a random part, resized
     pad: int = 4  #: random crop after padding by this many pixels (0: none)
+    scale: tuple[float, float] = (0.08, 1.0)  #: share of the area that a resized crop keeps
     flip: bool = True  #: random horizontal flip
     padding: Literal["zeros", "reflect"] = "zeros"  #: values of the pixels outside the image
     mix: Literal["none", "mixup", "cutmix"] = "none"  #: blends of an image with another one
@@ -110,6 +112,16 @@ class Augment:
     def mixes(self) -> bool:
         """Whether some inputs are blends of two images."""
         return self.mix != "none"
+
+    @property
+    def resizes(self) -> bool:
+        """Whether the inputs are resized parts of images."""
+        return self.crop == "resized"
+
+    @property
+    def moves(self) -> bool:
+        """Whether an image has more than one view, blends aside."""
+        return self.resizes or self.pad > 0 or self.flip
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ new view, and each step calls the teacher.
 
 Shifts by up to p pixels and flips give 2 (2p + 1)^2 views, 162 at p = 4. A V of that number or more stores each of them
 once. A draw then has the distribution of a new view, and the student loses nothing but the rounding of the logits. If
-all do not fit in the memory, each draw is a new view, not one of those that fit.
+all do not fit in the memory, each draw is a new view, not one of those that fit. Resized crops (`augment.crop`) are not
+stored: each draw is a new one.
 
 With `augment.mix`, some views are blends with another image. With V = 0, that image is another one of the batch. A
 stored blend keeps its partner, an image that is in the pool when the view is drawn. Once the partner has left the pool,
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..config.tree import Augment
-from ..functional.augment import mix_weights, shift_draws, shift_flip, to_float
+from ..functional.augment import mix_weights, resized_part, shift_draws, shift_flip, to_float
 from .pool import Pool
 from .ranks import Ranks
 from .runtime import at_once, restore_stream
@@ -55,8 +56,8 @@ class Views:
         self.pool, self.augment, self.generator = pool, augment, generator
         self.count = 0
         self.reason = ""
-        #: how many views of an image there are; no limit with blends
-        self.all = math.inf if augment.mixes else (2 * augment.pad + 1) ** 2 * (1 + augment.flip)
+        #: how many views of an image there are; no limit with blends and resized crops
+        self.all = math.inf if augment.mixes or augment.resizes else (2 * augment.pad + 1) ** 2 * (1 + augment.flip)
         device, K, S = pool.device, pool.num_classes, 1 + augment.mixes  # S images are visible in a view
         self.shift = torch.empty(0, 0, S, 2, dtype=torch.int16, device=device)
         self.mirrored = torch.empty(0, 0, S, dtype=torch.bool, device=device)
@@ -94,8 +95,10 @@ class Views:
         fit = math.floor(a.views_gb * 1e9 / (max(most, 1) * each))
         V = int(min(wanted, fit, self.all))
         blends = f", some of them blended ({a.mix})" if a.mixes else ""
-        if not (a.pad or a.flip or a.mixes):
+        if not (a.moves or a.mixes):
             self.reason = "without augmentation an image has one view, with teacher logits computed once"
+        elif a.resizes:
+            self.reason = f"new views at each draw{blends}, each with a teacher pass (resized crops are not stored)"
         elif not wanted:
             self.reason = f"new views at each draw{blends}, each with a teacher pass (augment.views is 0)"
         elif asked_each_time:
@@ -197,6 +200,10 @@ class Views:
         x, a = self.pool.x[slots].to(self.pool.device), self.augment
         return to_float(shift_flip(x, shift[0], shift[1], mirrored, a.padding, a.pad))
 
+    def _images(self, slots: Tensor) -> Tensor:
+        """The images in `slots` [B], float in [0, 1]."""
+        return to_float(self.pool.x[slots].to(self.pool.device))
+
     def __call__(
         self, index: Tensor, generator: torch.Generator, ranks: Ranks | None = None
     ) -> tuple[Tensor, Tensor | None]:
@@ -212,17 +219,22 @@ class Views:
         if self.count:
             view = ranks.cut(torch.randint(self.count, (n,), device=index.device, generator=generator), n)
             return self._pixels(mine, view), self.t[mine, view].float()
-        shifts, mirrored = shift_draws(n, a.pad, generator, a.flip)
+        if a.resizes:
+            draws: tuple[Tensor, ...] = tuple(torch.rand(5, n, generator=generator, device=generator.device))
+        else:
+            shifts, mirrored = shift_draws(n, a.pad, generator, a.flip)
+            draws = (*shifts, mirrored)
 
         def seen(order: Tensor | None = None) -> Tensor:
             """This rank's part of the batch in another order."""
-            draws = (index, *shifts, mirrored)
-            slots, dy, dx, m = (ranks.cut(v if order is None else v[order], n) for v in draws)
-            return self._shifted(slots, torch.stack([dy, dx]), m)
+            slots, *how = (ranks.cut(v if order is None else v[order], n) for v in (index, *draws))
+            if a.resizes:
+                return resized_part(self._images(slots), torch.stack(how), a.scale, a.flip)
+            return self._shifted(slots, torch.stack(how[:2]), how[2])
 
         x = seen()
         if not a.mixes:
-            return x, None if a.pad or a.flip else self.pool.logits[mine]
+            return x, None if a.moves else self.pool.logits[mine]
         partner = torch.randperm(n, generator=generator, device=generator.device)
         h, w = x.shape[2:]
         u = torch.rand(4, n, generator=generator, device=generator.device)

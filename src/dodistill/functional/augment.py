@@ -87,8 +87,11 @@ def resized_crop(
     The part has a share U(scale) of the area and an aspect ratio between 3/4 and 4/3, log-uniform; sides are cut to the
     image's. Bilinear, differentiable in x, one draw per image, in [min x, max x].
     """
-    b = len(x)
-    u = torch.rand(5, b, generator=generator, device=x.device)
+    return resized_part(x, torch.rand(5, len(x), generator=generator, device=x.device), scale, flip)
+
+
+def resized_part(x: Tensor, u: Tensor, scale: tuple[float, float], flip: bool) -> Tensor:
+    """`resized_crop` with given draws u, uniform in [0, 1), [5, B]: area, aspect ratio, place (2), flip."""
     area = scale[0] + (scale[1] - scale[0]) * u[0]
     ratio = ((2 * u[1] - 1) * math.log(4 / 3)).exp()
     w, h = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
@@ -96,7 +99,7 @@ def resized_crop(
     if flip:
         w = torch.where(u[4] < 0.5, -w, w)
     zero = torch.zeros_like(w)
-    theta = torch.stack([w, zero, cx, zero, h, cy], 1).view(b, 2, 3)
+    theta = torch.stack([w, zero, cx, zero, h, cy], 1).view(len(x), 2, 3)
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
     return F.grid_sample(x.float(), grid, padding_mode="border", align_corners=False)
 

@@ -20,10 +20,9 @@ Deviations, and why
  1. The released Reptile step of z has no effect: its copy of z aliases z, so the difference is 0, and z keeps the value
     from the descent. The published logs come from this, and it is the default. `reptile` is the evident intention.
  2. The released runs mix in images of an earlier run (`cmi_init`) that were never released. Ours do not.
- 3. The student's crops are shifts by `augment.pad`; in the release, random resized crops.
- 4. The pool has the newest 140 000 images, the number in the paper's table. The release keeps all 400 000 on disk.
- 5. The student's rate falls with every step; in the release, once per 1000.
- 6. There is no released code for a generator per class. `per_class` is our reading of one sentence. It omits Reptile,
+ 3. The pool has the newest 140 000 images, the number in the paper's table. The release keeps all 400 000 on disk.
+ 4. The student's rate falls with every step; in the release, once per 1000.
+ 5. There is no released code for a generator per class. `per_class` is our reading of one sentence. It omits Reptile,
     as a class returns only once in classes / m acquisitions, and draws new latents, as all labels of a class are equal.
 """
 
@@ -56,7 +55,7 @@ def _preset(adv: float, **source: Any) -> dict[str, Any]:
         "optim": {"lr": 0.1, "weight_decay": 1e-4, "floor": 0.0},
         "pool": {"capacity": 140_000},
         "view": {"crop": "resized", "scale": (0.75, 1.0)},
-        "augment": {"pad": 28},
+        "augment": {"crop": "resized"},
         "loop": {"steps": 400_000, "batch": 100},
     }  # fmt: skip
 

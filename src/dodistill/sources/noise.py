@@ -94,7 +94,7 @@ class Noise(Source):
             "This student's BatchNorm statistics are those of noise. For real images, calibrate it with a few "
             "unlabelled images, or normalise with batch statistics (docs/methods/noise.md)."
         )
-        if config.statistics == "current" and (context.augment.pad or context.augment.flip):
+        if config.statistics == "current" and context.augment.moves:
             self.notes.append(
                 "With augmentation, the teacher's logits are computed again, with its running statistics; for current "
                 "statistics give --augment.pad 0 --augment.flip false (preset desk)."
