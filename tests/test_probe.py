@@ -16,9 +16,10 @@ from dodistill import distill
 from dodistill.commands.cli import main
 from dodistill.config.grid import cell_key
 from dodistill.config.tree import resolve
-from dodistill.data.images import Images, halves, resized
+from dodistill.data.images import Images
 from dodistill.errors import DodistillError
-from dodistill.evaluation.probe import features, linear_probe
+from dodistill.evaluation.probe import features, halves, linear_probe
+from dodistill.functional.resize import resized
 from dodistill.models import heads, load_model, save_model
 from dodistill.models.zoo import build
 from helpers import same
@@ -114,7 +115,7 @@ def test_colour_becomes_grey_as_in_pillow() -> None:
     for image, grey in zip(x, resized(x, (1, 8, 8))):
         want = np.asarray(Image.fromarray(image.permute(1, 2, 0).numpy()).convert("L")).astype(int)
         assert np.abs(grey[0].numpy().astype(int) - want).max() <= 1
-    with pytest.raises(DodistillError, match="2 channels cannot become images of 3; give 1 or 3"):
+    with pytest.raises(ValueError, match="2 channels cannot become images of 3; give 1 or 3"):
         resized(x[:, :2], (3, 8, 8))
 
 
@@ -124,10 +125,12 @@ def test_halves_of_data_without_labels_or_test(tmp_path: Path) -> None:
     np.savez(tmp_path / "plain.npz", x_train=x, x_test=x)
     np.savez(tmp_path / "one.npz", x_train=x, y_train=y, x_test=x, y_test=0 * y)
     np.save(tmp_path / "packed.npy", x)
+    np.savez(tmp_path / "four.npz", x_train=np.zeros((6, 9, 9, 4), np.uint8), y_train=y, x_test=x, y_test=y)
     train, test = halves(str(tmp_path / "good.npz"), (3, 8, 8))
     assert train.image_shape == test.image_shape == (3, 8, 8)
     assert (len(train), len(test)) == (6, 2)
-    for name, said in (("plain.npz", "no labels"), ("one.npz", "one class"), ("packed.npy", "no labels")):
+    for name, said in (("plain.npz", "no labels"), ("one.npz", "one class"), ("packed.npy", "no labels"),
+                       ("four.npz", r"holds images of shape \(4, 9, 9\)")):  # fmt: skip
         with pytest.raises(DodistillError, match=said):
             halves(str(tmp_path / name), (3, 8, 8))
 

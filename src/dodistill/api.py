@@ -26,7 +26,7 @@ from .core.runtime import limited_threads, pick_device
 from .core.watch import Watcher, require_watchers
 from .data.accept import accept, as_labels
 from .data.classes import Given
-from .data.images import Images, contexts_of, halves, load_images, refuse_one_class, require_fit
+from .data.images import Images, contexts_of, load_images, refuse_one_class, require_fit
 from .data.labels import fitted
 from .data.packed import Packed, open_images
 from .engine import Distiller, Job, Test, budget
@@ -39,7 +39,7 @@ from .engine.run_folder import NoFolder, RunFolder
 from .errors import DodistillError
 from .evaluation.evaluate import predict, scores
 from .evaluation.monitor import courses, flat, read_metrics
-from .evaluation.probe import context_gap, linear_probe
+from .evaluation.probe import context_gap, halves, linear_probe
 from .evaluation.verdict import verdict
 from .files import read_object
 from .interventions.shared.base import Compensated

@@ -15,14 +15,14 @@ from ..config.tree import Model
 from ..core.runtime import pick_device
 from ..data.classes import titles
 from ..data.folder import crop_share
-from ..data.images import Images, contexts_of, halves, load_images, refuse_one_class, require_fit
+from ..data.images import Images, contexts_of, load_images, refuse_one_class, require_fit
 from ..data.labels import fitted
 from ..data.packed import Given, Packed, open_images
 from ..engine.normalisation import doubt
 from ..engine.run_folder import check_writable
 from ..errors import DodistillError
 from ..evaluation import evaluate
-from ..evaluation.probe import context_gap, linear_probe
+from ..evaluation.probe import context_gap, halves, linear_probe
 from ..models import Normalized, save_model
 from ..models.batchnorm import calibrate
 from ..models.configured import Shape, load_trained, names_for, shape_of

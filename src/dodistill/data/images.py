@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import DodistillError, nearest
 from ..files import read_object
+from ..functional.resize import resized
 from .classes import KNOWN
 from .folder import load_folder
 from .planted import contexts, palette, plant
@@ -106,7 +107,7 @@ def load_images(
     `crop`, for images in folders: the side of the centre crop over the picture's short side (see `folder`). 0: in train
     1, the whole short side; in test 0.875 from 160 pixels on (Resize(256), CenterCrop(224)), else 1.
 
-    `resize`: an array of another shape than `image_shape` is resized too (see `resized`), and not refused.
+    `resize`: an array of another shape than `image_shape` is resized too (see `functional.resize`), and not refused.
 
     Raises DodistillError for images that are missing, empty, broken, or of another shape than `image_shape`.
     """
@@ -136,7 +137,7 @@ def load_images(
                 raise DodistillError(f"no images at {spec}; give an existing .npz or .npy file, or a folder.")
             raise DodistillError(nearest(name, [*_NAMED, *_SAMPLES], "data set") + " Or give a file or folder.")
         images = _npz(path, split) if path.suffix == ".npz" else _npy(path)
-    if image_shape is not None and resize:
+    if image_shape is not None and resize and {images.image_shape[0], image_shape[0]} <= {1, 3}:
         images = replace(images, x=resized(images.x, image_shape))
     if image_shape is not None and images.image_shape != tuple(image_shape):
         raise DodistillError(
@@ -144,52 +145,6 @@ def load_images(
             f"{tuple(image_shape)}; resize the array, or give the images as a folder, which is resized on reading."
         )
     return images if labels else Images(images.x, note=images.note)
-
-
-def resized(x: Tensor, shape: Shape, at_once: int = 4096) -> Tensor:
-    """uint8 [n, C, H, W] at another shape: bilinear with antialiasing, as folders are. Grey is repeated in each
-    channel, and colour becomes its luma (ITU-R BT.601) where one channel is asked for.
-
-    Raises DodistillError for other numbers of channels.
-    """
-    c, h, w = shape
-    if tuple(x.shape[1:]) == (c, h, w):
-        return x
-    if (x.shape[1], c) not in ((1, 1), (3, 3), (1, 3), (3, 1)):
-        raise DodistillError(f"images of {x.shape[1]} channels cannot become images of {c}; give 1 or 3.")
-    out = torch.empty((len(x), c, h, w), dtype=torch.uint8)
-    for part, into in zip(x.split(at_once), out.split(at_once)):
-        found = part.float()
-        if x.shape[1] > c:
-            found = (found * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
-        if tuple(x.shape[2:]) != (h, w):
-            found = F.interpolate(found, (h, w), mode="bilinear", align_corners=False, antialias=True)
-        into.copy_(found.round().clamp(0, 255))
-    return out
-
-
-def halves(spec: str, image_shape: Shape, crop: float = 0.0) -> tuple[Images, Images]:
-    """The training and test images of labelled data for a linear probe, resized to `image_shape`; both of a folder are
-    cropped as test images are.
-
-    Raises DodistillError, besides `load_images`'s, for data without labels, of one class, or without a test set of its
-    own.
-    """
-
-    def part(split: str) -> Images:
-        images = load_images(spec, split, True, image_shape, crop=crop, resize=True)
-        if images.y is None:
-            raise DodistillError(f"{spec} has no labels, which a probe needs; give labelled images.")
-        refuse_one_class(images, spec)
-        return images
-
-    train = part("train")
-    if not has_test(spec):
-        raise DodistillError(
-            f"--probe {spec} has no test images of its own, and a probe is not scored on those that it learned "
-            "from; give a folder with train and test."
-        )
-    return train, part("test")
 
 
 def refuse_one_class(images: Labelled, what: str) -> None:

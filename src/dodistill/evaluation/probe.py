@@ -11,7 +11,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from ..core.runtime import at_once, generator
-from ..data.images import Images
+from ..data.images import Images, Shape, has_test, load_images, refuse_one_class
 from ..errors import DodistillError
 from ..functional.augment import to_float
 from ..functional.memory_format import laid_out
@@ -45,6 +45,30 @@ def features(model: nn.Module, x: Tensor, batch: int = 1000, autocast: Autocast 
     finally:
         handle.remove()
     return torch.cat(seen)
+
+
+def halves(spec: str, image_shape: Shape, crop: float = 0.0) -> tuple[Images, Images]:
+    """The training and test images of labelled data for a linear probe, resized to `image_shape`; both of a folder are
+    cropped as test images are.
+
+    Raises DodistillError, besides `load_images`'s, for data without labels, of one class, or without a test set of its
+    own.
+    """
+
+    def part(split: str) -> Images:
+        images = load_images(spec, split, True, image_shape, crop=crop, resize=True)
+        if images.y is None:
+            raise DodistillError(f"{spec} has no labels, which a probe needs; give labelled images.")
+        refuse_one_class(images, spec)
+        return images
+
+    train = part("train")
+    if not has_test(spec):
+        raise DodistillError(
+            f"--probe {spec} has no test images of its own, and a probe is not scored on those that it learned "
+            "from; give a folder with train and test."
+        )
+    return train, part("test")
 
 
 def linear_probe(
