@@ -44,6 +44,13 @@ def test_a_state_of_another_kind_of_device_seeds_the_stream() -> None:
     assert first(cuda[0]) == first(cuda[1]) != first(cuda[2])
 
 
+def test_no_number_of_threads_sets_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To set even the present number switches MKL's own choice off."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda _n: pytest.fail("set"))
+    with limited_threads(0):
+        pass
+
+
 def test_the_number_of_threads_is_as_before() -> None:
     before = torch.get_num_threads()
     for n, inside in ((2, 2), (0, before)):

@@ -108,9 +108,13 @@ def restore_stream(stream: torch.Generator, state: torch.Tensor) -> None:
 
 @contextmanager
 def limited_threads(n: int) -> Iterator[None]:
-    """In this block torch computes with `n` CPU threads; 0: with as many as before."""
+    """In this block torch computes with `n` CPU threads; 0: as before. (Even the number that is set already changes
+    how MKL chooses its threads, and with it bits.)"""
+    if not n:
+        yield
+        return
     before = torch.get_num_threads()
-    torch.set_num_threads(n or before)
+    torch.set_num_threads(n)
     try:
         yield
     finally:
