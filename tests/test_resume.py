@@ -132,8 +132,10 @@ def test_dropout_draws_the_same_masks_after_a_stop(teacher: nn.Module, tmp_path:
     same(ends[0], ends[2])
 
 
-def test_a_run_that_began_on_another_device_goes_on(halfway: Any) -> None:
-    """With streams begun anew, as the states of a GPU's are of another kind; and the summary says so."""
+@pytest.mark.parametrize("older", [False, True])
+def test_a_run_that_began_on_another_device_goes_on(halfway: Any, older: bool) -> None:
+    """With streams begun anew, as the states of a GPU's are of another kind; and the summary says so. Checkpoints of
+    an older version do not name the device."""
     path, _, again = halfway
     state = torch.load(path / "checkpoint.pt", weights_only=True)
     assert state["devices"] == ["cpu"]
@@ -144,10 +146,13 @@ def test_a_run_that_began_on_another_device_goes_on(halfway: Any) -> None:
         is_stream = isinstance(tree, Tensor) and tree.dtype == torch.uint8 and tree.numel() > 2000
         return torch.full((16,), 7, dtype=torch.uint8) if is_stream and tree.dim() == 1 else tree
 
-    torch.save({**of_a_gpu(state), "devices": ["cuda"]}, path / "checkpoint.pt")
+    state = of_a_gpu(state)
+    del state["devices"]
+    torch.save(state if older else {**state, "devices": ["cuda"]}, path / "checkpoint.pt")
     found = run(again().job, path, verbose=False)
     assert found.finished
-    assert "this run has moved (cuda -> cpu): its streams" in " ".join(found.summary["warnings"])
+    there = "another device" if older else "cuda"
+    assert f"this run has moved ({there} -> cpu): its streams" in " ".join(found.summary["warnings"])
 
 
 def test_a_step_outside_a_run_leaves_the_global_streams(teacher: nn.Module, digits: Images) -> None:

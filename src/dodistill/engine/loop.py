@@ -313,7 +313,9 @@ class Distiller:
         self.meter.load_state_dict(state["meter"])
         self.step = state["step"]
         self._behind = state.get("behind", False)
-        self._devices = list(state.get("devices", []))
+        own = state["acquirer"]["generators"]["draw"].shape == self.context.generator("draw").get_state().shape
+        before = self.context.device.type if own else "another device"  # in checkpoints from before it was noted
+        self._devices = list(state.get("devices", [before]))
         self.plan.load_state_dict(state.get("plan", {}), state["seconds"])
         self.clock = Clock(state["seconds"])
 
