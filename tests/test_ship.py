@@ -455,3 +455,12 @@ def test_weights_without_an_image_shape(tmp_path: Path, capsys: pytest.CaptureFi
     assert "do not contain its image shape; give --image-shape" in capsys.readouterr().err
     assert main([*words, "--image-shape", "1,8,8"]) == 0
     assert torch.export.load(tmp_path / "net.pt2").module()(torch.rand(2, 1, 8, 8)).shape == (2, 3)
+
+
+def test_another_image_shape_than_that_of_the_weights_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = dodistill.save_model(load_model("tiny4", num_classes=3, in_channels=1, image_size=8, seed=0),
+                                tmp_path / "net.safetensors")  # fmt: skip
+    assert main(["export", str(kept), str(tmp_path / "net.pt2"), "--image-shape", "3,8,8"]) == 2
+    assert "--image-shape is 3,8,8, but the weights are for images of 1,8,8; remove it" in capsys.readouterr().err

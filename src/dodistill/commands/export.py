@@ -83,10 +83,22 @@ def _student(source: Path, targets: list[Path], arguments: Arguments) -> dict[Pa
         if target.suffix == ".safetensors" and target.exists():
             raise DodistillError(f"{target} is there already; choose another file, or delete it.")
     model, file = student_of(source, arguments.model, arguments.allow_code)
-    shape = flags.shape(arguments.image_shape) or shape_of(model)
+    shape = _shape(model, flags.shape(arguments.image_shape))
     said = ship(model, targets, shape, _material(source, shape, arguments), weights=file)
     print(said.text)
     return said.notes
+
+
+def _shape(model: Normalized, given: Shape | None) -> Shape:
+    """The image shape that the weights contain, else the one given. Raises DodistillError if they differ."""
+    if given is None or not (model.spec.get("in_channels") and model.spec.get("image_size")):
+        return given or shape_of(model)
+    if given != (known := shape_of(model)):
+        raise DodistillError(
+            f"--image-shape is {','.join(map(str, given))}, but the weights are for images of "
+            f"{','.join(map(str, known))}; remove it."
+        )
+    return known
 
 
 def _material(source: Path, shape: Shape, arguments: Arguments) -> Material | None:
