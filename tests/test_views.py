@@ -20,6 +20,7 @@ from dodistill.engine.meter import Diverged
 from dodistill.engine.run_folder import RunFolder
 from dodistill.errors import DodistillError
 from dodistill.functional.augment import resized_crop, shift_flip, to_float
+from dodistill.models.zoo import build
 from helpers import SHAPE, SOURCES, config, fitting, job, same, student, tree
 from test_resume import stopped_at
 
@@ -189,6 +190,12 @@ def test_a_resized_crop_is_that_of_the_library_function() -> None:
     x, t = seen(index, rng(5))
     assert t is None
     assert torch.equal(x, resized_crop(to_float(pool.x[index]), rng(5), (0.25, 0.5), flip=True))
+
+
+def test_resized_crops_do_not_need_room_for_shifts() -> None:
+    it = distill(build("tiny4", 10, 1), build("tiny4", 10, 1), "noise", image_shape=(1, 4, 4), steps=1, batch=8,
+                 augment={"crop": "resized"}, verbose=False)  # fmt: skip
+    assert "resized crops are not stored" in it.summary["views"]
 
 
 # ------------------------------------------------------------------------------------------- mixed images

@@ -89,7 +89,8 @@ class Job:
         teacher = self.teacher if isinstance(self.teacher, Teacher) else Teacher(self.teacher, self.image_shape)
         place(teacher, device)
         _check_source(config.source, teacher, self.unlabeled is not None)
-        for part, pad in (("augment", config.augment.pad), ("view", config.view.pad)):
+        shift = 0 if config.augment.resizes else config.augment.pad
+        for part, pad in (("augment", shift), ("view", config.view.pad)):
             if not 0 <= pad < min(teacher.image_shape[1:]):
                 raise DodistillError(
                     f"{part}.pad is {pad} pixels; for images of {teacher.image_shape} it must lie between 0 and "
