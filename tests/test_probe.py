@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +15,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dodistill import distill
+from dodistill import api, distill
 from dodistill.commands.cli import main
-from dodistill.config.grid import cell_key
+from dodistill.config.grid import Cell, Records, cell_key, cells, not_probed
 from dodistill.config.tree import resolve
+from dodistill.core.ranks import Ranks
 from dodistill.data.images import Images
 from dodistill.errors import DodistillError
 from dodistill.evaluation.probe import features, halves, linear_probe
@@ -129,6 +133,7 @@ def test_halves_of_data_without_labels_or_test(tmp_path: Path) -> None:
     train, test = halves(str(tmp_path / "good.npz"), (3, 8, 8))
     assert train.image_shape == test.image_shape == (3, 8, 8)
     assert (len(train), len(test)) == (6, 2)
+    assert halves(f"planted:{tmp_path / 'good.npz'}", (3, 8, 8))[0].image_shape == (3, 8, 8)
     for name, said in (("plain.npz", "no labels"), ("one.npz", "one class"), ("packed.npy", "no labels"),
                        ("four.npz", r"holds images of shape \(4, 9, 9\)")):  # fmt: skip
         with pytest.raises(DodistillError, match=said):
@@ -167,7 +172,9 @@ def test_a_finished_run_is_probed_later(
     assert run(out, file, "--probe", "digits") == 0
     after = json.loads((out / "summary.json").read_text())
     assert after["probe"]["digits"] == after["log"].pop("probe/digits")
-    assert after == before | {"probe": after["probe"]}
+    assert after == before | {name: after[name] for name in ("probe", "probe_images")}
+    assert "on digits." in (out / "report.html").read_text()
+    assert "linear probe on" in (out / "README.md").read_text()
     assert (out / "student.safetensors").read_bytes() == weights
     monkeypatch.setattr("dodistill.api.linear_probe", lambda *_, **__: pytest.fail("probed again"))
     assert run(out, file, "--probe", "digits") == 0
@@ -195,3 +202,98 @@ def test_a_probe_in_python(teacher: nn.Module) -> None:
     assert found.summary["probe"]["digits"] == pytest.approx(
         linear_probe(found.student, *halves("digits", (1, 8, 8)))["test"], abs=0.5
     )
+
+
+def test_both_splits_of_a_large_folder_are_cropped_as_test_images_are(tmp_path: Path) -> None:
+    for split, label in itertools.product(("train", "test"), "ab"):
+        (tmp_path / split / label).mkdir(parents=True)
+        pixels = np.random.default_rng(ord(label)).integers(0, 255, (200, 200), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / split / label / "0.png")
+    train, test = halves(str(tmp_path), (1, 160, 160))
+    assert torch.equal(train.x, test.x)
+
+
+def test_other_images_of_the_same_name_are_probed_anew(tmp_path: Path, teacher: nn.Module) -> None:
+    x, y = np.random.default_rng(0).integers(0, 255, (40, 8, 8), np.uint8), np.arange(40) % 2
+    found = []
+    for folder, there in (("a", y), ("b", 1 - y)):
+        file = tmp_path / folder / "set.npz"
+        file.parent.mkdir()
+        np.savez(file, x_train=x, y_train=y, x_test=x, y_test=there)
+        net = build("tiny4", 10, 1)
+        it = distill(teacher, net, "noise", image_shape=(1, 8, 8), steps=2, batch=8, data={"probe": [str(file)]},
+                     out=tmp_path / "run", verbose=False)  # fmt: skip
+        found.append(it.summary["probe"]["set.npz"])
+    assert found[0] == pytest.approx(100 - found[1])
+
+
+class Flat(nn.Module):
+    """A student without a layer that reads features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(64, 10))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1) @ self.w
+
+
+def test_a_student_without_features_is_refused_before_the_first_step(tmp_path: Path, teacher: nn.Module) -> None:
+    with pytest.raises(DodistillError, match=r"data\.probe reads the student's features.*Remove data\.probe"):
+        distill(teacher, Flat(), "noise", image_shape=(1, 8, 8), steps=2, batch=8, data={"probe": ["digits"]},
+                out=tmp_path / "run", verbose=False)  # fmt: skip
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_rank_has_a_probe_that_was_added(tmp_path: Path, teacher: nn.Module) -> None:
+    sent: list[Any] = []
+
+    class First(Ranks):
+        def share(self, work: Any, held: Any = ()) -> Any:
+            sent.append(copy.deepcopy(work()))
+            return sent[-1]
+
+    class Second(Ranks):
+        rank = 1
+
+        def share(self, work: Any, held: Any = ()) -> Any:
+            return sent.pop(0)
+
+    def found(probe: list[str], ranks: Ranks) -> Any:
+        config = resolve({"source": "noise", "loop": {"steps": 2, "batch": 8}, "data": {"probe": probe}})
+        job = api._job(config, teacher, build("tiny4", 10, 1), (1, 8, 8), None, None, None, None, None, None)
+        torch.manual_seed(0)
+        return api.run(job, tmp_path / "run", verbose=False, ranks=ranks).summary.get("probe")
+
+    torch.manual_seed(0)
+    found([], Ranks())
+    assert found(["digits"], First()) == found(["digits"], Second())
+    assert not sent
+
+
+def test_probes_come_after_a_time_limit(teacher: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they change no student, they have no part in it."""
+
+    def slow(*_: Any, **__: Any) -> dict[str, float]:
+        time.sleep(3)
+        return {"test": 50.0}
+
+    monkeypatch.setattr("dodistill.api.linear_probe", slow)
+    began = time.monotonic()
+    found = distill(teacher, build("tiny4", 10, 1), "noise", image_shape=(1, 8, 8), batch=8, time="5s",
+                    data={"probe": ["digits"]}, verbose=False)  # fmt: skip
+    assert found.summary["time"]["used"] < time.monotonic() - began - 2.9
+
+
+def test_a_grid_says_which_finished_cells_were_not_probed() -> None:
+    cell = Cell({"seed": "0"}, resolve({"data.probe": ["digits", "a/mnist"]}), "", None)
+    record = {"config": resolve({}).to_tree(), "summary": {"probe": {"digits": 50.0}}}
+    (said,) = not_probed([cell], Records([record], Path()))
+    assert said.startswith("1 finished cell was not probed on a/mnist")
+    assert not not_probed([cell], Records([], Path()))
+
+
+def test_cells_that_differ_in_their_probes_alone_are_refused() -> None:
+    recipe = {"grid": {"probe": {"a": {"data.probe": ["digits"]}, "b": {"data.probe": ["mnist"]}}}}
+    with pytest.raises(DodistillError, match=r"differ in data\.probe alone"):
+        list(cells(recipe, Path()))

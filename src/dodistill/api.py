@@ -35,11 +35,11 @@ from .engine.longer import longer
 from .engine.longer import said as longer_said
 from .engine.loop import FORMAT
 from .engine.normalisation import doubt
-from .engine.run_folder import NoFolder, RunFolder
+from .engine.run_folder import NoFolder, RunFolder, fingerprint
 from .errors import DodistillError
 from .evaluation.evaluate import predict, scores
 from .evaluation.monitor import courses, flat, read_metrics
-from .evaluation.probe import context_gap, halves, linear_probe
+from .evaluation.probe import context_gap, feature_layer, halves, linear_probe
 from .evaluation.verdict import verdict
 from .files import read_object
 from .interventions.shared.base import Compensated
@@ -47,7 +47,16 @@ from .models import Normalized
 from .models.configured import Shape, load_student, load_teacher, load_trained, names_for, shape_of
 from .models.teacher import Teacher
 from .models.weights import load_saved
-from .report.delivery import deliver, model_name, parameters, result_of, save_student, summary_of, time_used
+from .report.delivery import (
+    deliver,
+    model_name,
+    parameters,
+    result_of,
+    save_student,
+    summary_of,
+    time_used,
+    write_outcome,
+)
 from .report.loading import described
 from .report.progress import Progress
 from .report.report import write_report
@@ -372,6 +381,11 @@ def run(
         names = f"{model_name(config.teacher, job.teacher)} -> {model_name(config.student, job.student)}"
         title = f"{config.source.name} + {config.intervention}: {names}"
         it = Distiller(job, plan, ranks)
+        if job.probes:
+            try:
+                feature_layer(it.matcher.student)
+            except DodistillError as error:  # now, not after the last step
+                raise DodistillError(f"data.probe reads the student's features: {error} Remove data.probe.") from error
         folder: RunFolder | NoFolder = NoFolder()
 
         def opened() -> None:
@@ -447,10 +461,10 @@ def _outcome(
         for name, model in (("test", best), ("teacher", it.context.teacher)):
             gap = context_gap(model, job.contexts, it.context.autocast)
             summary["log"] |= {f"{name}/{k}": round(v, 4) for k, v in gap.items()}
-    _probe(job, best, summary, it)
     history = recorder.history if folder.path is None else read_history(folder.path)
     if it.plan.limited:
-        summary["time"] = time_used(it, history)
+        summary["time"] = time_used(it, history)  # probes come after the time limit, as they change no student
+    summary |= _probed(it, best, summary)
     if isinstance(folder, RunFolder):
         summary["course"] = courses(read_metrics(folder.path / "metrics.jsonl")["eval"])
         summary["log"] |= flat(summary["course"])
@@ -462,18 +476,25 @@ def _outcome(
     return summary
 
 
-def _probe(job: Job, best: nn.Module, summary: dict[str, Any], it: Distiller) -> bool:
-    """Add to a summary the accuracy of the linear probes that it lacks: `probe`, data set -> accuracy in %. Whether
-    there were any."""
+def _probed(it: Distiller, best: nn.Module, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What the linear probes that a summary lacks add to it: `probe`, data set -> accuracy in %, `probe_images`, data
+    set -> fingerprint of its images, and `log`. Empty if it lacks none."""
     bare = best.student if isinstance(best, Compensated) else best
-    known = dict(summary.get("probe") or {})
-    new = {spec: pair for spec, pair in job.probes.items() if spec not in known}
-    for spec, pair in new.items():
-        known[spec] = round(linear_probe(bare, *pair, autocast=it.context.autocast)["test"], 4)
-    if new:
-        summary["probe"] = known
-        summary["log"] = {**(summary.get("log") or {}), **{f"probe/{spec}": value for spec, value in known.items()}}
-    return bool(new)
+    known, read = dict(summary.get("probe") or {}), dict(summary.get("probe_images") or {})
+    images = {name: _fingerprint(pair) for name, pair in it.job.probes.items()}
+    new = [name for name in images if name not in known or read.get(name) != images[name]]
+    if not new:
+        return {}
+    for name in new:
+        found = linear_probe(bare, *it.job.probes[name], autocast=it.context.autocast)
+        known[name], read[name] = round(found["test"], 4), images[name]
+    log = {**(summary.get("log") or {}), **{f"probe/{name}": value for name, value in known.items()}}
+    return {"probe": known, "probe_images": read, "log": log}
+
+
+def _fingerprint(pair: tuple[Images, Images]) -> str:
+    """Of the images and labels of both splits."""
+    return fingerprint([v for part in pair for v in (part.x, part.y) if v is not None])
 
 
 def _again(it: Distiller, folder: RunFolder | NoFolder, done: dict[str, Any], report: bool) -> Result:
@@ -488,8 +509,10 @@ def _again(it: Distiller, folder: RunFolder | NoFolder, done: dict[str, Any], re
         it.ranks.share(lambda: _kept_student(it, folder))
         it.ranks.alike(it.matcher.student)
         best = it.matcher.student.eval()
-    if it.ranks.share(lambda: _probe(it.job, best, done, it)) and isinstance(folder, RunFolder):
-        folder.write_json("summary.json", done)
+    if new := it.ranks.share(lambda: _probed(it, best, done)):
+        done |= new
+        if isinstance(folder, RunFolder):
+            write_outcome(folder, it.config, done, report)
     if isinstance(folder, RunFolder) and complete:
         kept = folder.path / "student.safetensors"
         if not kept.exists():

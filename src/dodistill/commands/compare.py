@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from ..config.code import changed, code_of
-from ..config.grid import Cell, Records, cells, moved_images, read_recipe, stored, weights_of
+from ..config.grid import Cell, Records, cells, moved_images, not_probed, read_recipe, stored, weights_of
 from ..config.tree import Tree
 from ..core.deadline import Deadline, stopping
 from ..engine.run_folder import check_writable, write_atomically
@@ -147,7 +147,7 @@ def _compare(recipe: Tree, out: Path, where: Where, deadline: Deadline, only: li
 
     chosen, todo, known = planned()
     base = _arm(shown.against, list(recipe["grid"]), chosen) if shown.against else None
-    for said in moved_images(chosen, known):
+    for said in [*moved_images(chosen, known), *not_probed(chosen, known)]:
         print(said, file=sys.stderr)
     if said := " ".join(taught_otherwise(recipe, out / "teachers")):
         said += " Restore the recipe, delete the file to teach it again, or give the new teacher a name of its own."

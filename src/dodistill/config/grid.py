@@ -156,7 +156,12 @@ def cells(recipe: Tree, teachers: Path, allow_code: Allow = False) -> Iterator[C
 
 
 def _refuse_namesakes(cell: Cell, other: Cell) -> None:
-    """Refuse two cells of one key that read other images: the second would never run."""
+    """Refuse two cells of one key that read or probe other images: the second would never run."""
+    if cell.config.data.probe != other.config.data.probe:
+        raise DodistillError(
+            f"the cells {other.label} and {cell.label} differ in data.probe alone, which makes no other cell: give all "
+            "data sets in one list, as data.probe of `base`."
+        )
     for field in IMAGES:
         mine, its = getattr(cell.config.data, field), getattr(other.config.data, field)
         if not plugins.same(mine, its):
@@ -313,6 +318,20 @@ class Records:
                 if all(_may_choose(its.get(axis), name) for axis, name in others.items())
             }
         return self._completed[chosen].get(_hashable(mine))
+
+
+def not_probed(chosen: Sequence[Cell], known: Records) -> list[str]:
+    """A warning for each data set of `data.probe` on which finished cells were not probed: they do not run again."""
+    count = Counter[str]()
+    for cell in chosen:
+        if (record := known.find(cell)) is not None:
+            there = (record.get("summary") or {}).get("probe") or {}
+            count.update(spec for spec in cell.config.data.probe if Path(spec).name not in there)
+    return [
+        f"{n} finished {'cell was' if n == 1 else 'cells were'} not probed on {spec}, and finished cells do not run "
+        f"again: give their students to `dodistill evaluate STUDENT --probe {spec}`."
+        for spec, n in count.items()
+    ]
 
 
 def moved_images(chosen: Sequence[Cell], known: Records) -> list[str]:

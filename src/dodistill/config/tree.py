@@ -67,7 +67,8 @@ class Data:
     foreign: Model = field(default_factory=Model)  #: another model that predicts the dictionary (KDCI Table 5)
     test: str = ""  #: optional labelled images; their accuracy is reported, and no choice depends on it
     probe: tuple[str, ...] = ()
-    #: labelled data sets, as in cifar100,mnist: accuracy of a linear classifier on the delivered student's features
+    #: labelled data sets, as in cifar100,mnist: accuracy of a linear classifier on the delivered student's features,
+    #: computed after the end of a time limit
     crop_share: float = 0.0  #: centre crop / short side, for test images in folders; 0: 0.875 from 160 pixels, else 1
 
 
@@ -302,7 +303,8 @@ def _fits(value: Any, hint: Any, where: str) -> Any:
         raise DodistillError(f"{where}: {nearest(str(value), map(str, args), 'value')}")
     if origin in (tuple, list):
         if not isinstance(value, list | tuple):
-            raise DodistillError(f"{where} is {value!r}; it must be a list, as in [1, 2].")
+            some = "[a, b]" if args[:1] == (str,) else "[1, 2]"
+            raise DodistillError(f"{where} is {value!r}; it must be a list, as in {some}.")
         if origin is tuple and args[-1:] != (...,):
             if len(value) != len(args):
                 raise DodistillError(f"{where} is {value!r}; it must have {len(args)} entries.")

@@ -115,7 +115,7 @@ def load_images(
         raise DodistillError(f"unknown split {split!r}; use train or test.")
     name = str(spec)
     if name.startswith("planted:"):
-        return _planted(name.removeprefix("planted:"), split, labels, image_shape, seed, crop)
+        return _planted(name.removeprefix("planted:"), split, labels, image_shape, seed, crop, resize)
     if name == "digits":
         return _digits(split, labels, image_shape)
     kind, _, number = name.partition(":")
@@ -208,7 +208,9 @@ def _rho(spec: str) -> tuple[str, str]:
     return spec, "0.95"
 
 
-def _planted(spec: str, split: str, labels: bool, image_shape: Shape | None, seed: int, crop: float) -> Images:
+def _planted(
+    spec: str, split: str, labels: bool, image_shape: Shape | None, seed: int, crop: float, resize: bool
+) -> Images:
     base, which = _rho(spec)
     inner = image_shape if Path(base).expanduser().is_dir() else None
     if base == "digits" and image_shape is not None:
@@ -229,6 +231,8 @@ def _planted(spec: str, split: str, labels: bool, image_shape: Shape | None, see
     generator = torch.Generator().manual_seed(2 * seed + (split == "test"))
     shown = contexts(images.y, images.num_classes, rho, generator)
     x = plant(images.x, shown, palette(images.num_classes))
+    if image_shape is not None and resize and image_shape[0] in (1, 3):
+        x = resized(x, image_shape)
     if image_shape is not None and tuple(x.shape[1:]) != tuple(image_shape):
         raise DodistillError(
             f"image_shape is {tuple(image_shape)}, but planted:{spec} holds {tuple(x.shape[1:])}; give that."

@@ -11,6 +11,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from ..core.runtime import at_once, generator
+from ..data.folder import crop_share
 from ..data.images import Images, Shape, has_test, load_images, refuse_one_class
 from ..errors import DodistillError
 from ..functional.augment import to_float
@@ -22,13 +23,18 @@ from ..models.taps import classifier
 from .evaluate import Autocast, accuracy, top1
 
 
+def feature_layer(model: nn.Module) -> nn.Module:
+    """The layer that reads the penultimate features. Raises DodistillError for a network without one."""
+    return heads.find(model) or classifier(model)[1]
+
+
 @torch.no_grad()
 def features(model: nn.Module, x: Tensor, batch: int = 1000, autocast: Autocast = contextlib.nullcontext) -> Tensor:
     """fp32 [n, d], the penultimate features of images uint8 [n, C, H, W], in eval mode: BatchNorm is frozen too.
 
     For a student with a context head, these are the plain features, without its contexts.
     """
-    layer = heads.find(model) or classifier(model)[1]
+    layer = feature_layer(model)
     device = next(model.parameters()).device
     seen: list[Tensor] = []
 
@@ -55,8 +61,10 @@ def halves(spec: str, image_shape: Shape, crop: float = 0.0) -> tuple[Images, Im
     own.
     """
 
+    share = crop_share(crop, image_shape[1])  # 0 would be another one for training images
+
     def part(split: str) -> Images:
-        images = load_images(spec, split, True, image_shape, crop=crop, resize=True)
+        images = load_images(spec, split, True, image_shape, crop=share, resize=True)
         if images.y is None:
             raise DodistillError(f"{spec} has no labels, which a probe needs; give labelled images.")
         refuse_one_class(images, spec)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def resized(x: Tensor, shape: tuple[int, int, int], at_once: int = 4096) -> Tensor:
+def resized(x: Tensor, shape: tuple[int, int, int], at_once: int = 256) -> Tensor:
     """uint8 [n, C, H, W] at another shape: bilinear with antialiasing, as folders are. Grey is repeated in each
     channel, and colour becomes its luma (ITU-R BT.601) where one channel is asked for.
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from .. import __version__
 from ..config import methods
-from ..config.tree import Model
+from ..config.tree import Distill, Model
 from ..core.runtime import peak_memory_mb
 from ..engine import Distiller
 from ..engine.inputs import Inputs, read_inputs, sample, write_inputs
@@ -140,7 +140,7 @@ def save_student(best: nn.Module, path: Path, summary: Mapping[str, Any]) -> Non
 
 
 def deliver(it: Distiller, best: nn.Module, folder: RunFolder, summary: dict[str, Any], report: bool) -> None:
-    path, config = folder.path, it.config.to_tree()
+    path = folder.path
     pool, dictionary = it.acquirer.pool, it.acquirer.dictionary
     save_student(best, path / "student.safetensors", summary)
     n = min(64, len(pool))
@@ -149,7 +149,12 @@ def deliver(it: Distiller, best: nn.Module, folder: RunFolder, summary: dict[str
     write_inputs(path, _kept(it))
     if dictionary is not None:
         folder.write_json("dictionary.json", {"P": dictionary.P.tolist(), "Z": dictionary.Z.tolist()})
-    write_atomically(path / "README.md", model_card(config, summary).encode())
+    write_outcome(folder, it.config, summary, report)
+
+
+def write_outcome(folder: RunFolder, config: Distill, summary: Mapping[str, Any], report: bool) -> None:
+    """Write the summary, and what is made of it: the model card, and with `report` the report."""
+    write_atomically(folder.path / "README.md", model_card(config.to_tree(), summary).encode())
     folder.write_json("summary.json", summary)
     if report:
-        write_report(path, pdf=False)
+        write_report(folder.path, pdf=False)
