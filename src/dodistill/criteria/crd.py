@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ..core.batch import Batch
 from ..core.context import Context
-from ..core.runtime import seeded
+from ..core.runtime import restore_stream, seeded
 from ..errors import DodistillError
 from .shared.base import Criterion, Labelled, LabelledConfig, both, widths
 
@@ -101,7 +101,7 @@ class CRD(Labelled):
         return {"generator": self.generator.get_state(), "begun": self.begun}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.generator.set_state(state["generator"].cpu())
+        restore_stream(self.generator, state["generator"])
         self.begun = bool(state["begun"])
 
 
