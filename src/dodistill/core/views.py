@@ -197,12 +197,12 @@ class Views:
 
     def _shifted(self, slots: Tensor, shift: Tensor, mirrored: Tensor) -> Tensor:
         """The images in `slots` [B], shifted by dy and dx [2, B] pixels, and mirrored where `mirrored` [B]."""
-        x, a = self.pool.x[slots].to(self.pool.device), self.augment
-        return to_float(shift_flip(x, shift[0], shift[1], mirrored, a.padding, a.pad))
+        a = self.augment
+        return to_float(shift_flip(self._images(slots), shift[0], shift[1], mirrored, a.padding, a.pad))
 
     def _images(self, slots: Tensor) -> Tensor:
-        """The images in `slots` [B], float in [0, 1]."""
-        return to_float(self.pool.x[slots].to(self.pool.device))
+        """The images in `slots` [B], uint8 on the pool's device."""
+        return self.pool.x[slots].to(self.pool.device)
 
     def __call__(
         self, index: Tensor, generator: torch.Generator, ranks: Ranks | None = None
@@ -229,7 +229,7 @@ class Views:
             """This rank's part of the batch in another order."""
             slots, *how = (ranks.cut(v if order is None else v[order], n) for v in (index, *draws))
             if a.resizes:
-                return resized_part(self._images(slots), torch.stack(how), a.scale, a.flip)
+                return resized_part(to_float(self._images(slots)), torch.stack(how), a.scale, a.flip)
             return self._shifted(slots, torch.stack(how[:2]), how[2])
 
         x = seen()

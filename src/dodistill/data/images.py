@@ -137,14 +137,19 @@ def load_images(
                 raise DodistillError(f"no images at {spec}; give an existing .npz or .npy file, or a folder.")
             raise DodistillError(nearest(name, [*_NAMED, *_SAMPLES], "data set") + " Or give a file or folder.")
         images = _npz(path, split) if path.suffix == ".npz" else _npy(path)
-    if image_shape is not None and resize and {images.image_shape[0], image_shape[0]} <= {1, 3}:
-        images = replace(images, x=resized(images.x, image_shape))
+    if resize:
+        images = replace(images, x=_resized(images.x, image_shape))
     if image_shape is not None and images.image_shape != tuple(image_shape):
         raise DodistillError(
             f"{spec} holds images of shape {images.image_shape} (channels, height, width), but the model takes "
             f"{tuple(image_shape)}; resize the array, or give the images as a folder, which is resized on reading."
         )
     return images if labels else Images(images.x, note=images.note)
+
+
+def _resized(x: Tensor, shape: Shape | None) -> Tensor:
+    """The images at `shape`, if it is given and can be had from them; else as they are."""
+    return resized(x, shape) if shape is not None and {x.shape[1], shape[0]} <= {1, 3} else x
 
 
 def refuse_one_class(images: Labelled, what: str) -> None:
@@ -231,8 +236,8 @@ def _planted(
     generator = torch.Generator().manual_seed(2 * seed + (split == "test"))
     shown = contexts(images.y, images.num_classes, rho, generator)
     x = plant(images.x, shown, palette(images.num_classes))
-    if image_shape is not None and resize and image_shape[0] in (1, 3):
-        x = resized(x, image_shape)
+    if resize:
+        x = _resized(x, image_shape)
     if image_shape is not None and tuple(x.shape[1:]) != tuple(image_shape):
         raise DodistillError(
             f"image_shape is {tuple(image_shape)}, but planted:{spec} holds {tuple(x.shape[1:])}; give that."

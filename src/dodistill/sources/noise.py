@@ -97,7 +97,7 @@ class Noise(Source):
         if config.statistics == "current" and context.augment.moves:
             self.notes.append(
                 "With augmentation, the teacher's logits are computed again, with its running statistics; for current "
-                "statistics give --augment.pad 0 --augment.flip false (preset desk)."
+                "statistics give --augment.crop shift --augment.pad 0 --augment.flip false (preset desk)."
             )
         self.mean, self.std = mean.to(context.device), std.to(context.device)
 
