@@ -255,6 +255,20 @@ def test_crd_leaves_replayed_inputs_out() -> None:
         crd.Config(negatives=0).build(context())
 
 
+def test_crd_goes_on_where_it_stopped() -> None:
+    """A restored CRD has the memory, the scale and the draws of the one that was saved."""
+    it, other = (crd.Config(negatives=5, width=3).build(context()) for _ in range(2))
+    for seed in (0, 1):
+        it(randn(B, K, seed=seed), randn(B, K), batch())
+        it.observe(randn(B, K), batch())
+    other.load_state_dict(it.state_dict())
+    here = Batch(torch.arange(B), batch().labels, randn(B, K), 0.5, features(4, 50), features(8, 60))
+    for _ in range(2):  # the second call draws after the first
+        found, expected = (c(randn(B, K), randn(B, K), here)["contrast"] for c in (other, it))
+        assert torch.equal(found, expected)
+    assert not torch.equal(it(randn(B, K), randn(B, K), here)["contrast"], expected)
+
+
 # ---------------------------------------------------------------------------------------------------- taps
 
 

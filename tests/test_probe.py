@@ -134,10 +134,15 @@ def test_halves_of_data_without_labels_or_test(tmp_path: Path) -> None:
     assert train.image_shape == test.image_shape == (3, 8, 8)
     assert (len(train), len(test)) == (6, 2)
     assert halves(f"planted:{tmp_path / 'good.npz'}", (3, 8, 8))[0].image_shape == (3, 8, 8)
-    for name, said in (("plain.npz", "no labels"), ("one.npz", "one class"), ("packed.npy", "no labels"),
+    for name, said in (("plain.npz", "no labels"), ("one.npz", "one class"), ("packed.npy", "no test images of its own"),
                        ("four.npz", r"holds images of shape \(4, 9, 9\)")):  # fmt: skip
         with pytest.raises(DodistillError, match=said):
             halves(str(tmp_path / name), (3, 8, 8))
+    for label in "ab":  # a folder with classes and without a test split, whose images cannot be decoded
+        (tmp_path / "folder" / label).mkdir(parents=True)
+        (tmp_path / "folder" / label / "0.png").write_bytes(b"no picture")
+    with pytest.raises(DodistillError, match="folder has no test images of its own"):
+        halves(str(tmp_path / "folder"), (3, 8, 8))
 
 
 def run(out: Path, teacher: Path, *more: str) -> int:

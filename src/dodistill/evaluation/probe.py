@@ -58,9 +58,13 @@ def halves(spec: str, image_shape: Shape, crop: float = 0.0) -> tuple[Images, Im
     cropped as test images are.
 
     Raises DodistillError, besides `load_images`'s, for data without labels, of one class, or without a test set of its
-    own.
+    own, which is known before any image is decoded.
     """
-
+    if not has_test(spec):
+        raise DodistillError(
+            f"--probe {spec} has no test images of its own, and a probe is not scored on those that it learned "
+            "from; give a folder with train and test."
+        )
     share = crop_share(crop, image_shape[1])  # 0 would be another one for training images
 
     def part(split: str) -> Images:
@@ -70,13 +74,7 @@ def halves(spec: str, image_shape: Shape, crop: float = 0.0) -> tuple[Images, Im
         refuse_one_class(images, spec)
         return images
 
-    train = part("train")
-    if not has_test(spec):
-        raise DodistillError(
-            f"--probe {spec} has no test images of its own, and a probe is not scored on those that it learned "
-            "from; give a folder with train and test."
-        )
-    return train, part("test")
+    return part("train"), part("test")
 
 
 def linear_probe(
