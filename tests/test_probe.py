@@ -134,7 +134,7 @@ def test_halves_of_data_without_labels_or_test(tmp_path: Path) -> None:
     assert train.image_shape == test.image_shape == (3, 8, 8)
     assert (len(train), len(test)) == (6, 2)
     assert halves(f"planted:{tmp_path / 'good.npz'}", (3, 8, 8))[0].image_shape == (3, 8, 8)
-    for name, said in (("plain.npz", "no labels"), ("one.npz", "one class"), ("packed.npy", "no test images of its own"),
+    for name, said in (("plain.npz", "no labels"), ("one.npz", "one class"), ("packed.npy", "no test images"),
                        ("four.npz", r"holds images of shape \(4, 9, 9\)")):  # fmt: skip
         with pytest.raises(DodistillError, match=said):
             halves(str(tmp_path / name), (3, 8, 8))
