@@ -17,9 +17,9 @@ prior-assisted; its summary says so, because such runs do not compare with data-
 Deviations, and why
  1. E, see above. The release reads pickled CLIP vectors; we read .npy, .npz or .safetensors, which run no code.
  2. L_adv begins after the student's first matching step, as in our `fast`; in the release, one acquisition earlier.
- 3. The release carries the lowest L of one batch of an acquisition over to the next batch, which then may keep its
-    first iterate. Here each batch has its own lowest L.
- 4. A reinitialised generator has PyTorch's initialisation, as in the release.
+ 3. A reinitialised generator has PyTorch's initialisation, as in the release. The release also counts `life` from the
+    end of the warm-up, which is the same where `life` divides `warmup`, as in the presets.
+ 4. Draws from the pool, levels of pixels and the student's rate as in `fast` (its deviations 4 and 5).
 """
 
 from __future__ import annotations
