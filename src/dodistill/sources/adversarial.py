@@ -16,16 +16,20 @@ Deviations, and why
     and its gradient are 0 for all of these methods. The other toolbox (CMI) passes the student.
  2. zskt: we leave out attention transfer (beta 250), which needs networks of one family, and the clipping of gradients
     at norm 5. The release's KL is also a mean over classes; Adam cancels this factor K. Its student uses Adam, ours SGD
-    with the toolbox's settings. Its generator has no Tanh and starts from 10x10 maps.
+    with the toolbox's settings. Its generator ends with an affine BatchNorm, without a Tanh. After G's step it makes
+    the images of the same z anew for the student; ours are those from before the step (`fresh = 0`).
  3. The student is in eval mode during the generator's step. ZSKT and DFAD have it in train mode, where its BatchNorm
     uses the statistics of the batch. `student_bn = "batch"` does that, and leaves the running statistics unchanged.
     With `running` (the toolbox) the generator can increase D by images on which only the running statistics are wrong.
- 4. The generator's rate is constant (ZSKT: a cosine; DFAD: optional steps, here for the student only).
- 5. dfq: settings of the toolbox, as the paper has no release. The paper compares BatchNorm statistics by a KL of
-    Gaussians.
+ 4. The generator's rate is constant (ZSKT: a cosine). DFAD's README divides both rates by 10 after 20 % and 40 % of the
+    run (`--scheduler`); preset `dfad` divides the student's alone, after 40 % and 80 %.
+ 5. dfq: settings and large generator of the toolbox (CMI's copy), as the paper has no release. That copy makes the
+    student's batches with G in eval mode; here G stays in train mode. Its student's rate falls once per epoch of 400
+    steps, ours with every step. The paper compares BatchNorm statistics by a KL of Gaussians.
  6. mad: we leave out class-conditional generators, the bounds on its losses and its pretraining of G. The losses are
     those of dfq. All weights except the decay are ours, unverified against the paper.
- 7. Images in normalised coordinates are clipped to [0, 1] in the generator, as in `dafl`.
+ 7. Images in normalised coordinates are clipped to [0, 1] in the generator, and 3 % of each acquisition is held back,
+    as in `dafl`.
 """
 
 from __future__ import annotations

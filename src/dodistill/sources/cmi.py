@@ -15,11 +15,12 @@ images, and each step compares with `negatives` of them. The head is kept betwee
 Deviations, and why
  1. L_adv begins after the student's first matching step (acquisition `warmup` + 1); in the release, with the first.
  2. The bank is on the run's device and may have any size. The release's bank counts as empty in the acquisition after
-    it is exactly full (the 160th). The loss is NaN there, and the first, untrained iterate is kept as the best.
+    it is exactly full (the 161st). The loss is NaN there, and the first, untrained iterate is kept as the best.
  3. The global features are projected without a graph; the release detaches them afterwards. The gradients are the same.
  4. A part that would exceed the image is shrunk to fit; the release's library redraws it, and aligns corners.
  5. `cr = 0` makes no local view (one of the two releases crashes).
  6. `layers` selects other features; the release uses the inputs of the four stages, for its ResNet-34 only.
+ 7. Draws from the pool, levels of pixels and the student's rate as in `fast` (its deviations 4 and 5).
 """
 
 from __future__ import annotations

@@ -20,7 +20,9 @@ Deviations, and why
  3. Huawei's hidden BatchNorms have eps 0.8, a slip of older code that its authors kept on purpose: `eps`.
  4. The toolbox's script says T = 20, but its code matches at T = 1 for this method; the presets use 1. `toolbox` is the
     copy in Fast's repository. CMI's copy has a larger generator, and makes the student's batches with it in eval mode.
- 5. Huawei's MNIST student uses Adam; ours uses SGD at a rate of our choice. Its CIFAR-100 teacher has CIFAR-10's
+    The student's rate falls with every step; in the toolbox, once per epoch of 400 steps.
+ 5. Huawei's MNIST student uses Adam; ours uses SGD at a rate of our choice. The f of its LeNet-5 is the input of the
+    first of two Linear layers (120 numbers), ours that of the last (84). Its CIFAR-100 teacher has CIFAR-10's
     normalisation; ours has its own.
  6. 3 % of each acquisition is held back to score the student. The student draws as many of the others twice.
  7. `coverage` (ours): the gradient of L_ie with respect to class c is proportional to p_c. A class that is absent from

@@ -13,7 +13,7 @@ iterations replace each 2x2 block of x by its mean, as NVIDIA's ImageNet code do
 Deviations, and why
  1. `js = "true"` is the Jensen-Shannon divergence at temperature 3. The released code's "JS" is KL(M || P) with
     probabilities clamped to [0.01, 0.99], which has almost no gradient with 100 classes. `js = "published"` is that,
-    clamped to [0, 1] as in the release.
+    clamped to [0, 1] as in NVIDIA's code. The toolbox does not clamp it; it can reach 1.6.
  2. `best` returns the iterate of lowest loss, as the release intends. The release's copy aliases the tensor that it
     updates in place, so it always returns the last iterate: `best = false`. NVIDIA's ImageNet code copies, one step
     late and at either resolution. Ours compares at full resolution only, as losses of two resolutions do not compare.
@@ -25,6 +25,9 @@ Deviations, and why
     Fast's has tv 0 and ends at 2e-4. It also subtracts 0.001 of the student's BatchNorm loss. No paper has this term,
     so we leave it out.
  6. NVIDIA's ImageNet code inverts 42 hand-picked classes, or random ones (`--random_label`). Ours are random.
+ 7. The student of the adaptive term is the one that is trained, as in the toolbox and by the authors' replies. In
+    NVIDIA's code it is fixed: a pretrained ResNet-18 for ImageNet, an untrained one for CIFAR-10.
+ 8. Draws from the pool, levels of pixels and the student's rate as in `fast` (its deviations 4 and 5).
 """
 
 from __future__ import annotations
