@@ -3,9 +3,14 @@
     Q(A) = vec(mean_c A_c^2) / ||vec(mean_c A_c^2)||_2          of a feature map A [C, H, W]
     L_AT = sum over stages of mean ( Q(F) - Q(H) )^2
 
-As in RepDistiller, the mean is over batch and positions. The resolutions that both networks have are compared
-(`taps.stages`); the released code resizes the larger map instead. On VGG, RepDistiller pairs maps of 16, 8, 4 and 4
-pixels (`feat[1:-1]`); ours are of 32, 16, 8 and 4.
+As in RepDistiller, the mean is over batch and positions.
+
+Deviations, and why
+ 1. The resolutions that both networks have are compared (`taps.stages`); the released code resizes the larger map
+    instead. On VGG, RepDistiller pairs maps of 16, 8, 4 and 4 pixels (`feat[1:-1]`); ours are of 32, 16, 8 and 4.
+ 2. RepDistiller reads the outputs of the stages, on VGG after their ReLU. So do we on ResNet. On VGG we read them
+    before the ReLU, and on WRN after the BatchNorm that follows (its `preact` features), as `taps.stages` sees no
+    functions.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@
     NCKD = T^2 KL( softmax of the other logits / T ), teacher || student
     L    = ce CE + warm-up * (alpha TCKD + beta NCKD)
 
-The warm-up grows from 0 to 1 over the first `warmup` share of the run, as in the released code (mdistiller).
+The warm-up grows from 0 to 1 over the first `warmup` share of the run, with every step; in the released code
+(mdistiller) with every epoch, from 1/20.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
     G    = vec(A) vec(A)^T, each row divided by its length            [B, B], of the coarsest feature maps A
     L_SP = (1 / B^2) || G_student - G_teacher ||_F^2
 
-The maps can differ in size. As in RepDistiller, they are those of the last stage of each network (`taps.stages`).
+The maps can differ in size. As in RepDistiller, they are those of the last stage of each network (`taps.stages`),
+but on VGG before the last ReLU, and on WRN after the last BatchNorm; see `at`.
 """
 
 from __future__ import annotations
