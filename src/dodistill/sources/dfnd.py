@@ -14,7 +14,7 @@ Deviations, and why (tests/test_parity_wild.py has the released numbers)
  2. Unlabelled images get the teacher's normalisation. The release gives a CIFAR teacher images with ImageNet's
     constants.
  3. Training length is `loop.steps`; 40 000 / n * 512 epochs of n images in batches of 256 are 80 000 steps. The release
-    rounds down to epochs and stops one short, at 77 352.
+    rounds down to epochs and stops one short, at 77 352. Images are drawn with replacement; the release shuffles.
  4. Larger images of a folder are cropped to their centre square; the release squashes them to 32x32. Images of the
     required size, such as those of downsampled ImageNet, stay unchanged.
 """

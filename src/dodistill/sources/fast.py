@@ -16,6 +16,7 @@ Deviations, and why
  3. At acquisition 120 + warm-up, the 140th, the release redraws the first layer and the first BatchNorm. The paper does
     not mention it. Here this is `reset_at` (0: never).
  4. Batches are drawn from the pool with replacement; the release iterates over PNG files on disk in shuffled order.
+    Pixels are rounded to 256 levels; those of the release are truncated. 3 % are held back to score the student.
  5. The student's rate falls with every step; in the release, once per epoch of 400 steps.
  6. With `extra`, G makes further images from new latents after its K steps: twice as many as are kept, and the choice
     is even over the teacher's classes. Such an image costs two forward passes of G and of the teacher; an optimised

@@ -22,7 +22,9 @@ Deviations, and why
  2. The released runs mix in images of an earlier run (`cmi_init`) that were never released. Ours do not.
  3. The pool has the newest 140 000 images, the number in the paper's table. The release keeps all 400 000 on disk.
  4. The student's rate falls with every step; in the release, once per 1000.
- 5. There is no released code for a generator per class. `per_class` is our reading of one sentence. It omits Reptile,
+ 5. In the teacher's view, parts that would exceed the image are cut to fit; the release's library redraws them, and
+    aligns corners. Draws from the pool and levels of pixels as in `fast` (its deviation 4).
+ 6. There is no released code for a generator per class. `per_class` is our reading of one sentence. It omits Reptile,
     as a class returns only once in classes / m acquisitions, and draws new latents, as all labels of a class are equal.
 """
 

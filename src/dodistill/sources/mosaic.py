@@ -16,7 +16,7 @@ Deviations, and why (tests/test_parity_wild.py has the released numbers)
     running statistics take in the generated batch. Here the running statistics stay unchanged, as a source does
     not modify its inputs. `student_bn = "running"` is eval mode; see `adversarial` for a reason against it.
  2. The `every` batches of an acquisition are mixed, so each batch of S is half x and half u only on average. In the
-    release it is exactly half.
+    release it is exactly half. 3 % of an acquisition are held back to score S.
  3. u is drawn with replacement; in the release, by epochs. S receives images in 256 levels.
  4. A source does not know the length of the run, so its rates fall by a cosine over `anneal` acquisitions (steps /
     every). The rate of S falls with every step; in the release it is constant during the `every` steps.

@@ -16,7 +16,8 @@ Deviations, and why
  3. The student is in eval mode during G's step. In the release it is in train mode: D uses the statistics of G's batch,
     and this batch updates the running statistics.
  4. The student's rate falls each step; in the release, each epoch (360 of its steps at batch 1024, 720 at 512).
- 5. Images are in the teacher's normalised coordinates, and the generator clips them to [0, 1], as in `dafl`.
+ 5. Images are in the teacher's normalised coordinates, and the generator clips them to [0, 1], as in `dafl`. 3 % of an
+    acquisition are held back. Its batches are mixed, and rounded to 256 levels.
  6. The released LRA halves the batch, so it makes twice the steps of the other two. Its presets do the same; compare
     them at equal `loop.steps` only.
  7. Spectral norm estimates the singular vectors by 15 power iterations at the start; the release starts from random
