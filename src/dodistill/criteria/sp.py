@@ -4,7 +4,7 @@
     L_SP = (1 / B^2) || G_student - G_teacher ||_F^2
 
 The maps can differ in size. As in RepDistiller, they are those of the last stage of each network (`taps.stages`),
-but on VGG before the last ReLU, and on WRN after the last BatchNorm; see `at`.
+but on VGG before the last ReLU, on WRN after the last BatchNorm, on MobileNetV2 after the last convolution; see `at`.
 """
 
 from __future__ import annotations
