@@ -293,9 +293,10 @@ def test_channels_last_activations_are_no_stages(shape: tuple[int, int, int]) ->
 
 
 def test_stages_are_the_last_maps_of_each_size() -> None:
+    """As in RepDistiller: the outputs of the stages, on VGG after their ReLU. A wrapped network is looked into."""
     net = build("wrn16_1", 5, 3).eval()
     outs: dict[str, Tensor] = {}
-    places = ("block2.layer.0.bn1", "block3.layer.0.bn1", "bn1")  # of a pre-activation network
+    places = ("block1", "block2", "block3")
     for name in places:
         net.get_submodule(name).register_forward_hook(lambda _m, _a, out, name=name: outs.update({name: out}))
     with tapped(net, frozenset({"stages", "features"})) as seen:
@@ -320,8 +321,20 @@ def test_stages_of_other_families(name: str, sizes: list[int]) -> None:
     net = build(name, 5, 3).train()
     seen = probe(net, (3, 32, 32), frozenset({"stages"}), torch.device("cpu"))
     assert [m.shape[2] for m in seen.stages] == sizes
+    wrapped = probe(nn.Sequential(net), (3, 32, 32), frozenset({"stages"}), torch.device("cpu"))
+    assert all(torch.equal(a, b) for a, b in zip(seen.stages, wrapped.stages, strict=True))
+    assert name == "mobilenetv2" or min(m.min() for m in seen.stages) >= 0  # its units end without an activation
     assert all(m.training for m in net.modules())
     assert not any(m._forward_hooks for m in net.modules())
+
+
+def test_a_network_names_its_stages() -> None:
+    net = build("mobilenetv2", 5, 3).eval()
+    seen = probe(net, (3, 32, 32), frozenset({"stages"}), torch.device("cpu"))
+    assert [m.shape[1] for m in seen.stages] == [24, 32, 96, 320]  # RepDistiller's f1 to f4
+    net.stage_names = ("features.99",)  # type: ignore[assignment]
+    with pytest.raises(DodistillError, match=r"MobileNetV2 has 'features.99', which is no submodule"):
+        probe(net, (3, 32, 32), frozenset({"stages"}), torch.device("cpu"))
 
 
 def test_stages_forget_the_pass_before() -> None:

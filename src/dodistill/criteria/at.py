@@ -8,9 +8,8 @@ As in RepDistiller, the mean is over batch and positions.
 Deviations, and why
  1. The resolutions that both networks have are compared (`taps.stages`); the released code resizes the larger map
     instead. On VGG, RepDistiller pairs maps of 16, 8, 4 and 4 pixels (`feat[1:-1]`); ours are of 32, 16, 8 and 4.
- 2. RepDistiller reads the outputs of the stages, on VGG after their ReLU. So do we on ResNet. On VGG we read them
-    before the ReLU, on WRN after the BatchNorm that follows (its `preact` features), and on MobileNetV2 after the next
-    expansion or the last convolution: `taps.stages` takes the last module's output of each resolution.
+ 2. As in RepDistiller, the maps of ResNet, WRN, VGG and MobileNetV2 are the outputs of their stages. In other networks
+    they are the last module's output of each resolution, which may come before a ReLU (see `taps.stages`).
 """
 
 from __future__ import annotations

@@ -4,8 +4,7 @@
 
 Deviations, and why
  1. One run with both losses, as in RepDistiller; the paper trains the hint first and alone.
- 2. r has no ReLU at its end: the maps that `taps.stages` records may be negative. On VGG, WRN and MobileNetV2 they are
-    not those of RepDistiller; see `at`.
+ 2. r has no ReLU at its end: the maps that `taps.stages` records may be negative.
  3. r has no weight decay; only the student has.
 """
 

@@ -3,8 +3,7 @@
     G    = vec(A) vec(A)^T, each row divided by its length            [B, B], of the coarsest feature maps A
     L_SP = (1 / B^2) || G_student - G_teacher ||_F^2
 
-The maps can differ in size. As in RepDistiller, they are those of the last stage of each network (`taps.stages`),
-but on VGG before the last ReLU, on WRN after the last BatchNorm, on MobileNetV2 after the last convolution; see `at`.
+The maps can differ in size. As in RepDistiller, they are those of the last stage of each network (`taps.stages`).
 """
 
 from __future__ import annotations

@@ -122,15 +122,30 @@ def probe(model: nn.Module, image_shape: tuple[int, int, int], needs: frozenset[
     return seen
 
 
+def _stage_modules(model: nn.Module) -> list[nn.Module]:
+    """The submodules whose outputs can be the maps of stages."""
+    for net in model.modules():  # the network itself, or one in a wrapper
+        names: Sequence[str] = getattr(net, "stage_names", ())
+        if names:
+            there = dict(net.named_modules())
+            if missing := [name for name in names if name not in there]:
+                raise DodistillError(f"stage_names of {type(net).__name__} has {missing[0]!r}, which is no submodule.")
+            return [there[name] for name in names]
+    return [m for m in model.modules() if m is not model]
+
+
 @contextmanager
 def stages(model: nn.Module) -> Iterator[dict[tuple[int, int], Tensor]]:
     """(H, W) -> the last feature map [B, C, H, W] of that size in the latest forward pass, in graph; 1x1 is left out.
 
-    Only outputs of submodules are recorded, not those of functions. Where stages end in modules (ResNet), the maps are
-    the outputs of the stages. Where ReLU and pooling are functions (VGG, Tiny), they are the last maps before these,
-    which may be negative. Where the next unit begins at the old size, they are its first map (WRN: the BatchNorm of the
-    stage's output; MobileNetV2: its expansion). A network whose maps do not shrink (a ViT) has no stages. An output
-    that has not the proportions of the image is no feature map, such as [B, H, W, C] in a ConvNeXt.
+    Only outputs of submodules are recorded, not those of functions. A network can name the submodules: `stage_names`,
+    a tuple of their names, which WRN and MobileNetV2 have. In other networks all submodules count. Where stages end in
+    modules (ResNet, VGG), the maps are then the outputs of the stages. Where ReLU and pooling are functions (Tiny),
+    they are the last maps before these, which may be negative. Where the next unit begins at the old size, they are its
+    first map. A network whose maps do not shrink (a ViT) has no stages. An output that has not the proportions of the
+    image is no feature map, such as [B, H, W, C] in a ConvNeXt.
+
+    Raises DodistillError where `stage_names` has a name that is no submodule.
     """
     found: dict[tuple[int, int], Tensor] = {}
     image = [1, 1]
@@ -146,7 +161,7 @@ def stages(model: nn.Module) -> Iterator[dict[tuple[int, int], Tensor]]:
         if abs(h * width - w * height) <= max(height, width):  # up to a pixel of rounding in h and w
             found[(h, w)] = out
 
-    handles = [m.register_forward_hook(record) for m in model.modules() if m is not model]
+    handles = [m.register_forward_hook(record) for m in _stage_modules(model)]
     handles.append(model.register_forward_pre_hook(begin))
     with _hooked(handles):
         try:

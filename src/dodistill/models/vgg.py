@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 def _block(i: int, widths: Sequence[int]) -> nn.Sequential:
-    """Convolution, BatchNorm, ReLU for each width; the last ReLU belongs to the forward pass."""
+    """Convolution, BatchNorm, ReLU for each width, without the last ReLU, which is the network's `relu`."""
     layers: list[nn.Module] = []
     for width in widths:
         layers += [nn.Conv2d(i, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
@@ -32,6 +32,7 @@ class VGG(nn.Module):
         for k, block in enumerate(widths):
             self.add_module(f"block{k}", _block(i, block))
             i = block[-1]
+        self.relu = nn.ReLU()  # a module, so that hooks see its outputs, which are the stages' maps
         self.classifier = nn.Linear(i, num_classes)
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
@@ -44,7 +45,7 @@ class VGG(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         pools = 4 if x.shape[-1] >= 64 else 3
         for k in range(5):
-            x = F.relu(self.get_submodule(f"block{k}")(x))
+            x = self.relu(self.get_submodule(f"block{k}")(x))
             if k < pools:
                 x = F.max_pool2d(x, 2)
         logits: Tensor = self.classifier(x.mean((2, 3)))

@@ -49,6 +49,8 @@ class Stage(nn.Module):
 class WideResNet(nn.Module):
     """[B, in_channels, H, W] -> logits [B, num_classes]; `depth` = 6 n + 4, widths 16k, 32k, 64k."""
 
+    stage_names = ("block1", "block2", "block3")  #: see `taps.stages`
+
     def __init__(self, depth: int, k: int, num_classes: int, in_channels: int = 3) -> None:
         super().__init__()
         n = (depth - 4) // 6
