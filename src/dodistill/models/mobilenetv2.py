@@ -37,7 +37,7 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(nn.Module):
     """[B, in_channels, H, W] -> logits [B, num_classes]."""
 
-    stage_names = ("features.3", "features.6", "features.13", "features.17")  #: the last units before a stride or the head
+    stage_names = ("features.3", "features.6", "features.13", "features.17")  #: units before a stride, and the last one
 
     def __init__(self, num_classes: int, in_channels: int = 3) -> None:
         super().__init__()

@@ -22,7 +22,7 @@ Deviations, and why
     uses the statistics of the batch. `student_bn = "batch"` does that, and leaves the running statistics unchanged.
     With `running` (the toolbox) the generator can increase D by images on which only the running statistics are wrong.
  4. The generator's rate is constant (ZSKT: a cosine). DFAD's README divides both rates by 10 after 20 % and 40 % of the
-    run (`--scheduler`); preset `dfad` divides the student's alone, after 40 % and 80 %.
+    run (`--scheduler`); preset `dfad` divides the student's alone.
  5. dfq: settings and large generator of the toolbox (CMI's copy), as the paper has no release. That copy makes the
     student's batches with G in eval mode; here G stays in train mode. Its student's rate falls once per epoch of 400
     steps, ours with every step. The paper compares BatchNorm statistics by a KL of Gaussians.
@@ -105,7 +105,8 @@ class Config(FreshConfig):
         ),
         "dfad": _preset(
             {**_RELEASE, "loss": "l1", "every": 5, "fresh": 5, "batch": 256, "latent": 256},
-            {"name": "l1"}, {"lr": 0.1, "weight_decay": 5e-4, "schedule": "steps"}, 125_000, 256,
+            {"name": "l1"}, {"lr": 0.1, "weight_decay": 5e-4, "schedule": "steps", "milestones": (0.2, 0.4)},
+            125_000, 256,
         ),
         "dfad-mnist": _preset(
             {**_RELEASE, "loss": "l1", "every": 5, "fresh": 5, "batch": 512, "latent": 100},
