@@ -1,4 +1,4 @@
-"""The loop: acquire or match, then log, evaluate, save. It names no method and displays nothing."""
+"""The loop: acquire or match, then evaluate, log, save. It names no method and displays nothing."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ class Distiller:
         self.step = 0  #: matching steps done
         self._begin: Callable[[int], None] = _unseeded  # seeds the global streams of a step, within `run`
         self._devices: list[str] = []  # the kinds of device that have computed it
-        self._behind = False  # whether the last step was not yet logged and evaluated
+        self._behind = False  # whether the last step was not yet evaluated and logged
+        self._saved = (0, 0)  # `progress` when this start began, or at its last checkpoint
         self.stopped = ""  #: where the last `run` stopped inside an acquisition or evaluation
 
     # ------------------------------------------------------------------------------------------------ run
@@ -128,38 +129,52 @@ class Distiller:
         return context.autocast.state_dict(), self.compiled.state_dict()
 
     def _loop(self, folder: RunFolder | NoFolder, tell: Watcher, deadline: float) -> bool:
-        if self._behind and not self.looked(tell):  # stopped in the evaluation after a step
+        """Acquire or match, then report and save. True at the last step, False at the deadline."""
+        if self._behind and not self.reported(tell):  # stopped in the evaluation after a step
             return False
         if self.step >= self.plan.steps:  # stopped after its last step, before its delivery
             return True
-        saved = (self.acquirer.round, self.step)
+        self._saved = self.progress
         while self.step < self.plan.steps:
-            now, expected = (self.acquirer.round, self.step), self.acquirer.expected
             if self.acquirer.due(self.step):
-                # an acquisition that would not end in time is left to the next start; a stop inside it loses nothing
-                late = time.monotonic() + expected > deadline
-                stop, long = self.ranks.any(late, expected > LONG) if now != saved else (False, False)
-                if stop or long:
-                    self.save(folder)
-                    saved = now
-                if stop:
+                if self._stops_before_acquisition(folder, deadline):
                     return False
                 self.acquire(tell)
             else:
                 self.match()
-                if not self.looked(tell):
+                if not self.reported(tell):
                     self.save(folder)
                     return False
-            stop, due = self.ranks.any(time.monotonic() > deadline, folder.due())
-            stop = stop and self.step < self.plan.steps
-            if stop or (due and self.step < self.plan.steps):
-                self.save(folder)
-                saved = (self.acquirer.round, self.step)
-            if stop:
+            if self.step < self.plan.steps and self._stops(folder, deadline):
                 return False
         self.show_pool(tell)
         self.save(folder)
         return True
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """(acquisitions, matching steps) done."""
+        return self.acquirer.round, self.step
+
+    def _stops_before_acquisition(self, folder: RunFolder | NoFolder, deadline: float) -> bool:
+        """Save before an acquisition that is long, or would not end by the deadline. True in the second case.
+
+        Nothing is saved, and nothing stops, if all progress is saved already: a stop inside the acquisition loses none.
+        """
+        if self.progress == self._saved:
+            return False
+        expected = self.acquirer.expected
+        stop, long = self.ranks.any(time.monotonic() + expected > deadline, expected > LONG)
+        if stop or long:
+            self.save(folder)
+        return stop
+
+    def _stops(self, folder: RunFolder | NoFolder, deadline: float) -> bool:
+        """Save if a checkpoint is due or the deadline has passed. True in the second case."""
+        stop, due = self.ranks.any(time.monotonic() > deadline, folder.due())
+        if stop or due:
+            self.save(folder)
+        return stop
 
     def acquire(self, tell: Watcher) -> None:
         """One acquisition; the pool is described from time to time."""
@@ -180,44 +195,44 @@ class Distiller:
         self.step += 1
         self._behind = True
 
-    # ----------------------------------------------------------------------------------- look, evaluate, save
+    # --------------------------------------------------------------------------------- evaluate, log, save
 
-    def looked(self, tell: Watcher) -> bool:
-        """`look`; False if the deadline came during the evaluation. Then nothing of it counts, and it is due again."""
+    def reported(self, tell: Watcher) -> bool:
+        """`report`; False if the deadline came during the evaluation: it then counts as not done, and is due again."""
         try:
-            self.look(tell)
+            self.report(tell)
         except OutOfTime as reached:
             self.stopped = str(reached)
             return False
         self._behind = False
         return True
 
-    def look(self, tell: Watcher) -> None:
-        """Log and evaluate, each at its own cadence and at the last step, which a time limit may bring forward."""
+    def report(self, tell: Watcher) -> None:
+        """Evaluate and log, each at its own cadence and at the last step, which a time limit may bring forward."""
         loop = self.config.loop
         if self.plan.limited and self._adjusted():
             tell.on_steps(self.step, self.plan.steps)
         last = self.step == self.plan.steps
-        evaluating = last or self.step % loop.eval_every == 0
-        scores = {}
-        if evaluating:
-            self.meter.agree()
-            # under a time limit the test images count once, at the end
-            scores = self.ranks.share(lambda: self._scored(tests=last or not self.plan.limited))
-        looking = last or self.step % loop.log_every == 0
-        values = self.read() if looking else {}
-        done = self.plan.done(self.step)
-        if looking:
-            values |= {"rate": self.clock.lap(self.step) * loop.batch, "lr": self.lr()}
-        if looking and self.plan.limited:
+        if last or self.step % loop.eval_every == 0:
+            self.evaluate(tell, tests=last or not self.plan.limited)  # under a time limit tests count once, at the end
+        if last or self.step % loop.log_every == 0:
+            self.log(tell)
+
+    def evaluate(self, tell: Watcher, tests: bool) -> None:
+        """Score the student, with `tests` also on the test set. Raises Diverged for terms that are not finite."""
+        self.meter.agree()
+        tell.on_eval(self.step, self.ranks.share(lambda: self._scored(tests)))
+
+    def log(self, tell: Watcher) -> None:
+        """Report the mean terms since the last log line, and new symptoms of collapse."""
+        values = self.read()
+        values |= {"rate": self.clock.lap(self.step) * self.config.loop.batch, "lr": self.lr()}
+        if self.plan.limited:
             values["steps"] = self.plan.steps  # as far as is known now
-        if evaluating:
-            tell.on_eval(self.step, scores)
-        if looking:
-            agreement = self.scorer.last.get("agreement")
-            for symptom, text in self.meter.collapsed(values, agreement, done).items():
-                tell.on_warning(self.step, symptom, text)
-            tell.on_log(self.step, {"seconds": round(self.clock.seconds, 3), **values})
+        agreement = self.scorer.last.get("agreement")
+        for symptom, text in self.meter.collapsed(values, agreement, self.plan.done(self.step)).items():
+            tell.on_warning(self.step, symptom, text)
+        tell.on_log(self.step, {"seconds": round(self.clock.seconds, 3), **values})
 
     def _adjusted(self) -> bool:
         """Whether the number of steps changed, by the speed of the first rank."""
@@ -235,11 +250,11 @@ class Distiller:
         tell.on_images(self.step, self.acquirer.pool.some)
 
     def lr(self) -> float:
-        """The student's rate after the steps that are done."""
+        """The student's learning rate after the steps that are done."""
         return self.matcher.rate(self.plan.scheduled(self.step))
 
     def read(self) -> dict[str, float]:
-        """Mean terms since the last look, with one device sync."""
+        """Mean terms since the last log line, with one device sync. Raises Diverged for one that is not finite."""
         self.meter.agree()
         of_batch = self.matcher.terms(self.acquirer.dictionary)
         values = self.ranks.share(lambda: self._read(of_batch))
@@ -255,6 +270,7 @@ class Distiller:
         """Write a checkpoint. Raises Diverged for values that are not finite, to keep the last good checkpoint."""
         self.meter.agree()
         self.ranks.share(lambda: self._save(folder))
+        self._saved = self.progress
 
     def _save(self, folder: RunFolder | NoFolder) -> None:
         self.acquirer.check()
