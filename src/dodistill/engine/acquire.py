@@ -104,33 +104,48 @@ class Acquirer:
 
     def acquire(self, student: nn.Module) -> None:
         """One acquisition, into pool, held-back inputs, replay and dictionary."""
-        start, ranks, before = time.perf_counter(), self.context.ranks, self.round
+        start = time.perf_counter()
         self.slots.undo()
         student.eval()
+        got = self._acquired_by_all(student)
+        held, kept = self._split(got)
+        if self.round == 1:
+            draws, most = self.context.ranks.share(lambda: self._draws(len(kept.images)))
+            self.views.plan(draws, most, asked_each_time=bool(self.needs))
+        self._store(held, kept)
+        self._remembers = self.context.ranks.share(lambda: self._remembered(kept))
+        self.signs = self._signs(got)
+        self._rebuild(got)
+        self.seconds += time.perf_counter() - start
+
+    def _acquired_by_all(self, student: nn.Module) -> Acquired:
+        """What the source acquires, labelled, and the count of the acquisition: both the same on every rank."""
+        ranks, round = self.context.ranks, self.round + 1
         got = self._acquired_together(student) if self.config.source.together and ranks.world > 1 else None
         got = ranks.share(lambda: got or self._acquired(student), [self.context.unlabeled])
-        self.round = before + 1
-        held, kept = self._split(got)
-        g = self.generators["pool"]
-        if self.round == 1:
-            draws, most = ranks.share(lambda: self._draws(len(kept.images)))
-            self.views.plan(draws, most, asked_each_time=bool(self.needs))
+        self.round = round  # `_acquired` has counted it on the first rank alone
+        return got
+
+    def _store(self, held: Acquired, kept: Acquired) -> None:
+        """Put both parts of an acquisition into their pools, and the teacher's logits of views beside the second."""
         assert held.logits is not None
         assert kept.logits is not None
+        g = self.generators["pool"]
         self.holdout.add(held.images, held.logits, g, held.labels)
         slots = self.pool.add(kept.images, kept.logits, g, kept.labels)
         self._sound &= self.views.fill(slots, self._ask_together)
         if self.views.count and not self.frequent:
             self.check()
-        self._remembers = ranks.share(lambda: self._remembered(kept))
-        some = slice(None, None, max(1, len(got.images) // 512))
+
+    def _signs(self, got: Acquired) -> dict[str, Tensor]:
+        """`vital_signs` of at most about 1000 of the inputs, evenly spaced."""
         assert got.logits is not None
-        self.signs = vital_signs(got.images[some].to(got.logits.device), got.logits[some])
-        self._rebuild(got)
-        self.seconds += time.perf_counter() - start
+        some = slice(None, None, max(1, len(got.images) // 512))
+        return vital_signs(got.images[some].to(got.logits.device), got.logits[some])
 
     def _acquired_together(self, student: nn.Module) -> Acquired:
-        """The same on every rank, but for the rounding of some devices; the passes of networks are shared out."""
+        """`_acquired` on every rank, with the passes of the networks divided among them. Some devices round
+        differently."""
         ranks, self.sharing = self.context.ranks, True
         try:
             with ranks.sharing(self.context.teacher, student):
@@ -143,7 +158,7 @@ class Acquirer:
         return got
 
     def _acquired(self, student: nn.Module) -> Acquired:
-        """What the source acquires, labelled."""
+        """What the source acquires, labelled. Counts the acquisition once the source has returned."""
         got = self.source.acquire(student, self.round)
         _require_images(got, self.config.source.name, self.context.image_shape)
         self.round += 1
