@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..config.plugins import label
-from ..config.tree import Distill, code_in, difference, grown, resolve
+from ..config.tree import Distill, Tree, code_in, difference, grown, resolve
 from ..core.watch import Watcher
 from ..data.classes import read_names
 from ..data.packed import open_images
@@ -141,6 +141,43 @@ def names_of_run(path: Path) -> tuple[str, ...]:
     return read_names(file, "the names of classes") if file.is_file() else ()
 
 
+def _require_writable(path: Path) -> None:
+    """Refuse a path at which this process cannot make a run folder, or write into it. Nothing is created."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:  # a name that is too long, or a null byte
+        reason = getattr(error, "strerror", None) or error
+        if getattr(error, "errno", None) not in (errno.ENOTDIR, errno.EACCES):
+            raise DodistillError(f"cannot make run folder {shown(path)!r}: {reason}; choose another --out.") from error
+    there = next(p for p in (path, *path.absolute().parents) if os.path.exists(p))
+    if not os.path.isdir(there):
+        raise DodistillError(f"cannot make run folder {path}: {there} is a file; choose another --out.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise DodistillError(f"cannot write to {there}: no permission; choose another --out.")
+
+
+def _require_same_run(path: Path, config: Distill, tree: Tree) -> None:
+    """Refuse a folder that holds something else than the run of `config`, whose tree is `tree`, or that run trained for
+    fewer steps."""
+    known, metrics = path / "config.json", path / "metrics.jsonl"
+    if known.exists():
+        old = read_object(known, "choose another --out")
+        _require_same_code(path, old, tree)
+        began, mine, default = (settings_of(t) for t in (old, tree, resolve(config.choices()).to_tree()))
+        if not grown(began, mine, default) and not extends(began, mine, default):
+            lines = difference(began, mine)
+            raise DodistillError(
+                f"run folder {path} belongs to another config; choose another --out, or use its config.\n  "
+                + "\n  ".join(lines[:12])
+            )
+    elif path.is_dir() and any(p.name not in _EARLY for p in path.iterdir()):
+        raise DodistillError(f"{path} is not empty and holds no config.json; choose another --out.")
+    if metrics.is_symlink():  # it alone is not replaced but opened, which would follow it
+        raise DodistillError(f"{metrics} is a symbolic link; remove it, or choose another --out.")
+
+
 def _require_same_code(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """Refuse a folder that was begun with another version of the same method."""
     mine = code_in(new)
@@ -218,7 +255,10 @@ class RunFolder(Watcher):
         classes: Sequence[str] = (),
     ) -> None:
         """`create=False` only checks whether the folder is usable, and writes nothing. `plan`: the content of plan.json
-        (see `engine.budget`). `classes`: the names of the classes, where they are known."""
+        (see `engine.budget`). `classes`: the names of the classes, where they are known.
+
+        Raises DodistillError for a path that cannot be written, and for a folder that holds something else.
+        """
         self.path, self.config, self.classes = Path(path), config, tuple(classes)
         self.notes: list[str] = []  #: sentences for the user, as on a damaged checkpoint that was skipped
         self._metrics: TextIO | None = None
@@ -228,40 +268,14 @@ class RunFolder(Watcher):
         self._made: list[Path] = []  #: folders that this start created
         self._fresh = False  #: whether this start wrote the first config.json
         tree = config.to_tree()
+        _require_writable(self.path)
+        _require_same_run(self.path, config, tree)
+        if create:
+            self._create(tree, plan)
+
+    def _create(self, tree: Tree, plan: Mapping[str, Any] | None) -> None:
+        """Make the folder and write the config. Raises Busy if another process has the folder."""
         known = self.path / "config.json"
-        try:
-            os.lstat(self.path)
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError) as error:  # a name that is too long, or a null byte
-            reason = getattr(error, "strerror", None) or error
-            if getattr(error, "errno", None) not in (errno.ENOTDIR, errno.EACCES):
-                raise DodistillError(
-                    f"cannot make run folder {shown(self.path)!r}: {reason}; choose another --out."
-                ) from error
-        there = next(p for p in (self.path, *self.path.absolute().parents) if os.path.exists(p))
-        if not os.path.isdir(there):
-            raise DodistillError(f"cannot make run folder {self.path}: {there} is a file; choose another --out.")
-        if not os.access(there, os.W_OK | os.X_OK):
-            raise DodistillError(f"cannot write to {there}: no permission; choose another --out.")
-        if known.exists():
-            old = read_object(known, "choose another --out")
-            _require_same_code(self.path, old, tree)
-            began, mine, default = (settings_of(t) for t in (old, tree, resolve(config.choices()).to_tree()))
-            if not grown(began, mine, default) and not extends(began, mine, default):
-                lines = difference(began, mine)
-                raise DodistillError(
-                    f"run folder {self.path} belongs to another config; choose another --out, or use its config.\n  "
-                    + "\n  ".join(lines[:12])
-                )
-        elif self.path.is_dir() and any(p.name not in _EARLY for p in self.path.iterdir()):
-            raise DodistillError(f"{self.path} is not empty and holds no config.json; choose another --out.")
-        if (self.path / "metrics.jsonl").is_symlink():  # it alone is not replaced but opened, which would follow it
-            raise DodistillError(
-                f"{self.path / 'metrics.jsonl'} is a symbolic link; remove it, or choose another --out."
-            )
-        if not create:
-            return
         self._made = [p for p in (self.path, *self.path.absolute().parents) if not _exists(p)]
         self._fresh = not known.exists()
         try:
@@ -276,8 +290,9 @@ class RunFolder(Watcher):
         if plan is not None:
             self.write_json("plan.json", plan)
         write_atomically(known, json.dumps(tree, indent=1).encode())
-        if config.loop.restarts:  # under a time limit a finished run has other steps than its config
-            set_aside(self.path, config.loop.steps)
+        loop = self.config.loop
+        if loop.restarts:  # under a time limit a finished run has other steps than its config
+            set_aside(self.path, loop.steps)
 
     # ------------------------------------------------------------------------------------------- metrics
 
