@@ -222,8 +222,8 @@ def _job(
         notes += [found.note] if found.note else []
     tested = _test(test, teacher, names)
     return Job(
-        config, teacher, student, shape, pixels, y, tested, probes=_probes(config, shape), foreign=foreign,
-        notes=tuple(notes), choice=choice, classes=names,
+        config, teacher, student, shape, unlabeled=pixels, labels=y, test=tested, probes=_probes(config, shape),
+        foreign=foreign, notes=tuple(notes), choice=choice, classes=names,
     )  # fmt: skip
 
 
@@ -268,9 +268,9 @@ def choose_source(
 ) -> tuple[Tree, methods.Choice]:
     """`settle` for a tree alone, as on the command line: loads the teacher to inspect it."""
     others = {k: v for k, v in expand(tree).items() if k not in ("source", "preset")}
-    look = resolve(others, allow_code=allow_code)
-    teacher = Teacher(*load_teacher(look.teacher, look.data.image_shape, allow_code=allow_code))
-    return settle(tree, teacher, bool(look.data.unlabeled), seconds, out, look.loop.device)
+    config = resolve(others, allow_code=allow_code)
+    teacher = Teacher(*load_teacher(config.teacher, config.data.image_shape, allow_code=allow_code))
+    return settle(tree, teacher, bool(config.data.unlabeled), seconds, out, config.loop.device)
 
 
 def distill_config(config: Distill, out: str | Path | None, verbose: bool = True, deadline: float = float("inf"),
@@ -318,21 +318,10 @@ def distill_config(config: Distill, out: str | Path | None, verbose: bool = True
     if config.data.foreign.spec:
         foreign = load_trained(config.data.foreign, shape, "--data.foreign.", allow_code)
     job = Job(
-        config,
-        wrapped,
-        student,
-        shape,
-        unlabeled,
-        labels,
-        test,
-        tuple(contexts),
-        _probes(config, shape),
-        foreign,
-        tuple(notes),
-        choice,
-        command,
-        names,
-    )
+        config, wrapped, student, shape, unlabeled=unlabeled, labels=labels, test=test, contexts=tuple(contexts),
+        probes=_probes(config, shape), foreign=foreign, notes=tuple(notes), choice=choice, command=command,
+        classes=names,
+    )  # fmt: skip
     return run(job, out, verbose, deadline, report, began=began, track=track, ranks=ranks)
 
 

@@ -80,9 +80,9 @@ def run(arguments: Arguments) -> int:
     a = arguments
     out = Path(a.out) if a.out else None
     return compare(
-        Path(a.recipe), out, a.jobs, a.budget or None, a.only, a.table, a.dry_run, a.against, a.show, a.allow_code,
-        a.track, a.rerun, a.csv, a.latex, on=a.on, per_gpu=a.per_gpu, address=a.address, storage=a.storage,
-        slurm=a.slurm,
+        Path(a.recipe), out, budget=a.budget or None, only=a.only, table=a.table, dry_run=a.dry_run, against=a.against,
+        show=a.show, allow_code=a.allow_code, track=a.track, rerun=a.rerun, csv=a.csv, latex=a.latex, on=a.on,
+        jobs=a.jobs, per_gpu=a.per_gpu, address=a.address, storage=a.storage, slurm=a.slurm,
     )  # fmt: skip
 
 
