@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dodistill.evaluation.yardstick import correlation
+from dodistill.evaluation.ranking import correlation
 
 Point = tuple[float, float]  # agreement in %; test accuracy in % of the teacher's
 

@@ -18,7 +18,7 @@ from dodistill.config.tree import resolve
 from dodistill.data.images import Images, load_images
 from dodistill.engine.inputs import read_inputs
 from dodistill.errors import DodistillError
-from dodistill.evaluation import yardstick
+from dodistill.evaluation import ranking
 from dodistill.evaluation.evaluate import predict
 from dodistill.models import Normalized, load_model, save_model
 from helpers import tree, two_runs
@@ -58,7 +58,7 @@ def test_the_order_is_that_of_the_agreement_on_patches_of_photographs(
     assert found.on == "patches of two photographs"
     patches = load_images("photos:270", "train", False, (1, 8, 8)).x
     drawn = patches[torch.randperm(270, generator=torch.Generator().manual_seed(0))]
-    x, want = yardstick.evenly(drawn, taught, 90)
+    x, want = ranking.evenly(drawn, taught, 90)
     assert found.images == len(x) == 90
     assert torch.equal(want, predict(taught, x).argmax(1))
     perfect = found.students[0]
@@ -87,7 +87,7 @@ def test_any_images_and_the_images_of_a_run(runs: list[Path], taught: Normalized
     found = rank(runs[:2], on="digits", n=200)
     x = load_images("digits", "train", False).x
     drawn = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:600]]
-    x, classes = yardstick.evenly(drawn, taught, 200)
+    x, classes = ranking.evenly(drawn, taught, 200)
     assert found.images == len(x) == 200
     assert torch.equal(classes, predict(taught, x).argmax(1))
     counts = torch.bincount(classes, minlength=10)
@@ -204,16 +204,16 @@ def test_mistakes(runs: list[Path], teacher_file: Path, tmp_path: Path) -> None:
 
 
 def test_rank_correlation() -> None:
-    assert yardstick.correlation([1, 2, 3, 4], [10, 20, 30, 45]) == pytest.approx(1)
-    assert yardstick.correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
+    assert ranking.correlation([1, 2, 3, 4], [10, 20, 30, 45]) == pytest.approx(1)
+    assert ranking.correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
     # by hand: ranks 1, 2.5, 2.5, 4 and 1, 3, 2, 4
-    assert yardstick.correlation([1, 2, 2, 9], [5, 8, 6, 9]) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
-    assert yardstick.correlation([1, 1, 1], [1, 2, 3]) != yardstick.correlation([1, 1, 1], [1, 2, 3])  # NaN
+    assert ranking.correlation([1, 2, 2, 9], [5, 8, 6, 9]) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
+    assert ranking.correlation([1, 1, 1], [1, 2, 3]) != ranking.correlation([1, 1, 1], [1, 2, 3])  # NaN
 
 
 def test_what_is_behind_counts_only_where_one_is_right() -> None:
     best, mine = torch.tensor([1, 1, 1, 0], dtype=torch.bool), torch.tensor([1, 0, 0, 0], dtype=torch.bool)
-    gap, error = yardstick.behind(mine, best)
+    gap, error = ranking.behind(mine, best)
     assert gap == pytest.approx(50)
     assert error == pytest.approx(25)  # the gaps are 0, 1, 1, 0: half a point of spread, four images
-    assert yardstick.behind(best, best) == (0.0, 0.0)
+    assert ranking.behind(best, best) == (0.0, 0.0)

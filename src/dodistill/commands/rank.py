@@ -28,7 +28,7 @@ from ..data.packed import Packed, open_images
 from ..engine.inputs import read_inputs
 from ..engine.run_folder import names_of_run
 from ..errors import DodistillError
-from ..evaluation import yardstick
+from ..evaluation import ranking
 from ..evaluation.evaluate import predict, top1
 from ..models.configured import Shape
 from ..models.normalized import Normalized, class_names
@@ -108,7 +108,7 @@ def run(arguments: Arguments) -> int:
         print(f"= : not told apart from the best; within {SCATTER:g} points the order says nothing")
     if a.test and len(found.students) > 2:
         pairs = [(s.agreement, s.accuracy or 0.0) for s in found.students]
-        print(f"rank correlation of agreement and accuracy: {yardstick.correlation(*zip(*pairs)):.2f}")
+        print(f"rank correlation of agreement and accuracy: {ranking.correlation(*zip(*pairs)):.2f}")
     for note in found.notes:
         print(f"note: {note}")
     return 0
@@ -142,19 +142,19 @@ def rank(
     x, what, notes = _images(folders, have.configs, on, n, shape)
     labelled = _labelled(test, shape, model, folders[0], have.configs[0].data.crop_share) if test else None
     with Progress(1 + len(students), f"rank {len(students)} students") as progress:
-        x, classes = yardstick.evenly(x.to(have.device), model, n)
+        x, classes = ranking.evenly(x.to(have.device), model, n)
         if len(x) < LEAST:
             raise DodistillError(f"there are {len(x)} images to compare on; give at least {LEAST}, by --on DATA.")
         progress.update(1)
         rows, scores = [], []
         for i, student in enumerate(students, 2):
-            rows.append(yardstick.right(student, x, classes))
+            rows.append(ranking.agrees(student, x, classes))
             scores.append(None if labelled is None else _accuracy(student, labelled))
             progress.update(i)
     order = sorted(range(len(rows)), key=lambda i: -int(rows[i].sum()))
     best = rows[order[0]]
     ranked = [
-        Ranked(folders[i], 100 * float(rows[i].float().mean()), *yardstick.behind(rows[i], best), scores[i])
+        Ranked(folders[i], 100 * float(rows[i].float().mean()), *ranking.behind(rows[i], best), scores[i])
         for i in order
     ]
     return Ranking(ranked, what, len(x), notes + have.notes)

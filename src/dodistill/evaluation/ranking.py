@@ -26,7 +26,7 @@ def evenly(x: Tensor, teacher: nn.Module, n: int) -> tuple[Tensor, Tensor]:
     return x[some.to(x.device)], classes[some]
 
 
-def right(student: nn.Module, x: Tensor, classes: Tensor) -> Tensor:
+def agrees(student: nn.Module, x: Tensor, classes: Tensor) -> Tensor:
     """bool [n]: for which of the images x [n, C, H, W] the student predicts the teacher's class, `classes` [n]."""
     return predict(student, x).argmax(1).cpu() == classes
 
