@@ -13,7 +13,7 @@ from PIL import Image
 from dodistill.commands.cli import main
 from dodistill.data.images import Images, load_images, refuse_one_class
 from dodistill.data.pack import pack
-from dodistill.engine.lesson import read_lesson
+from dodistill.engine.teach_files import read_labelled
 from dodistill.errors import DodistillError
 from dodistill.models import load_model, save_model
 
@@ -256,8 +256,8 @@ def test_data_without_a_test_split_is_not_its_own_test_set(tiny: Path, capsys: p
     folder = tiny / "train"
     pack(str(folder), tiny / "x.npy", SHAPE)
     for spec in (f"{tiny}/x.npy", f"planted:{tiny}/x.npy", f"planted:{folder}:0.9"):
-        assert read_lesson(spec, shape=SHAPE).test is None
-    assert read_lesson(f"planted:{tiny}", shape=SHAPE).test is not None
+        assert read_labelled(spec, shape=SHAPE).test is None
+    assert read_labelled(f"planted:{tiny}", shape=SHAPE).test is not None
     save_model(load_model("tiny4", num_classes=3, in_channels=3, image_size=8, seed=0), tiny / "t.safetensors")
     assert main(["evaluate", f"{tiny}/t.safetensors", "--probe", f"{tiny}/x.npy"]) == 2
     assert "x.npy has no test images of its own" in capsys.readouterr().err

@@ -155,12 +155,12 @@ def _compare(recipe: Tree, out: Path, where: Where, deadline: Deadline, only: li
             raise DodistillError(said)
         print(said, file=sys.stderr)
     if todo and not (table or dry_run):
-        lessons = _lessons(recipe, todo, out / "teachers")
+        needed = _needed_teachers(recipe, todo, out / "teachers")
         with closing(where.executor(out)) as executor:
-            if not _taught(recipe | {"teachers": lessons}, out, where, executor, deadline, allow_code):
+            if not _taught(recipe | {"teachers": needed}, out, where, executor, deadline, allow_code):
                 print("budget spent while training the teachers; rerun the command to resume.", file=sys.stderr)
                 return STOPPED
-            if lessons:  # a cell is known by its teacher's weights
+            if needed:  # a cell is known by its teacher's weights
                 chosen, todo, _ = planned()
             run_all(todo, out, executor, deadline, track, where.stored(out))
     if dry_run:
@@ -171,7 +171,7 @@ def _compare(recipe: Tree, out: Path, where: Where, deadline: Deadline, only: li
     return _report(recipe, chosen, out, shown, base)
 
 
-def _lessons(recipe: Tree, todo: Sequence[Task], folder: Path) -> Tree:
+def _needed_teachers(recipe: Tree, todo: Sequence[Task], folder: Path) -> Tree:
     """The recipe's teachers that the cells to run need, and that are not trained yet."""
     read = {path for task in todo for path in weights_of(task.cell.config).values()}
     return {name: how for name, how in (recipe.get("teachers") or {}).items()

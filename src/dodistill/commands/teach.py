@@ -17,9 +17,9 @@ from ..config.tree import Model, build
 from ..core.deadline import Deadline, stopping
 from ..core.precision import emulated
 from ..core.runtime import pick_device
-from ..engine.lesson import fresh_model, read_lesson, teach_to_file
 from ..engine.run_folder import check_writable
 from ..engine.teach import Log, Teach
+from ..engine.teach_files import fresh_model, read_labelled, teach_to_file
 from ..errors import STOPPED, DodistillError, at_least
 from ..files import claimed, shown
 from ..models.configured import space_of
@@ -68,14 +68,14 @@ def run(arguments: Arguments, settings: Mapping[str, Any], _words: Sequence[str]
     if target.exists():
         raise DodistillError(f"{shown(target)} is there already; choose another --out, or delete it to train again.")
     check_writable(target)
-    lesson = read_lesson(arguments.data, arguments.test, shape, arguments.crop_share)
+    data = read_labelled(arguments.data, arguments.test, shape, arguments.crop_share)
     a = arguments
     space = space_of(Model(normalise=a.normalise, mean=a.mean, std=a.std, input_range=a.input_range), "--")
-    model, device = fresh_model(config, lesson.train, **space), pick_device()
+    model, device = fresh_model(config, data.train, **space), pick_device()
     lock = target.with_name(f".{target.name}.lock")
     with (
         claimed(lock, str(target)),
-        Progress(lesson.steps(config), f"teach {config.model} on {arguments.data}") as progress,
+        Progress(data.steps(config), f"teach {config.model} on {arguments.data}") as progress,
     ):
 
         def on_log(log: Log) -> None:
@@ -83,11 +83,11 @@ def run(arguments: Arguments, settings: Mapping[str, Any], _words: Sequence[str]
 
         if emulated(device, config.precision):
             progress.note("bf16 is emulated on this CPU, about ten times slower than fp32; use --precision fp32.")
-        if lesson.note:
-            progress.note(lesson.note)
+        if data.note:
+            progress.note(data.note)
         with stopping(deadline):
             how = taught(arguments, config)
-            result = teach_to_file(target, model, lesson, config, device, on_log, progress.update, deadline, how)
+            result = teach_to_file(target, model, data, config, device, on_log, progress.update, deadline, how)
     if not result.get("finished", True):
         print(
             f"stopped after epoch {result['epoch']} of {config.epochs}; rerun the command to resume.", file=sys.stderr

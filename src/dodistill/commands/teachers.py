@@ -30,7 +30,7 @@ from .storage import Storage
 from .teach import Arguments, taught
 
 
-def _lessons(recipe: Tree, allow_code: bool) -> Iterator[tuple[str, list[str]]]:
+def _teach_commands(recipe: Tree, allow_code: bool) -> Iterator[tuple[str, list[str]]]:
     """The name of each teacher, and the words of `dodistill teach` without --out."""
     for name, settings in (recipe.get("teachers") or {}).items():
         settings = dict(settings)
@@ -46,7 +46,7 @@ def taught_otherwise(recipe: Tree, folder: Path) -> list[str]:
     """A sentence for each teacher in `folder` that was taught by other settings than the recipe's. Files of an older
     version, and those that were not taught here, do not say how."""
     said = []
-    for name, words in _lessons(recipe, allow_code=True):  # which does not run here
+    for name, words in _teach_commands(recipe, allow_code=True):  # which does not run here
         file = folder / f"{name}.safetensors"
         then = _metadata(file).get("taught")
         if isinstance(then, dict):
@@ -70,7 +70,7 @@ def _metadata(file: Path) -> dict[str, Any]:
 
 def teach_missing(recipe: Tree, folder: Path, deadline: Deadline, allow_code: bool = False) -> bool:
     """Train the recipe's missing teachers, one after another. Returns False when the budget ends first."""
-    for name, (model, *flags) in _lessons(recipe, allow_code):
+    for name, (model, *flags) in _teach_commands(recipe, allow_code):
         target, told = folder / f"{name}.safetensors", False
         command = [*DODISTILL, "teach", model, "--out", str(target), *flags]
         while not target.exists():
@@ -113,7 +113,8 @@ def teach_elsewhere(
     recipe: Tree, folder: Path, executor: Executor, deadline: Deadline, storage: str, allow_code: bool = False
 ) -> bool:
     """Let an executor train the missing teachers, all at once. Returns False when the budget ends first."""
-    missing = [(n, words) for n, words in _lessons(recipe, allow_code) if not (folder / f"{n}.safetensors").exists()]
+    every = _teach_commands(recipe, allow_code)
+    missing = [(name, words) for name, words in every if not (folder / f"{name}.safetensors").exists()]
     left = deadline - time.monotonic()
     until = time.time() + left if math.isfinite(left) else math.inf
     works = [

@@ -1,4 +1,4 @@
-"""From labelled images to a file of trained weights: `dodistill teach`, except for the training loop."""
+"""What `dodistill teach` reads and writes: labelled images, and a file of trained weights. `teach.py` has the loop."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Shape = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class Lesson:
+class LabelledData:
     """Labelled images for training, and labelled images for the final score."""
 
     train: Images
@@ -33,7 +33,7 @@ class Lesson:
         return config.epochs * max(1, int(len(self.train) * (1 - config.minival)) // config.batch)
 
 
-def read_lesson(data: str, test: str = "", shape: Shape | None = None, crop: float = 0.0) -> Lesson:
+def read_labelled(data: str, test: str = "", shape: Shape | None = None, crop: float = 0.0) -> LabelledData:
     """The training images of `data`; the test images of `test`, else those of `data`, if it has any.
 
     Images in folders are resized to `shape`; `crop` is the share that the crop keeps of test images in folders. Raises
@@ -43,14 +43,14 @@ def read_lesson(data: str, test: str = "", shape: Shape | None = None, crop: flo
     train = load_images(data, image_shape=shape)
     refuse_one_class(train, data)
     if not (test or has_test(data)):
-        return Lesson(train)
+        return LabelledData(train)
     try:
         tested = _labelled(test or data, shape, crop, train)
-        return Lesson(train, tested, tested.note)
+        return LabelledData(train, tested, tested.note)
     except DodistillError as error:
         if test:
             raise
-        return Lesson(train, note=f"test accuracy will not be measured: {error}")
+        return LabelledData(train, note=f"test accuracy will not be measured: {error}")
 
 
 def _labelled(spec: str, shape: Shape | None, crop: float, train: Images) -> Images:
@@ -77,7 +77,7 @@ def fresh_model(config: Teach, images: Images, **space: Any) -> Normalized:
 def teach_to_file(
     target: Path,
     model: Normalized,
-    lesson: Lesson,
+    data: LabelledData,
     config: Teach,
     device: torch.device,
     on_log: Callable[[Log], None],
@@ -85,10 +85,10 @@ def teach_to_file(
     deadline: float,
     taught: Mapping[str, Any],
 ) -> Log:
-    """Train `model`, and write it to `target` with its scores, and with `taught`, which says how. A stopped training
-    resumes.
+    """Train `model`, and write it to `target` with its scores and `taught`, the settings that determine the weights.
 
-    Returns the result of `teach`; of a finished training, only the numbers.
+    A training that was stopped resumes from its checkpoint beside `target`. Returns the result of `teach`; of a
+    finished training, only the numbers. Raises DodistillError as `teach` does, and for a damaged checkpoint.
     """
     begun = target.with_suffix(".teaching.pt")
     resume = load_tensors(begun) if begun.exists() else None
@@ -96,7 +96,7 @@ def teach_to_file(
     def keep(state: Log) -> None:
         save_tensors(begun, state)
 
-    result = teach(model, lesson.train, lesson.test, config, on_log, device, resume, keep, deadline, on_step)
+    result = teach(model, data.train, data.test, config, on_log, device, resume, keep, deadline, on_step)
     if not result.get("finished", True):
         return result
     numbers = {name: value for name, value in result.items() if isinstance(value, int | float)}
