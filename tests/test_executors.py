@@ -19,8 +19,8 @@ from dodistill.commands.executors import elsewhere, on_ray
 from dodistill.commands.executors.elsewhere import work_on
 from dodistill.commands.executors.on_ray import OnRay
 from dodistill.commands.executors.shared import Outcome, Teaching, Work
-from dodistill.commands.kept import Kept
 from dodistill.commands.storage import Storage, Unwritable
+from dodistill.commands.stored_run import StoredRun
 from dodistill.commands.teachers import teach_elsewhere
 from dodistill.core.deadline import Deadline
 from dodistill.errors import DodistillError
@@ -239,7 +239,7 @@ def test_the_driver_alone_records_and_a_lost_outcome_is_named(
     there = grid.parent / "there"
     there.mkdir()
     (there / "summary.json").write_text('{"note": "{folder}"}')
-    Kept(Storage(storage), cell.key, there, {}).close(finished=True)
+    StoredRun(Storage(storage), cell.key, there, {}).close(finished=True)
     cell_runs.run_all([task], out, Pretend(), Deadline(), storage=storage)
     (file,) = (out / "cells").iterdir()
     run = task.folder(out)

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from dodistill import run_cell
-from dodistill.commands import kept as kept_module
 from dodistill.commands import storage as storage_module
+from dodistill.commands import stored_run
 from dodistill.commands.cell import Stopped
 from dodistill.commands.compare import compare
-from dodistill.commands.kept import Kept
 from dodistill.commands.storage import Storage, Unwritable
+from dodistill.commands.stored_run import StoredRun
 from dodistill.errors import DodistillError
 from helpers import same
 from test_cell import last_step, the_cell
@@ -27,7 +27,7 @@ from test_trust import grid as grid  # a fixture
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage_module, "AGAIN", ())
-    monkeypatch.setattr(kept_module, "PAUSE", 0.0)
+    monkeypatch.setattr(stored_run, "PAUSE", 0.0)
 
 
 def save(run: Path, step: int, pool: int = 0) -> None:
@@ -44,8 +44,8 @@ def save(run: Path, step: int, pool: int = 0) -> None:
     os.replace(run / ".next.pt", run / "checkpoint.pt")
 
 
-def keep(url: str, run: Path) -> Kept:
-    return Kept(Storage(url), "key", run, {"{teachers}": f"{run.parent}/teachers"})
+def keep(url: str, run: Path) -> StoredRun:
+    return StoredRun(Storage(url), "key", run, {"{teachers}": f"{run.parent}/teachers"})
 
 
 def step_of(run: Path) -> bytes:

@@ -34,8 +34,8 @@ from ..config.plugins import Allow
 from ..config.tree import Distill, Tree, resolve
 from ..errors import STOPPED, DodistillError
 from ..files import read_object, replacing
-from .kept import Kept
 from .storage import Storage, Unwritable
+from .stored_run import StoredRun
 
 #: A child process. -P keeps the current folder off its import path: a yaml.py that lies there is not imported.
 DODISTILL = (sys.executable, "-P", "-m", "dodistill")
@@ -120,11 +120,11 @@ def run_cell(
     write_settings(run, tree)
     threads = threads or os.cpu_count() or 1
     words = [*(TIED if tied else DODISTILL), *arguments(config, run, threads, seconds, track)]
-    kept = None
+    stored = None
     if storage:
-        kept = Kept(Storage(storage), name or str(of_cell["key"]), run, {"{teachers}": str(teachers)})
+        stored = StoredRun(Storage(storage), name or str(of_cell["key"]), run, {"{teachers}": str(teachers)})
     variables = {"OMP_NUM_THREADS": str(threads), **(environment or {})}
-    status = supervise(words, beside(run, ".log"), variables, tied, stop, kept)
+    status = supervise(words, beside(run, ".log"), variables, tied, stop, stored)
     if status in (STOPPED, -signal.SIGTERM):
         raise Stopped("stopped at the budget, or used by another process; rerun to resume")
     if status:
@@ -156,14 +156,14 @@ def arguments(config: Distill, run: Path, threads: int, seconds: float = math.in
 
 def supervise(
     words: Sequence[str], log: Path, environment: Mapping[str, str], tied: bool = False, stop: Flag | None = None,
-    kept: Kept | None = None,
+    stored: StoredRun | None = None,
 ) -> int:  # fmt: skip
     """Run a command to its end, and return its exit status. If this call is interrupted, the command saves and ends.
 
-    `kept`: its files in a storage, which go on from there and are put there. Raises storage.Unwritable.
+    `stored`: its files in a storage, which go on from there and are put there. Raises storage.Unwritable.
     """
-    if kept is not None:
-        kept.fetch()
+    if stored is not None:
+        stored.fetch()
     with open(log, "ab") as file:
         process = subprocess.Popen(
             words, stdin=subprocess.PIPE if tied else None, stdout=file, stderr=file, env={**os.environ, **environment}
@@ -172,22 +172,22 @@ def supervise(
         while process.poll() is None:
             if stop is not None and stop.is_set():
                 process.terminate()
-            if kept is not None:
-                kept.sync()
+            if stored is not None:
+                stored.sync()
             time.sleep(0.1)
     finally:
         process.terminate()
         _outlast(process)
         if process.stdin is not None:
             process.stdin.close()
-        if kept is not None and process.returncode:  # its last checkpoint
+        if stored is not None and process.returncode:  # its last checkpoint
             try:
-                kept.close(finished=False)
+                stored.close(finished=False)
             except Unwritable:
                 if process.returncode in (STOPPED, -signal.SIGTERM):  # else the failure counts
                     raise
-    if kept is not None and not process.returncode:
-        kept.close(finished=True)
+    if stored is not None and not process.returncode:
+        stored.close(finished=True)
     return process.returncode
 
 

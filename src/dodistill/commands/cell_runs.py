@@ -27,8 +27,8 @@ from ..report.grid_progress import GridProgress, Running, remaining
 from ..report.report import write_report
 from .cell import beside, write_settings
 from .executors.shared import Executor, Handle, Work
-from .kept import Kept
 from .storage import Storage, Unwritable
+from .stored_run import StoredRun
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,12 @@ def run_all(
     running: list[Started] = []
     waiting, took = list(todo), list[float]()
 
-    with GridProgress() as progress, Sight(out, "" if executor.here else storage) as sight:
+    with GridProgress() as progress, ProgressFiles(out, "" if executor.here else storage) as files:
 
         def summary(now: float) -> str:
             done = len(todo) - len(waiting) - len(running)
             said = f"grid: {done} of {len(todo)} cells done, "
-            cells = sight.of(running)
+            cells = files.of(running)
             if not executor.here:
                 return said + f"{len(cells)} running, {len(running) - len(cells)} queued or beginning"
             left = remaining(cells, [task.expected for task in waiting], executor.jobs, now, took)
@@ -115,12 +115,12 @@ def run_all(
             if not running and deadline.passed:
                 progress.say(f"budget spent: {len(waiting)} cells left; rerun the command to resume.")
                 return
-            progress.show(sight.of(running), summary)
-            sight.look(running)
+            progress.show(files.of(running), summary)
+            files.refresh(running)
             time.sleep(0.2)
 
 
-class Sight:
+class ProgressFiles:
     """The files by which progress is shown: those of the run folders, or of cells elsewhere copies from the storage."""
 
     def __init__(self, out: Path, storage: str) -> None:
@@ -136,14 +136,14 @@ class Sight:
         if self._copies is not None:
             shutil.rmtree(self._copies, ignore_errors=True)
 
-    def look(self, running: Sequence[Started]) -> None:
+    def refresh(self, running: Sequence[Started]) -> None:
         """Copy the metrics of the next cell, at most once a second, each at most once in ten."""
         if self._storage is None or self._copies is None or not running or time.monotonic() < self._next:
             return
         self._turn += 1
         self._next = time.monotonic() + max(1.0, 10.0 / len(running))
         name = running[self._turn % len(running)].task.stored
-        metrics = Kept(self._storage, name, self._copies / name, {}).peek("metrics.jsonl")
+        metrics = StoredRun(self._storage, name, self._copies / name, {}).peek("metrics.jsonl")
         if metrics is not None:
             (self._copies / name).mkdir(exist_ok=True)
             (self._copies / name / "metrics.jsonl").write_bytes(metrics)
@@ -181,10 +181,12 @@ def _finish(it: Started, out: Path, here: bool, storage: str) -> tuple[str, floa
             with open(beside(run, ".log"), "a", encoding="utf-8") as log:
                 log.write(f"{outcome.log}\n")
         return outcome.said, None
-    kept = Kept(Storage(storage), it.task.stored, run, {"{teachers}": str(out / "teachers")}) if storage else None
-    if kept is not None and not here:
+    stored = None
+    if storage:
+        stored = StoredRun(Storage(storage), it.task.stored, run, {"{teachers}": str(out / "teachers")})
+    if stored is not None and not here:
         try:
-            kept.fetch()
+            stored.fetch()
         except DodistillError as error:
             return f"FAILED {error} Its outcome stays there; rerun to read it again.", None
         if not (run / "summary.json").exists():
@@ -195,9 +197,9 @@ def _finish(it: Started, out: Path, here: bool, storage: str) -> tuple[str, floa
     write_atomically(it.task.record(out), json.dumps(record, indent=1).encode())
     keep_pool(run)
     drop_checkpoints(run)  # a finished cell is never resumed
-    if kept is not None:
+    if stored is not None:
         with contextlib.suppress(Unwritable):  # what is left harms nothing
-            kept.drop()
+            stored.drop()
     try:
         write_report(run, pdf=False)
     except DodistillError as error:  # the record is what counts

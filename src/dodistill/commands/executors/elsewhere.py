@@ -17,8 +17,8 @@ from ...config.grid import cell_key
 from ...config.tree import Tree, resolve
 from ...errors import STOPPED, DodistillError
 from ..cell import TIED, Failed, Flag, Stopped, beside, placed, run_cell, supervise, tail
-from ..kept import Kept
 from ..storage import Storage, Unwritable
+from ..stored_run import StoredRun
 from .shared import Outcome, Teaching, Work, outcome_of
 
 
@@ -69,13 +69,13 @@ def _teach(work: Teaching, folder: Path, stop: Flag | None) -> bytes:
     """Train a teacher; its checkpoints are stored as those of a run."""
     folder.mkdir(parents=True)
     target = folder / f"{work.teacher}.safetensors"
-    kept = Kept(Storage(work.storage), work.name, folder, {}, f"{work.teacher}.teaching.pt")
-    kept.fetch()
+    stored = StoredRun(Storage(work.storage), work.name, folder, {}, f"{work.teacher}.teaching.pt")
+    stored.fetch()
     words = [*TIED, "teach", *work.words, "--out", str(target)]
     if math.isfinite(work.until):
         words += ["--max-seconds", f"{max(1.0, work.until - time.time()):.1f}"]
     if not target.exists():  # an earlier attempt may have finished it
-        status = supervise(words, beside(folder, ".log"), work.environment, True, stop, kept)
+        status = supervise(words, beside(folder, ".log"), work.environment, True, stop, stored)
         if status in (STOPPED, -signal.SIGTERM):
             raise Stopped("stopped at the budget; rerun to resume")
         if status:

@@ -46,8 +46,8 @@ class Set:
     files: Mapping[str, tuple[str, int]]
 
 
-class Kept:
-    """A run folder, and what a storage holds of it."""
+class StoredRun:
+    """A run folder and its copy in a storage."""
 
     def __init__(
         self, storage: Storage, name: str, folder: Path, paths: Mapping[str, str], mark: str = "checkpoint.pt"
