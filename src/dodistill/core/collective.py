@@ -42,6 +42,11 @@ def _done(operation: Callable[[], object], x: Tensor) -> Tensor:
     return x
 
 
+def own_rows(n: int, rank: int, world: int) -> slice:
+    """The rows of a batch of n that a process computes. The parts differ by at most one row."""
+    return slice(n * rank // world, n * (rank + 1) // world)
+
+
 def gathered(x: Tensor, rows: slice, n: int) -> Tensor:
     """The parts x of all processes as one tensor of n rows, in which x are `rows`. Differentiable."""
     out: Tensor = _Gather.apply(x, rows, n)  # type: ignore[no-untyped-call]

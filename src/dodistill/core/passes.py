@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..functional.moments import Moments
 from ..models.teacher import Teacher
-from .collective import combined, reduced, synchronised
+from .collective import combined, own_rows, reduced, synchronised
 
 
 class _Enter(torch.autograd.Function):
@@ -69,7 +69,7 @@ class Passes:
         n = len(x)
         if n < self.world:
             return network(x)
-        rows = slice(n * self.rank // self.world, n * (self.rank + 1) // self.world)
+        rows = own_rows(n, self.rank, self.world)
         part: Tensor = _Enter.apply(x, rows)  # type: ignore[no-untyped-call]
         self._part = rows, n
         try:

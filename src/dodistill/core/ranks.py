@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..config.tree import difference
 from ..errors import DodistillError, Elsewhere
 from ..models.teacher import Teacher
-from .collective import Lost, gathered, reduced, spread, synchronised
+from .collective import Lost, gathered, own_rows, reduced, spread, synchronised
 from .deadline import OutOfTime
 from .passes import shared_passes
 
@@ -97,13 +97,13 @@ class Group(Ranks):
         self.rank, self.world, self.device = rank, world, device
 
     def _rows(self, n: int) -> slice:
-        """Parts differ by at most one image."""
+        """See `own_rows`. Raises DodistillError for fewer images than processes."""
         if n < self.world:
             raise DodistillError(
                 f"{self.world} processes cannot share a batch of {n}; give a batch of {self.world} or more, or start "
                 "fewer processes."
             )
-        return slice(n * self.rank // self.world, n * (self.rank + 1) // self.world)
+        return own_rows(n, self.rank, self.world)
 
     def require_device(self, device: torch.device) -> None:
         if device.type not in ("cpu", "cuda") or device.index is not None:
