@@ -32,7 +32,7 @@ from dodistill.interventions.kdci import Config as KDCI
 from dodistill.interventions.shared.base import Interventions
 from dodistill.interventions.shared.dictionary import ConfounderDictionary
 from dodistill.models import heads, load_model, read_metadata, save_model
-from dodistill.models.onnx import export_onnx
+from dodistill.models.onnx import onnx_bytes
 from dodistill.models.taps import Features
 from dodistill.models.teacher import Teacher
 from helpers import SHAPE, config, same, student
@@ -459,10 +459,10 @@ def test_the_student_as_onnx(teacher: nn.Module, digits: Images, tmp_path: Path)
     np.testing.assert_allclose(logits, result.student(x).detach().numpy(), rtol=1e-3, atol=1e-4)
 
 
-def test_onnx_without_its_libraries(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_onnx_without_its_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
     with pytest.raises(DodistillError, match=r"dodistill\[onnx\]"):
-        export_onnx(student(), tmp_path / "s.onnx", SHAPE)
+        onnx_bytes(student(), SHAPE)
 
 
 def test_the_student_learns_and_its_prototypes_are_its_classes(

@@ -179,12 +179,8 @@ def settle(
 # ------------------------------------------------------------------------------------------------- describing
 
 
-def first_words(axis: str, name: str, most: int = 160) -> str:
+def first_words(method: Method, most: int = 160) -> str:
     """The first sentences of a choice's docstring: as many of its first paragraph as fit, at least one."""
-    return _about(registry.own(axis, name), most)
-
-
-def _about(method: Method, most: int = 160) -> str:
     said = sys.modules[method.config.__module__].__doc__ or ""
     text = " ".join(said.strip().split("\n\n")[0].split())
     sentences = re.split(r"(?<=\.)(?<!et al\.)(?<!\b[A-Z]\.) (?=[A-Z`])", text)
@@ -223,7 +219,7 @@ def rows(others: Iterable[Method] = ()) -> Iterator[SourceRow]:
         yield SourceRow(
             method.name, config.kind, tuple(sorted(config.needs - {"unlabeled"})), "unlabeled" in config.needs,
             config.trains, config.keeps, f"{forwards:.3g} + {backwards:.3g}", _slots(preset), tuple(config.presets),
-            _about(method),
+            first_words(method),
         )  # fmt: skip
 
 
@@ -258,7 +254,7 @@ OTHERS = ("intervention", "criterion", "update", "replay")
 def _choices(axis: str, others: Iterable[Method] = ()) -> Iterator[tuple[str, str]]:
     """(name, first sentences of its docstring) of each choice on an axis; the sentences do not repeat the name."""
     for method in [*(registry.own(axis, name) for name in registry.names(axis)), *others]:
-        yield method.name, re.sub(rf"^`{re.escape(method.name)}`:? ?", "", _about(method))
+        yield method.name, re.sub(rf"^`{re.escape(method.name)}`:? ?", "", first_words(method))
 
 
 def _installed() -> tuple[list[Method], list[str]]:

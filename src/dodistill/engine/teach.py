@@ -16,7 +16,7 @@ from ..core.precision import Precision, trial
 from ..core.runtime import generator, restore_stream, seeded_steps
 from ..data.images import Images, minival, refuse_one_class
 from ..errors import DodistillError, at_least, positive
-from ..evaluation.evaluate import accuracy
+from ..evaluation.evaluate import accuracy, predict
 from ..functional.augment import View, to_float
 from ..functional.memory_format import laid_out, place
 from ..functional.schedules import cosine
@@ -108,19 +108,13 @@ def teach(
     """
     config = config or Teach()
     device = device or next(model.parameters()).device
-    if images.y is None:
-        raise DodistillError("the training images have no labels; teaching needs them: give labelled images.")
-    if test is not None and test.y is None:
-        raise DodistillError("the test images have no labels; accuracy needs them: give labelled images.")
-    refuse_one_class(images, "training images")
-    if test is not None:
-        refuse_one_class(test, "test images")
-    kept, held = minival(len(images), config.minival, config.seed)
+    _require_labelled(images, test)
     if config.padding not in ("reflect", "zeros") or not 0 <= config.pad < min(images.image_shape[1:]):
         raise DodistillError(
             f"pad is {config.pad} and padding {config.padding!r}; for {images.image_shape} images pad must be below "
             "height and width, and padding reflect or zeros."
         )
+    kept, held = minival(len(images), config.minival, config.seed)
     if len(kept) < 2:
         raise DodistillError(f"{len(kept)} training image(s) are too few; give at least 2 beside the minival share.")
     val = images.select(held).to(device) if len(held) else None
@@ -209,6 +203,17 @@ def teach(
     }
 
 
+def _require_labelled(images: Images, test: Images | None) -> None:
+    """Refuse images that nothing can be learned from, or scored on: without labels, or of one class."""
+    if images.y is None:
+        raise DodistillError("the training images have no labels; teaching needs them: give labelled images.")
+    if test is not None and test.y is None:
+        raise DodistillError("the test images have no labels; accuracy needs them: give labelled images.")
+    refuse_one_class(images, "training images")
+    if test is not None:
+        refuse_one_class(test, "test images")
+
+
 def _optimizer(trained: list[nn.Parameter], config: Teach) -> torch.optim.Optimizer:
     if config.optimizer == "adamw":
         return torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay, fused=True)
@@ -231,8 +236,6 @@ def _augmented(x: Tensor, config: Teach, rng: torch.Generator) -> Tensor:
 def _check_classes(model: nn.Module, train: Images, classes: int) -> int:
     """The number of outputs, by one forward pass in eval mode. Its messages replace an index error of the
     cross-entropy."""
-    from ..evaluation.evaluate import predict
-
     try:
         outputs = predict(model, train.x[:2]).shape[1]
     except RuntimeError as error:

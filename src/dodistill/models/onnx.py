@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..errors import DodistillError
-from ..files import replacing
 from ..functional.modes import evaluating
 from .normalized import Normalized
 
@@ -74,14 +73,6 @@ def onnx_bytes(model: nn.Module, image_shape: Shape) -> bytes:
     onnx.helper.set_model_props(proto, as_text(facts(model, image_shape)))
     data: bytes = proto.SerializeToString()
     return data
-
-
-def export_onnx(model: nn.Module, path: str | Path, image_shape: Shape) -> Path:
-    """Write `onnx_bytes`, unchecked; `report.ship` also compares the file with the model."""
-    data = onnx_bytes(model, image_shape)
-    with replacing(Path(path)) as file:
-        file.write(data)
-    return Path(path)
 
 
 def onnx_runner(data: bytes) -> Run:

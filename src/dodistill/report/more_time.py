@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from ..config.contracts import SourceSettings
 from ..config.methods import Choice
+from ..evaluation.verdict import BRIEF
 from .format import count, duration
 
-BRIEF = 300  #: steps after which no student is near its teacher
 RISE = 1.0  #: points in the last fifth of the steps above which a curve still rises, where chance is smaller
 
 
