@@ -26,7 +26,7 @@ from dodistill.core import precision
 from dodistill.core.deadline import Deadline
 from dodistill.core.watch import Watcher
 from dodistill.data.images import Images
-from dodistill.engine.budget import ROUNDS, Speed, fitted, measured, scaled, whole
+from dodistill.engine.budget import ROUNDS, Speed, extrapolated, fitted, measured, scaled
 from dodistill.engine.plan import Plan
 from dodistill.engine.run_folder import RunFolder
 from dodistill.evaluation import evaluate
@@ -228,7 +228,7 @@ def test_the_duration_of_a_work_from_its_parts(cost: Any, patience: float, least
         asked.append(max(share, least))
         return cost(asked[-1]), asked[-1]
 
-    assert whole(timed, patience) == pytest.approx(found)
+    assert extrapolated(timed, patience) == pytest.approx(found)
     assert len(asked) <= 2
     assert all(cost(p) <= max(2 * patience, cost(least)) for p in asked)
 

@@ -31,8 +31,7 @@ from .data.labels import fitted
 from .data.packed import Packed, open_images
 from .engine import Distiller, Job, Test, budget
 from .engine.job import require_same
-from .engine.longer import longer
-from .engine.longer import said as longer_said
+from .engine.longer import longer, restart_note
 from .engine.loop import FORMAT
 from .engine.normalisation import doubt
 from .engine.run_folder import NoFolder, RunFolder, fingerprint
@@ -407,7 +406,7 @@ def _run(
     said += [text] if (text := doubt(it.context.teacher.model, it.context.image_shape)) else []
     if emulated(it.context.device, config.loop.precision):
         said.append("bf16 is emulated on this CPU, about ten times slower than fp32; use --loop.precision fp32.")
-    said += [text] if (text := longer_said(config)) else []
+    said += [text] if (text := restart_note(config)) else []
     code = code_of(config)  # now, not at the end: a file may be edited meanwhile
     recorder = Recorder()
     with Progress(it.plan.steps, title) if title else nullcontext(Watcher()) as progress:

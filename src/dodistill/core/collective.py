@@ -1,8 +1,9 @@
 """Collective operations that autograd can differentiate, as often as needed, and BatchNorm over several processes.
 
-Each process r has its own scalar O_r, and the gradient is that of their sum, sum_r O_r. A tensor that every process
-reads gets the sum of what their O_r say of it. So the adjoint of `gathered` is a sum over processes, cut to one's own
-rows, and the adjoint of that is `gathered` again. All processes must call the same operations in the same order.
+Each process r has its own scalar O_r, and the gradient is that of their sum, sum_r O_r. For a tensor that every
+process reads, it is the sum of the gradients of all O_r. So the adjoint of `gathered` is a sum over processes, cut to
+one's own rows, and the adjoint of that is `gathered` again. All processes must call the same operations in the same
+order.
 """
 
 from __future__ import annotations
@@ -90,8 +91,8 @@ def combined(each: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 class synchronised(TorchFunctionMode):
     """Within the block, BatchNorm in train mode has the statistics of the batch of all processes.
 
-    Modules, their types, names and state stay as they are: `torch.nn.functional.batch_norm` is answered differently.
-    The mode must be the innermost one, so that others do not answer first.
+    Modules, their types, names and state stay as they are: the mode replaces `torch.nn.functional.batch_norm`. It must
+    be the innermost mode, so that no other one replaces the function first.
     """
 
     def __init__(self, rank: int, world: int) -> None:

@@ -1,8 +1,8 @@
-"""One run in several processes: what its parts ask of the group, and the answers of a run in one process.
+"""The processes of one run: the operations on the group that its parts need.
 
 Every process, called a rank, holds the same pool, dictionary, weights and random streams. Each draws the same batch,
-and trains on its part of it. The first rank (0) acquires, evaluates and writes; the others get what it found. `Ranks`
-is a group of one: it copies nothing and changes no bits. `core/launch.py` makes the group of a launch by torchrun.
+and trains on its part of it. The first rank (0) acquires, evaluates and writes; the others get its results. `Ranks` is
+a group of one process: it copies nothing and changes no bits. `core/launch.py` makes the group of a launch by torchrun.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Ranks:
         return self.rank == 0
 
     def require_device(self, device: torch.device) -> None:
-        """Raise DodistillError for a device that the ranks cannot have one of each."""
+        """Raise DodistillError unless each rank can have a device of this kind for itself."""
 
     def cut(self, x: T, n: int) -> T:
         """This rank's part of a batch of n: of a tensor [n, ...]; None stays None."""
@@ -73,11 +73,11 @@ class Ranks:
         return flags
 
     def share(self, work: Callable[[], T], held: Sequence[object] = ()) -> T:
-        """What `work()` returns on the first rank, on every rank; the others do not call it, and wait.
+        """Call `work()` on the first rank, and return its result on every rank; the others wait.
 
-        Tensors lie on the device of their kind. `held`: objects that each rank has its own of, as the images that the
-        result has row numbers of; they are not sent. What it raises is raised on every rank: OutOfTime as such, other
-        errors as `Elsewhere`.
+        A tensor in the result lies on each rank's own device of the same kind. `held`: objects of which each rank has
+        its own copy, such as the images to which row numbers in the result refer; they are not sent. An exception of
+        `work` is raised on every rank: OutOfTime as it is, others on the other ranks as `Elsewhere`.
         """
         return work()
 
@@ -208,7 +208,7 @@ def _said(error: Exception) -> str:
 
 
 class _Pickler(pickle.Pickler):
-    """Leaves tensors out, which are sent by themselves, and what each rank has its own of."""
+    """Leaves out tensors, which are sent separately, and `held` objects, of which each rank has its own copy."""
 
     def __init__(self, file: io.BytesIO, held: Sequence[object]) -> None:
         super().__init__(file)

@@ -178,7 +178,7 @@ def measured(job: Job, patience: float = PATIENCE[1]) -> Speed:
         with context.autocast():
             return _timed(lambda: work(n), context.device), n / batch
 
-    step = whole(some, patience)
+    step = extrapolated(some, patience)
     grey = torch.full((64, *context.image_shape), 127, dtype=torch.uint8)
     answer = _timed(lambda: predict(student, grey, autocast=context.autocast), context.device) / 64
     asked = _timed(lambda: predict(context.teacher, grey, autocast=context.autocast), context.device) / 64
@@ -201,8 +201,8 @@ def _timed(work: Callable[[], object], device: torch.device) -> float:
     return seconds
 
 
-def whole(timed: Callable[[float], tuple[float, float]], patience: float) -> float:
-    """The seconds of a piece of work, from parts of it.
+def extrapolated(timed: Callable[[float], tuple[float, float]], patience: float) -> float:
+    """The seconds of the whole of a piece of work, from timings of parts of it.
 
     `timed(share)` does about this share of the work (0: as little as possible), and returns its seconds and the share
     that it did. Small parts are slow for their size, on a fast processor several times. So where the smallest one took
@@ -233,7 +233,7 @@ def _acquisition(settings: SourceSettings, context: Context, student: torch.nn.M
 
         return _timed(work, context.device), reached
 
-    return whole(some, patience)
+    return extrapolated(some, patience)
 
 
 # --------------------------------------------------------------------------------------------------- fitting

@@ -183,8 +183,8 @@ def _check_parameters(student: nn.Module, teacher: Teacher) -> None:
 
 
 def _answering(student: nn.Module, teacher: Teacher, device: torch.device) -> nn.Module:
-    """The student, around it a module that returns its logits alone if it returns more. Refuses one whose outputs do
-    not have the teacher's shape."""
+    """The student, wrapped in a module that returns its logits alone where it returns more. Refuses a student that does
+    not take the teacher's images, or whose logits do not have the teacher's shape or have no gradient."""
     student.eval()
     try:
         out = student(torch.full((2, *teacher.image_shape), 0.5, device=device))

@@ -110,8 +110,8 @@ def set_aside(folder: Path, steps: int) -> None:
     os.replace(folder / "summary.json", folder / f"summary-{done}.json")
 
 
-def said(config: Distill) -> str:
-    """What was done, in one sentence; empty for a plain run."""
+def restart_note(config: Distill) -> str:
+    """How the rate went on where the run was trained longer, for the summary; empty for a plain run."""
     if not config.loop.restarts:
         return ""
     where = ", ".join(map(str, config.loop.restarts))

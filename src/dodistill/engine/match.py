@@ -56,11 +56,12 @@ class Matcher:
         self.optimizers = self._optimizers()
         #: the last objective on new inputs, for the log
         self.last: Objective | None = None
-        # (average, student): their floating-point tensors, and the others, side by side
+        # ([tensors of the average], [those of the student]), in one order: floating-point ones, and the others
         self._floats = self._side_by_side(lambda v: v.is_floating_point())
         self._counts = self._side_by_side(lambda v: not v.is_floating_point())
 
     def _side_by_side(self, which: Callable[[Tensor], bool]) -> tuple[list[Tensor], list[Tensor]]:
+        """([of the average], [of the student]), the tensors `which` holds of; tied ones once, to be averaged once."""
         mine, its = self.student.state_dict(), self.ema.state_dict()
         again = _second_names(self.ema)
         names = [k for k, v in its.items() if k not in again and which(v)]
@@ -92,9 +93,9 @@ class Matcher:
     def step(
         self, drawn: Drawn, replayed: Drawn | None, dictionary: ConfounderDictionary | None, step: int
     ) -> dict[str, Tensor]:
-        """One step of the student on a batch; its terms, detached. Nothing here waits for the device.
+        """One step of the student on a batch. Returns its terms, detached. Nothing here waits for the device.
 
-        `step` steps are done already.
+        `replayed`: a batch of past inputs, for an update that uses one. `step`: steps done before this one.
         """
         done = self.plan.done(step)
         exactly = self.update.fp32 and replayed is not None
@@ -153,7 +154,7 @@ class Matcher:
 
 
 def _second_names(net: nn.Module) -> set[str]:
-    """The names under which `net` has a parameter or buffer once more, as of tied weights, which are averaged once."""
+    """The further names of parameters and buffers that `net` has under several names, as tied weights."""
     listed = (net.named_parameters, net.named_buffers)
     every = {name for each in listed for name, _ in each(remove_duplicate=False)}
     return every - {name for each in listed for name, _ in each()}
@@ -162,8 +163,8 @@ def _second_names(net: nn.Module) -> set[str]:
 class Objective:
     """The matching loss on one batch, as a function of the student (or of the student at other weights).
 
-    `batch` is the batch of the last call, and `t` the teacher's logits of it: this process's part, or the whole batch
-    where the loss couples its images. `exactly`: the student's passes in fp32, whatever the run's precision.
+    `batch` is the batch of the last call, and `t` the teacher's logits [B, K] of it: this process's part, or the whole
+    batch where the loss couples its images. `exactly`: the student's passes are in fp32, whatever the run's precision.
     """
 
     def __init__(

@@ -74,7 +74,7 @@ class Scorer:
         return which, self.complete(which)
 
     def explained(self, which: str, most: int = 1024) -> dict[str, Any]:
-        """What tells why the student `which` scores as it does, for the summary.
+        """Measures that explain the score of the student `which`, for the summary.
 
         `train_agreement` in %, with the teacher on at most `most` images of the pool; where there is a test set also
         `teacher_accuracy` in %, and for each class `class_accuracy` and `teacher_class_accuracy` in % (None without
@@ -101,7 +101,7 @@ class Scorer:
         return m.interventions.deliver(m.ema if which == "ema" else m.student, self.acquirer.dictionary)
 
     def shipped(self, which: str) -> nn.Module:
-        """`complete` in eval mode, with gradients for the parameters that the student has them for."""
+        """`complete` as the user gets it: in eval mode, and with the student's `requires_grad` of each parameter."""
         m = self.matcher
         for average, own in zip(m.ema.parameters(), m.student.parameters()):
             average.requires_grad_(own.requires_grad)

@@ -11,13 +11,16 @@ from ..core.ranks import Ranks
 from ..errors import DodistillError
 from ..models.taps import Features
 
-#: The methods of a part that may couple a batch: what a class says counts unless a class below it replaces one.
+#: Methods in which a part may couple the images of a batch.
 _ACTS = ("forward", "own", "compensate", "observe", "backward")
 
 
 def couples(part: object) -> bool | None:
-    """What the class of a criterion, an intervention or an update says of itself; None if it replaces a method and says
-    nothing."""
+    """The attribute `couples` of a criterion, an intervention or an update.
+
+    None if the attribute does not cover all methods: the class, or one between it and the class that has the attribute,
+    replaces a method of `_ACTS`.
+    """
     for cls in type(part).__mro__:
         if "couples" in vars(cls):
             said: bool | None = vars(cls)["couples"]
@@ -28,7 +31,7 @@ def couples(part: object) -> bool | None:
 
 
 def require_shareable(parts: dict[str, object], student: nn.Module, ranks: Ranks, batch: int) -> None:
-    """Refuse what several processes would compute wrongly. `parts`: their names, as in `criterion kl`."""
+    """Refuse what several processes would compute wrongly. `parts`: name, as in `criterion kl`, -> object."""
     if ranks.world == 1:
         return
     for name, part in parts.items():

@@ -14,6 +14,7 @@ class Best:
 
     def __init__(self) -> None:
         self.tensors: tuple[Tensor, ...] = ()
+        self._lowest = torch.tensor(torch.inf)  # the loss of `tensors`, on their device
 
     @torch.no_grad()
     def offer(self, loss: Tensor, *tensors: Tensor) -> None:
