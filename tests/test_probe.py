@@ -181,7 +181,7 @@ def test_a_finished_run_is_probed_later(
     assert "on digits." in (out / "report.html").read_text()
     assert "linear probe on" in (out / "README.md").read_text()
     assert (out / "student.safetensors").read_bytes() == weights
-    monkeypatch.setattr("dodistill.api.linear_probe", lambda *_, **__: pytest.fail("probed again"))
+    monkeypatch.setattr("dodistill.report.delivery.linear_probe", lambda *_, **__: pytest.fail("probed again"))
     assert run(out, file, "--probe", "digits") == 0
     assert run(out, file) == 0
     assert json.loads((out / "summary.json").read_text())["probe"] == after["probe"]
@@ -283,7 +283,7 @@ def test_probes_come_after_a_time_limit(teacher: nn.Module, monkeypatch: pytest.
         time.sleep(3)
         return {"test": 50.0}
 
-    monkeypatch.setattr("dodistill.api.linear_probe", slow)
+    monkeypatch.setattr("dodistill.report.delivery.linear_probe", slow)
     began = time.monotonic()
     found = distill(teacher, build("tiny4", 10, 1), "noise", image_shape=(1, 8, 8), batch=8, time="5s",
                     data={"probe": ["digits"]}, verbose=False)  # fmt: skip

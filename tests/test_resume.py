@@ -492,7 +492,7 @@ def test_killed_between_the_last_step_and_the_delivery(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as m:
-        m.setattr("dodistill.api.deliver", killed)
+        m.setattr("dodistill.report.delivery.deliver", killed)
         with pytest.raises(KeyboardInterrupt):
             distill_config(cfg, tmp_path / "run", verbose=False)
     again = distill_config(cfg, tmp_path / "run", verbose=False)

@@ -30,36 +30,19 @@ from .data.images import Images, contexts_of, load_images, refuse_one_class, req
 from .data.labels import fitted
 from .data.packed import Packed, open_images
 from .engine import Distiller, Job, Test, budget
-from .engine.job import require_same
 from .engine.longer import longer, restart_note
-from .engine.loop import FORMAT
 from .engine.normalisation import doubt
-from .engine.run_folder import NoFolder, RunFolder, fingerprint
+from .engine.run_folder import NoFolder, RunFolder
 from .errors import DodistillError
 from .evaluation.evaluate import predict, scores
-from .evaluation.monitor import courses, flat, read_metrics
-from .evaluation.probe import context_gap, feature_layer, halves, linear_probe
-from .evaluation.verdict import verdict
+from .evaluation.probe import feature_layer, halves
 from .files import read_object
-from .interventions.shared.base import Compensated
 from .models import Normalized
 from .models.configured import Shape, load_student, load_teacher, load_trained, names_for, shape_of
 from .models.teacher import Teacher
-from .models.weights import load_saved
-from .report.delivery import (
-    deliver,
-    model_name,
-    parameters,
-    result_of,
-    save_student,
-    summary_of,
-    time_used,
-    write_outcome,
-)
-from .report.loading import described
+from .report.delivery import model_name, outcome, result_again, result_of
 from .report.progress import Progress
-from .report.report import write_report
-from .report.result import History, Recorder, Result, labelled, read_history
+from .report.result import Recorder, Result, labelled
 from .report.trackers import open_trackers, track_names
 
 
@@ -385,7 +368,7 @@ def run(
             if (done := ranks.share(folder.summary)) is not None:
                 if verbose:
                     Progress(it.plan.steps, title).rest(done.get("warnings") or [])
-                return _again(it, folder, done, report)
+                return result_again(it, folder, done, report)
             return _run(it, folder, title if verbose else "", deadline, report, watchers, track)
         except BaseException:
             if not it.acquirer.round:  # nothing was computed
@@ -423,100 +406,10 @@ def _run(
         return result_of(it, it.matcher.student.eval(), reached, folder, recorder.history)
     which = it.ranks.share(lambda: it.scorer.delivered()[0])
     best = it.scorer.shipped(which)
-    summary = it.ranks.share(lambda: _outcome(it, which, best, said, code, recorder, folder, report))
+    summary = it.ranks.share(lambda: outcome(it, which, best, said, code, recorder, folder, report))
     if isinstance(progress, Progress):
         progress.rest(summary["warnings"])
     return result_of(it, best, summary, folder, recorder.history)
-
-
-def _outcome(
-    it: Distiller, which: str, best: nn.Module, said: list[str], code: dict[str, str], recorder: Recorder,
-    folder: RunFolder | NoFolder, report: bool,
-) -> dict[str, Any]:  # fmt: skip
-    """The summary of a run that has ended, written to its folder with the student and the report."""
-    job, config = it.job, it.config
-    if isinstance(best, Compensated):
-        said.append(
-            "at_test: the accuracies are those of the student with F(z), which is result.student in Python; "
-            "student.safetensors contains the network without F(z)."
-        )
-    said += [f"{symptom}: {text}" for symptom, text in it.meter.warnings.items()]
-    summary = summary_of(it, which, said) | {"code": code}
-    summary["student"] = described(best.student if isinstance(best, Compensated) else best)
-    if not isinstance(best, Compensated):
-        summary["student_parameters"] = parameters(best)  # including a head that an intervention added
-    if job.contexts:
-        for name, model in (("test", best), ("teacher", it.context.teacher)):
-            gap = context_gap(model, job.contexts, it.context.autocast)
-            summary["log"] |= {f"{name}/{k}": round(v, 4) for k, v in gap.items()}
-    history = recorder.history if folder.path is None else read_history(folder.path)
-    if it.plan.limited:
-        summary["time"] = time_used(it, history)  # probes come after the time limit, as they change no student
-    summary |= _probed(it, best, summary)
-    if isinstance(folder, RunFolder):
-        summary["course"] = courses(read_metrics(folder.path / "metrics.jsonl")["eval"])
-        summary["log"] |= flat(summary["course"])
-    found = verdict(summary, config.to_tree(), history.of("eval"), history.of("log"), str(folder.path or ""))
-    if found is not None:
-        summary["verdict"] = found.to_dict()
-    if isinstance(folder, RunFolder):
-        deliver(it, best, folder, summary, report)
-    return summary
-
-
-def _probed(it: Distiller, best: nn.Module, summary: Mapping[str, Any]) -> dict[str, Any]:
-    """What the linear probes that a summary lacks add to it: `probe`, data set -> accuracy in %, `probe_images`, data
-    set -> fingerprint of its images, and `log`. Empty if it lacks none."""
-    bare = best.student if isinstance(best, Compensated) else best
-    known, read = dict(summary.get("probe") or {}), dict(summary.get("probe_images") or {})
-    images = {name: _fingerprint(pair) for name, pair in it.job.probes.items()}
-    new = [name for name in images if name not in known or read.get(name) != images[name]]
-    if not new:
-        return {}
-    for name in new:
-        found = linear_probe(bare, *it.job.probes[name], autocast=it.context.autocast)
-        known[name], read[name] = round(found["test"], 4), images[name]
-    log = {**(summary.get("log") or {}), **{f"probe/{name}": value for name, value in known.items()}}
-    return {"probe": known, "probe_images": read, "log": log}
-
-
-def _fingerprint(pair: tuple[Images, Images]) -> str:
-    """Of the images and labels of both splits."""
-    return fingerprint([v for part in pair for v in (part.x, part.y) if v is not None])
-
-
-def _again(it: Distiller, folder: RunFolder | NoFolder, done: dict[str, Any], report: bool) -> Result:
-    """The result in a finished run folder, without recomputation; only probes that are new are computed."""
-    require_same(done.get("made_of"), it.made_of)
-    saved = it.ranks.share(folder.newest)
-    complete = saved is not None and saved[0].get("format") == FORMAT
-    if saved is not None and complete:
-        it.load_state_dict(*saved)
-        best = it.scorer.shipped(done["delivered"])
-    else:
-        it.ranks.share(lambda: _kept_student(it, folder))
-        it.ranks.alike(it.matcher.student)
-        best = it.matcher.student.eval()
-    if new := it.ranks.share(lambda: _probed(it, best, done)):
-        done |= new
-        if isinstance(folder, RunFolder):
-            write_outcome(folder, it.config, done, report)
-    if isinstance(folder, RunFolder) and complete:
-        kept = folder.path / "student.safetensors"
-        if not kept.exists():
-            save_student(best, kept, done)
-        if report and not (folder.path / "report.html").exists():  # stopped while it was written
-            write_report(folder.path, pdf=False)
-    return result_of(it, best, done, folder, History())
-
-
-def _kept_student(it: Distiller, folder: RunFolder | NoFolder) -> None:
-    """Load the delivered weights of a run whose checkpoints were deleted, or written by an older version."""
-    kept = (folder.path or Path()) / "student.safetensors"
-    if kept.exists():
-        load_saved(it.matcher.student, kept)
-        return
-    raise DodistillError(f"the run in {folder.path} is finished, but has no student.safetensors; choose another --out.")
 
 
 def shell_command(arguments: list[str]) -> str:
