@@ -118,6 +118,12 @@ def test_spellings_of_a_name() -> None:
     assert match(["n03126707"], ["n02012849 crane", "n03126707 crane"], 2, "f", "fix.") == [1]
 
 
+def test_an_accent_may_be_a_character_of_its_own() -> None:
+    """As in the folders of a Mac."""
+    names = ["caf\u00e9", "cafe"]
+    assert match(["cafe\u0301", "cafe"], names, 2, "data", "fix") == [0, 1]
+
+
 def test_numbers() -> None:
     ten = [str(k) for k in range(10)]
     assert match(["1", "2"], (), 10, "f", "fix.") == [1, 2]  # by value

@@ -78,6 +78,53 @@ def test_calibration_error_by_its_definition() -> None:
     assert evaluate.expected_calibration_error(sure, torch.tensor([1, 2, 3, 0])) == pytest.approx(1)
 
 
+def test_calibration_error_of_probabilities() -> None:
+    """A model may end in a softmax: it is not applied twice."""
+    logits = 4 * torch.rand(50, 3, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(50) % 3
+    want = evaluate.expected_calibration_error(logits, y)
+    assert evaluate.expected_calibration_error(logits.softmax(1), y) == pytest.approx(want, abs=1e-6)
+
+
+NETS = """
+import torch
+from torch import nn
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 10, 3, padding=1)
+    def forward(self, x):
+        return self.conv(x).mean((2, 3))
+class Map(Net):
+    def forward(self, x):
+        return super().forward(x)[:, :, None, None]
+class Counts(Net):
+    def forward(self, x):
+        return super().forward(x).long()
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "said"),
+    [
+        ("Net", "8,8,1", ["m.py:Net does not take images of shape (8, 8, 1)", "--image-shape"]),
+        ("Map", "1,8,8", ["m.py:Map returns float32 of shape (2, 10, 1, 1)", "(2, classes)"]),
+        ("Counts", "1,8,8", ["m.py:Counts returns int64"]),
+    ],
+)
+def test_a_model_whose_answers_cannot_be_scored(
+    name: str, shape: str, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    Path("m.py").write_text(NETS)
+    torch.save({"conv.weight": torch.rand(10, 1, 3, 3), "conv.bias": torch.rand(10)}, "w.pt")
+    words = ["evaluate", f"m.py:{name}", "--weights", "w.pt", "--normalise", "none", "--image-shape", shape]
+    assert main([*words, "--test", "digits"]) == 2
+    error = capsys.readouterr().err
+    assert all(part in error for part in said), error
+
+
 def test_frechet_distance_is_its_equation() -> None:
     """Against scipy's matrix square root of C_a C_b itself, which is not symmetric."""
     linalg = pytest.importorskip("scipy.linalg")

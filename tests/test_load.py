@@ -6,15 +6,18 @@ import pickle
 import shlex
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from dodistill.commands.cli import main
 from dodistill.errors import DodistillError
 from dodistill.models import NORMALISATION, Normalized, load_model, read_metadata, save_model
 
@@ -176,6 +179,86 @@ def test_a_file_of_something_else(tmp_path: Path) -> None:
     torch.save({"epoch": 3}, tmp_path / "w.pt")
     with pytest.raises(DodistillError, match=r"no state dict \(found \['epoch'\]\)"):
         load_model("tiny8", weights=tmp_path / "w.pt")
+
+
+def test_whole_files_of_other_kinds_are_not_called_damaged(tmp_path: Path) -> None:
+    """TorchScript, numpy arrays, a pointer of Git LFS; and a suffix in capitals."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated, but people have such files
+        torch.jit.trace(net, torch.rand(1, 1, 2, 2)).save(tmp_path / "s w.pt")
+    with pytest.raises(DodistillError, match="TorchScript") as caught:
+        load_model("tiny8", weights=tmp_path / "s w.pt")
+    _, *words = shlex.split(str(caught.value).splitlines()[-1])
+    subprocess.run([sys.executable, *words], cwd=tmp_path, check=True, timeout=120)
+    (tmp_path / "m.py").write_text(
+        "from torch import nn\ndef make(): return nn.Sequential(nn.Flatten(), nn.Linear(4, 3))"
+    )
+    back = load_model(f"{tmp_path}/m.py:make", weights=tmp_path / "converted.pt", mean="none")
+    assert torch.equal(back.model[1].weight, net[1].weight)
+    np.savez(tmp_path / "w.npz", a=np.zeros(3))
+    with pytest.raises(DodistillError, match=r"numpy arrays.*state dict"):
+        load_model("tiny8", weights=tmp_path / "w.npz")
+    for name in ("w.pth", "w.safetensors"):
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+        with pytest.raises(DodistillError, match="git lfs pull"):
+            load_model("tiny8", weights=tmp_path / name, mean="none")
+    save_model(net, tmp_path / "W.SafeTensors")
+    assert same_weights(load_model(f"{tmp_path}/m.py:make", weights=tmp_path / "W.SafeTensors", mean="none"), net)
+
+
+def same_weights(a: Normalized, b: nn.Module) -> bool:
+    mine, its = a.model.state_dict(), b.state_dict()
+    return list(mine) == list(its) and all(torch.equal(mine[k], its[k]) for k in its)
+
+
+HERS = """
+from torch import nn
+class Net(nn.Module):  # its layers sorted by name: deep, hidden, out, stem
+    def __init__(self):
+        super().__init__()
+        self.stem, self.deep = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8)
+        self.hidden, self.out = nn.Linear(8, 16), nn.Linear(16, 5)
+    def forward(self, x):
+        return self.out(self.hidden(self.deep(self.stem(x)).mean((2, 3))))
+def half(): return Net().half()
+def double(): return Net().double()
+net = Net()
+def wide(width): return Net()
+"""
+
+
+@pytest.mark.parametrize("name", ["Net", "half", "double"])
+def test_a_file_that_lists_layers_by_name(tmp_path: Path, name: str) -> None:
+    """Classes and channels are those of the network; it computes in fp32, whatever the factory made."""
+    (tmp_path / "m.py").write_text(HERS)
+    made = load_model(f"{tmp_path}/m.py:Net", seed=0)
+    save_file(made.model.state_dict(), tmp_path / "w.safetensors")
+    back = load_model(
+        f"{tmp_path}/m.py:{name}", weights=tmp_path / "w.safetensors", mean=[0.1, 0.2, 0.3], std=[1, 1, 1],
+        classes="a,b,c,d,e",
+    )  # fmt: skip
+    assert (back.spec["num_classes"], back.spec["in_channels"]) == (5, 3)
+    assert back(torch.rand(2, 3, 4, 4)).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("net", r"a network, not a function.*def make\(\): return net"), ("wide", "'width'.*defaults")]
+)
+def test_what_is_no_factory(tmp_path: Path, name: str, said: str) -> None:
+    (tmp_path / "m.py").write_text(HERS)
+    with pytest.raises(DodistillError, match=said):
+        load_model(f"{tmp_path}/m.py:{name}")
+
+
+def test_the_fix_of_a_path_with_spaces_can_be_pasted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "her é files"
+    folder.mkdir()
+    (folder / "m.py").write_text(HERS)
+    file = save_model(load_model(f"{folder}/m.py:Net", seed=0, image_size=4), folder / "s.safetensors")
+    assert main(["evaluate", str(file), "--test", "digits"]) == 2
+    fix = capsys.readouterr().err.partition("yourself: ")[2].partition(", or --allow-code")[0]
+    assert shlex.split(fix) == [f"{folder}/m.py:Net", "--weights", str(file)]
 
 
 def test_saving_is_atomic_and_its_failure_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,12 @@ def test_probing_uses_no_global_randomness() -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_a_teacher_in_another_precision_is_named() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).half()
+    with pytest.raises(DodistillError, match=r"weights are float16.*teacher\.float\(\)"):
+        Teacher(net, SHAPE)
+
+
 def test_logits_are_fp32_under_autocast() -> None:
     teacher = Teacher(load_model("tiny8", num_classes=6), SHAPE)
     with torch.autocast("cpu", dtype=torch.bfloat16):

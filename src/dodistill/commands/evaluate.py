@@ -23,11 +23,13 @@ from ..engine.run_folder import check_writable
 from ..errors import DodistillError
 from ..evaluation import evaluate
 from ..evaluation.probe import context_gap, halves, linear_probe
+from ..functional.modes import evaluating
 from ..models import Normalized, save_model
 from ..models.batchnorm import calibrate
 from ..models.configured import Shape, load_trained, names_for, shape_of
 from ..models.normalized import class_names
 from ..models.onnx import read_onnx
+from ..models.teacher import require_shape
 from ..report.delivery import parameters
 
 
@@ -67,14 +69,16 @@ class Data:
 def run(arguments: Arguments) -> int:
     _check(arguments)
     model = _model(arguments)
-    data = _read(arguments, shape_of(model), model)
+    shape = flags.shape(arguments.image_shape) or shape_of(model)
+    model.spec["num_classes"] = _outputs(model, shape)
+    data = _read(arguments, shape, model)
     device = torch.device("cpu") if _exported(arguments) else pick_device()
     model.to(device)
     teacher = None
     if arguments.teacher.spec and data.test is not None:
-        teacher = load_trained(arguments.teacher, shape_of(model), allow_code=arguments.allow_code).to(device)
+        teacher = load_trained(arguments.teacher, shape, allow_code=arguments.allow_code).to(device)
     for name, network in (("the model", model), ("the teacher", teacher)):
-        if network is not None and (text := doubt(network, shape_of(model))):
+        if network is not None and (text := doubt(network, shape)):
             print(f"warning: {name}: {text}", file=sys.stderr)
     if data.calibrate is not None:
         _calibrate(arguments, model, data.calibrate)
@@ -129,6 +133,29 @@ def _model(arguments: Arguments) -> Normalized:
         input_range=a.input_range, classes=a.classes,
     )  # fmt: skip
     return load_trained(named, flags.shape(a.image_shape) or (0, 0, 0), "--", a.allow_code)
+
+
+def _outputs(model: Normalized, shape: Shape) -> int:
+    """The number of outputs for images of `shape`. Raises DodistillError if the model does not take them, or returns
+    another shape than (images, outputs)."""
+    name = model.spec["spec"]
+    require_shape(shape)
+    try:
+        with evaluating(model), torch.no_grad():
+            out = model(torch.full((2, *shape), 0.5))
+    except DodistillError:
+        raise
+    except Exception as error:  # a model of the user's may raise anything
+        said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise DodistillError(
+            f"{name} does not take images of shape {shape} (channels, height, width): {said}; give its --image-shape."
+        ) from error
+    if out.dim() != 2 or len(out) != 2 or not out.is_floating_point():
+        raise DodistillError(
+            f"{name} returns {str(out.dtype).removeprefix('torch.')} of shape {tuple(out.shape)} for 2 images; it must "
+            "return logits of shape (2, classes)."
+        )
+    return out.shape[1]
 
 
 def _read(arguments: Arguments, shape: Shape, model: Normalized) -> Data:

@@ -2,14 +2,16 @@
 
 Names are in the order of a model's logits. One may begin with a WordNet id and list synonyms, as the lines of
 ImageNet's synset_words.txt do: `n01440764 tench, Tinca tinca`. A folder of that class may have the id as its name, the
-words, or one of the synonyms. Otherwise a folder has the name itself, or the name but for case, spaces, - and _ (and
-characters that a file's name cannot have). A name that is a number is compared by its value: 3 and 03 are one.
+words, or one of the synonyms. Otherwise a folder has the name itself, or the name but for case, spaces, - and _, the
+encoding of accents, and characters that a file's name cannot have. A name that is a number is compared by its value: 3
+and 03 are one.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -219,7 +221,7 @@ def _by_name(folders: Sequence[str], names: Sequence[str], values: Sequence[int]
 
 def _key(name: str) -> str:
     """What two spellings of one name have in common."""
-    bare = _LOOSE.sub("", name).casefold()
+    bare = _LOOSE.sub("", unicodedata.normalize("NFC", name)).casefold()  # macOS writes an accent as its own character
     return str(int(bare)) if _is_number(bare) else bare
 
 

@@ -110,8 +110,13 @@ def class_shares(logits: Tensor) -> Tensor:
 
 
 def expected_calibration_error(logits: Tensor, y: Tensor, bins: int = 15) -> float:
-    """Mean |accuracy - confidence| over equal bins of confidence, weighted by their share of the rows; in [0, 1]."""
-    confidence, named = logits.float().softmax(1).max(1)
+    """Mean |accuracy - confidence| over equal bins of confidence, weighted by their share of the rows; in [0, 1].
+
+    Rows that are probabilities already (at least 0, of sum 1) are taken as they are.
+    """
+    values = logits.float()
+    given = bool((values >= 0).all()) and torch.allclose(values.sum(1), values.new_ones(len(values)))
+    confidence, named = (values if given else values.softmax(1)).max(1)
     right = (named == y.to(logits.device)).float()
     index = (confidence * bins).ceil().long().sub(1).clamp(0, bins - 1)  # bins are (lo, hi]
     gap = torch.zeros(bins, device=logits.device).index_add_(0, index, right - confidence)

@@ -40,6 +40,7 @@ def load_trained(part: Model, shape: Shape, flag: str = "--teacher.", allow_code
     weights = require_weights(part.spec, part.weights, f"{flag}weights")
     # a file of weights determines the number of channels
     known = part.weights not in ("", RANDOM, PRETRAINED) or part.spec.endswith(".safetensors")
+    known &= not model_file(part.spec)  # of a network of the user's it is guessed, so what is given counts
 
     def load(seed: int) -> Normalized:
         return load_model(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from .heads import attach
 from .names import names_of_origin
 from .normalized import NORMALISATION, Normalized, UnknownNormalisation, constants
 from .origins import LIBRARIES, build
-from .weights import guess_channels, guess_classes, load_state, read_metadata, read_weights
+from .weights import guess_channels, guess_classes, load_state, named_safetensors, read_metadata, read_weights
 
 Values = Sequence[float]
 Size = int | Sequence[int]  #: pixels of a side of square images, or (height, width)
@@ -40,7 +41,8 @@ class UnknownNetwork(DodistillError):
         self.file, self.spec, self.cls = file, spec, cls
         name = spec or ("path/to/file.py:factory" if cls else "NAME")
         its = f", your class {cls}" if cls else ""
-        fix = fix.format(spec=name, file=file) or f"load_model({name!r}, weights='{file}')"
+        typed = {"spec": shlex.quote(name), "file": shlex.quote(str(file))}
+        fix = fix.format(**typed) or f"load_model({name!r}, weights={str(file)!r})"
         super().__init__(
             f"{file} names the code {spec}; code runs only if you name it yourself: {fix}."
             if spec
@@ -94,13 +96,15 @@ def load_model(
             )
         saved = read_metadata(spec)
         file, spec = spec, named_network(spec, saved, allow_code)
-    elif file is not None and str(file).endswith(".safetensors"):
+    elif file is not None and named_safetensors(file):
         saved = read_metadata(file)
     _check_grammar(spec)
     pretrained = weights == PRETRAINED or (file is None and weights is None and spec.startswith("hf:"))
     if pretrained and spec.partition(":")[0] not in LIBRARIES:
         raise DodistillError(f"{spec} has no published weights; give a file of weights.")
     state = None if file is None else read_weights(file)
+    counted = saved.get("num_classes") if num_classes is None else num_classes
+    asked = saved.get("in_channels") if in_channels is None else in_channels
     if state is not None:
         in_weights = saved.get("num_classes") or guess_classes(state)
         num_classes = in_weights if num_classes is None else num_classes
@@ -110,13 +114,16 @@ def load_model(
     image_size = _size(saved.get("image_size") if image_size is None else image_size)
     with seeding(seed):
         built = build(spec, num_classes, in_channels, image_size, pretrained, saved.get("config"))
-    net = built.net
+    net = built.net.float()
     if isinstance(saved.get("head"), dict):
         attach(net, **saved["head"])
     if state is not None:
         load_state(net, state, str(file))
     fresh = net.state_dict()
-    in_channels = in_channels or built.in_channels or guess_channels(fresh)
+    convolution = next((m for m in net.modules() if isinstance(m, nn.Conv2d)), None)
+    first = 0 if convolution is None or convolution.in_channels > 4 else convolution.in_channels
+    guessed = in_channels if asked is None and ".py:" in spec else None  # by a list of layers, maybe sorted by name
+    in_channels = (None if guessed else in_channels) or built.in_channels or first or guess_channels(fresh) or guessed
     wanted = constants(mean, std, in_channels, input_range)
     if wanted is None:
         try:
@@ -127,7 +134,8 @@ def load_model(
         raise UnknownNormalisation(spec if file is None else str(file))
     known: dict[str, Any] = {
         "spec": spec,
-        "num_classes": num_classes or built.num_classes or guess_classes(fresh),
+        # the network lists its layers in their order, a file of weights by name
+        "num_classes": counted or built.num_classes or guess_classes(fresh) or num_classes,
         "in_channels": in_channels,
         "image_size": image_size or _size(built.image_size),
     }

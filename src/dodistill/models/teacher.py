@@ -51,7 +51,7 @@ class Teacher(nn.Module):
     def __init__(self, model: nn.Module, image_shape: tuple[int, int, int], num_classes: int | None = None) -> None:
         super().__init__()
         self.model = model.model if isinstance(model, Teacher) else model
-        self.image_shape = _checked_shape(image_shape)
+        self.image_shape = require_shape(image_shape)
         self.requires_grad_(False)
         self.train(False)
         #: the BatchNorms that a pass uses: not those of an auxiliary head for training, as Inception has
@@ -135,6 +135,12 @@ class Teacher(nn.Module):
             conv = next((m for m in self.model.modules() if isinstance(m, nn.Conv2d)), None)
             takes = f" Its first convolution takes {conv.in_channels} channel(s)." if conv is not None else ""
             reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            if parameter is not None and parameter.dtype != torch.float32:
+                kind = str(parameter.dtype).removeprefix("torch.")
+                raise DodistillError(
+                    f"the teacher's weights are {kind}, and images are float32; give teacher.float(). The error was: "
+                    f"{reason}"
+                ) from error
             raise DodistillError(
                 f"the teacher does not take images of shape {shape} (channels, height, width).{takes} "
                 f"Give the image_shape that it was trained on. The error was: {reason}"
@@ -175,7 +181,8 @@ def _bare(model: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else model
 
 
-def _checked_shape(shape: tuple[int, int, int]) -> tuple[int, int, int]:
+def require_shape(shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """`shape` as (C, H, W). Raises DodistillError for anything else, and for images of too many values."""
     given: Any = shape
     if not isinstance(given, Sequence) or len(given) != 3 or not all(isinstance(s, int) and s > 0 for s in given):
         raise DodistillError(f"image_shape is {shape!r}; it must be (channels, height, width), as in (3, 32, 32).")

@@ -8,6 +8,7 @@ import pickle
 import re
 import shlex
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -98,8 +99,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     Raises DodistillError for a file that is missing, damaged, would run code, or contains something else.
     """
     path = _existing(path)
+    _require_weights(path)
     damaged = f"{path} is damaged or truncated ({{}}); copy or download it again."
-    if path.suffix == ".safetensors":
+    if named_safetensors(path):
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
@@ -130,6 +132,34 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             f"{path} holds no state dict (found {found}); save one with torch.save(net.state_dict(), ..)."
         )
     return dict(content)
+
+
+def named_safetensors(name: str | Path) -> bool:
+    """Whether a file has the suffix .safetensors; case does not matter."""
+    return str(name).lower().endswith(".safetensors")
+
+
+def _require_weights(path: Path) -> None:
+    """Refuse whole files of other kinds, which are no damaged weights."""
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head.startswith(b"version https://git-lfs"):
+        raise DodistillError(f"{path} is a pointer of Git LFS, not the file itself; run git lfs pull.")
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    if any(name.endswith(".npy") for name in names):
+        raise DodistillError(
+            f"{path} holds numpy arrays; give a .safetensors file, or save a state dict: "
+            "torch.save({name: torch.from_numpy(array), ...}, 'weights.pt')."
+        )
+    if any(name.endswith("/constants.pkl") for name in names):
+        raise DodistillError(
+            f"{path} is a TorchScript program, which may hold code, not weights. If you trust it, convert it once "
+            f"yourself:\n  python -c \"import sys, torch; torch.save(torch.jit.load(sys.argv[1], 'cpu').state_dict(), "
+            f"'converted.pt')\" {shlex.quote(str(path))}"
+        )
 
 
 def guess_classes(state: Mapping[str, Tensor]) -> int | None:

@@ -39,6 +39,11 @@ def _made(spec: str, classes: int | None, channels: int | None) -> nn.Module:
     except (Exception, SystemExit) as error:  # a file must not end the program, least of all with exit status 0
         raise DodistillError(f"{path} does not import: {type(error).__name__}: {error}. Correct the file.") from error
     factory = getattr(module, name, None)
+    if isinstance(factory, nn.Module):
+        raise DodistillError(
+            f"{spec} is a network, not a function that builds one; add def make(): return {name} to {path}, and give "
+            f"{path}:make."
+        )
     if not callable(factory):
         callables = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]
         raise DodistillError(f"{path}: {nearest(name, callables, 'factory')}")
@@ -46,7 +51,10 @@ def _made(spec: str, classes: int | None, channels: int | None) -> nn.Module:
     try:
         net = factory(**{k: v for k, v in given.items() if k in _parameters(factory) and v is not None})
     except (Exception, SystemExit) as error:
-        raise DodistillError(f"{spec} failed: {type(error).__name__}: {error}") from error
+        raise DodistillError(
+            f"{spec} failed: {type(error).__name__}: {error}. It is called with num_classes and in_channels, if it "
+            "takes them, and nothing else; give other parameters defaults."
+        ) from error
     if not isinstance(net, nn.Module):
         raise DodistillError(f"{spec} returned a {type(net).__name__}; it must return a torch.nn.Module.")
     return net
