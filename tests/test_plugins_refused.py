@@ -207,6 +207,64 @@ def test_what_is_built_is_checked(
     assert said in str(error.value)
 
 
+GREY = "return Acquired((noise * 0.9 + self.level).clamp(0, 1))"
+
+
+@pytest.mark.parametrize(
+    ("axis", "text", "old", "new", "said"),
+    [
+        ("source", SOURCE, GREY, "return Acquired(2 * noise - 1)", "made images from -0.99"),
+        ("source", SOURCE, GREY, "return Acquired(255 * noise)", "; they must lie in [0, 1]"),
+        ("source", SOURCE, GREY, "return Acquired((255 * noise).long())", "made images of type int64; give uint8, or"),
+        ("source", SOURCE, GREY, "return Acquired(noise.numpy())", "made images in a ndarray; give a torch.Tensor"),
+        ("source", SOURCE, GREY, "return Acquired(noise[:1])", "an acquisition has 1 image(s); it needs at least 2"),
+        ("source", SOURCE, GREY, "return Acquired(noise, torch.zeros(19, 10))",
+         "logits that are a float32 tensor of shape (19, 10); they must be floats of shape (20, 10)"),
+        ("source", SOURCE, GREY, "return Acquired(noise, None, torch.zeros(20))", "they must be int64 of shape (20,)"),
+        ("source", SOURCE, GREY, "return Acquired(noise, None, torch.full((20,), 99))",
+         "labels from 99 to 99; the teacher has classes 0 to 9"),
+        ("source", SOURCE, "self.level.clone()", "0.5", "source mine, terms: the term 'level' is a float; it must be"),
+        ("criterion", CRITERION, '{"cubed": ((s - t).abs() ** self.power).mean() / 100}', "(s - t).abs().mean()",
+         "returned a float32 tensor of shape ()"),
+        ("criterion", CRITERION, ".mean() / 100", ".mean(1)", "the term 'cubed' is a float32 tensor of shape (8,)"),
+        ("criterion", CRITERION, ".mean() / 100", ".mean().item()", "the term 'cubed' is a float; it must be"),
+        ("criterion", CRITERION, ".mean() / 100", ".mean().detach()", "returned terms without a gradient"),
+        ("criterion", CRITERION, '{"cubed": ((s - t).abs() ** self.power).mean() / 100}', "{}", "returned no terms"),
+        ("intervention", ACT, "return s + self.by * s.detach().roll(1, 1)", "...", "compensate returned a NoneType"),
+        ("intervention", ACT, "s + self.by", "s[:, :5] + self.by * s[:, :5] #", "compensate returned a float32 tensor"),
+        ("intervention", ACT, "s.new_tensor(self.by)", "self.by", "mine, log: the term 'shift/by' is a float"),
+        ("intervention", ACT, "def log(", "def weights(self, pool, d): return -s_(len(pool))\n\n    def log(",
+         "intervention shift: weights go down to -1; they must be at least 0"),
+        ("intervention", ACT, "def log(", "def weights(self, pool, d): return s_(len(pool) - 1)\n\n    def log(",
+         "intervention shift: weights have shape ("),
+        ("update", UPDATE, "return {k: v.detach() for k, v in terms.items()}", "...", "backward returned a NoneType"),
+        ("update", UPDATE, "torch.stack(list(terms.values())).sum().backward()", "return terms",
+         "update mine: backward gave the student no gradient"),
+    ],
+)  # fmt: skip
+def test_what_methods_return_is_checked(
+    here: Path, teacher: nn.Module, axis: str, text: str, old: str, new: str, said: str
+) -> None:
+    text = change(old, new, text).replace("from dataclasses", "from torch import ones as s_\nfrom dataclasses", 1)
+    Path("mine.py").write_text(text)
+    more = {"replay": "last.py"} if axis == "update" else {}
+    with pytest.raises(DodistillError) as error:
+        run(teacher, "run", allow_code=True, **{"source": "grey.py", axis: "mine.py", **more})
+    assert said in str(error.value)
+
+
+def test_an_error_in_the_users_own_code_names_its_line(
+    here: Path, teacher_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("mine.py").write_text(change("self.level += 0.05", "self.levle += 0.05"))
+    line = Path("mine.py").read_text().splitlines().index("        self.levle += 0.05") + 1
+    words = ["distill", "--teacher", str(teacher_file), "--student", "tiny4", "--source", "mine.py", "--out", "run"]
+    assert main([*words, "--steps", "2", "--batch", "8", "--quiet", "--augment.pad", "1"]) == 1
+    said = capsys.readouterr().err
+    assert f"mine.py, line {line}: AttributeError: 'Grey' object has no attribute 'levle'" in said
+    assert "please report" not in said
+
+
 @pytest.mark.parametrize("name", ["loop", "source", "preset", "kdci"])
 def test_an_intervention_is_not_called_like_a_part_of_the_config(here: Path, name: str) -> None:
     Path(f"{name}.py").write_text(ACT)

@@ -31,6 +31,8 @@ COMMANDS = (
     "demo", "distill", "teach", "evaluate", "compare", "report", "look", "rank", "export", "pack", "methods", "doctor",
 )  # fmt: skip
 PROGRAM = "dodistill"
+#: how the names of modules begin that are files of the user's: methods, and factories of networks
+USERS = ("dodistill_file_", "_dodistill_file_")
 ABOUT = """Distil a trained image classifier into a small one without its training data, under P(S | do(X)).
 
 first steps:
@@ -111,11 +113,20 @@ def unexpected(error: Exception, words: Sequence[str]) -> str:
         text = f"out of memory ({said}); give a smaller batch, image shape or pool."
     elif isinstance(error, OSError):
         text = f"{error.strerror or said}: {shown(error.filename) if error.filename else said}; check the path."
+    elif where := _users(error):
+        text = f"{where}: {said}; correct the file."
     else:
         text = f"unexpected error, please report it: {said}."
     if kept:
         text += f" The checkpoint {folder / kept} is intact; rerun the command to resume."
     return text + (f" Traceback: {name}" if name else "") + " (or add --debug)."
+
+
+def _users(error: BaseException) -> str:
+    """The file and the line of code of the user's in which an error arose; empty if there is none."""
+    frames = traceback.walk_tb(error.__traceback__)
+    mine = [(f, line) for f, line in frames if str(f.f_globals.get("__name__", "")).startswith(USERS)]
+    return f"{mine[-1][0].f_code.co_filename}, line {mine[-1][1]}" if mine else ""
 
 
 def call(command: str, words: Sequence[str], start: float) -> int:

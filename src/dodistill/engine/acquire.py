@@ -17,7 +17,6 @@ from ..core.pool import Draw, Pool
 from ..core.runtime import restore_stream
 from ..core.views import Views
 from ..data.rows import Pixels, as_uint8, rows_of
-from ..errors import DodistillError
 from ..evaluation.collapse import vital_signs
 from ..evaluation.evaluate import predict
 from ..functional.memory_format import laid_out
@@ -26,21 +25,9 @@ from ..interventions.shared.dictionary import FOREIGN, ConfounderDictionary
 from ..models.taps import Features, tapped
 from ..replay.shared.base import Replay
 from ..sources.shared.base import Acquired, Source
+from .answers import require_acquired, require_sound, require_terms
 from .job import require_kind
 from .meter import Diverged
-
-
-def _require_images(got: object, source: str, shape: tuple[int, int, int]) -> None:
-    """Refuse a result that is no acquisition, or has images of a shape that the teacher does not take."""
-    if not isinstance(got, Acquired):
-        raise DodistillError(
-            f"source {source}: acquire returned {type(got).__name__}; it must return Acquired(images)."
-        )
-    if got.images.ndim != 4 or tuple(got.images.shape[1:]) != shape:
-        raise DodistillError(
-            f"source {source}: acquire made images of shape {tuple(got.images.shape)}; they must be [n, "
-            f"{', '.join(map(str, shape))}], the teacher's image shape."
-        )
 
 
 class Acquirer:
@@ -160,8 +147,12 @@ class Acquirer:
     def _acquired(self, student: nn.Module) -> Acquired:
         """What the source acquires, labelled. Counts the acquisition once the source has returned."""
         got = self.source.acquire(student, self.round)
-        _require_images(got, self.config.source.name, self.context.image_shape)
+        name, classes = self.config.source.name, self.context.num_classes
+        require_acquired(got, name, self.context.image_shape, classes)
+        require_terms(self.source.terms, f"source {name}, terms")
         self.round += 1
+        if self.round == 1 and any(method.axis == "source" for method in self.config.methods):
+            require_sound(got, name, classes)
         return self._labelled(got)
 
     def _remembered(self, kept: Acquired) -> bool:
@@ -200,10 +191,6 @@ class Acquirer:
     def _split(self, got: Acquired) -> tuple[Acquired, Acquired]:
         """(a random share to evaluate the student on, the rest to train on)."""
         n = len(got.images)
-        if n < 2:
-            raise DodistillError(
-                f"acquisition {self.round} has {n} image(s); it needs at least 2, one to train on and one held back."
-            )
         pool = self.config.pool
         held = min(max(1, round(n * pool.holdout)), n - 1, pool.holdout_capacity)
         order = torch.randperm(n, generator=self.generators["pool"], device=self.context.device)

@@ -15,10 +15,12 @@ from ..core.batch import Batch, Drawn
 from ..core.context import Context
 from ..criteria.shared.base import Criterion
 from ..functional.schedules import rate_at
+from ..functional.terms import detached
 from ..interventions.shared.base import Intervention, Interventions
 from ..interventions.shared.dictionary import ConfounderDictionary
 from ..models.taps import tapped
 from ..updates.shared.base import Update
+from .answers import require_gradient, require_logits, require_terms
 from .job import require_kind
 from .plan import Plan
 from .shared_batch import couples, require_shareable, whole
@@ -107,6 +109,11 @@ class Matcher:
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         terms = self.update.backward(self.student, acquire, remember)
+        if self.last is None:
+            require_terms(terms, f"update {self.config.update.name}, backward")
+            require_terms(self.update.terms, f"update {self.config.update.name}, terms")
+            require_gradient(self.student, f"update {self.config.update.name}")
+        terms = detached(terms)  # a graph that is kept until the next log line fills the memory
         self.ranks.average(p for o in self.optimizers for group in o.param_groups for p in group["params"])
         self.criterion.observe(acquire.t, acquire.batch)
         self.interventions.observe(acquire.t, acquire.batch)
@@ -129,7 +136,9 @@ class Matcher:
         if self.last is None:
             return {}
         batch, t = self.last.whole()
-        return self.interventions.log(batch.raw, t, dictionary, batch)
+        logged = self.interventions.log(batch.raw, t, dictionary, batch)
+        require_terms(logged, f"intervention {self.config.intervention}, log")
+        return logged
 
     def infinite(self) -> list[str]:
         """Names of the student's parameters that are not finite. Waits for the device."""
@@ -191,7 +200,12 @@ class Objective:
             if m.couples:
                 self._batch, self.t = self.whole()
             batch = self._batch
-            terms = m.criterion(m.interventions.compensate(batch.raw, self.dictionary, batch), self.t, batch)
+            s = m.interventions.compensate(batch.raw, self.dictionary, batch)
+            if m.last is None:  # the first step tells
+                require_logits(s, batch.raw, f"intervention {m.config.intervention}")
+            terms = m.criterion(s, self.t, batch)
+            if m.last is None:
+                require_terms(terms, f"criterion {m.config.criterion.name}", trained=torch.is_grad_enabled())
         weight = 1.0 if m.couples else m.ranks.weight(self.total)
         return dict(terms) if weight == 1.0 else {name: weight * value for name, value in terms.items()}
 

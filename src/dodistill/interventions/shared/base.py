@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ...config.plugins import Named
 from ...core.batch import Batch
 from ...core.context import Context
+from ...errors import DodistillError
 from ...models.taps import tapped
 from .dictionary import ConfounderDictionary
 
@@ -95,6 +96,15 @@ class InterventionConfig(Named):
         raise NotImplementedError
 
 
+def _require_weights(w: object, n: int, part: Intervention) -> None:
+    who = f"intervention {part.name or type(part).__name__}: weights"
+    if not isinstance(w, Tensor) or tuple(w.shape) != (n,):
+        said = f"shape {tuple(w.shape)}" if isinstance(w, Tensor) else f"type {type(w).__name__}"
+        raise DodistillError(f"{who} have {said}; give a tensor of shape ({n},), a weight for each image of the pool.")
+    if bool((w < 0).any()):
+        raise DodistillError(f"{who} go down to {float(w.min()):.3g}; they must be at least 0.")
+
+
 class Interventions(nn.Module):
     """Several as one: weights are multiplied, compensations are applied in order, logs get the name as prefix."""
 
@@ -108,11 +118,15 @@ class Interventions(nn.Module):
             yield part
 
     def weights(self, pool: PoolLike, dictionary: ConfounderDictionary | None) -> Tensor | None:
-        """[len(pool)] with mean 1, or None where no part has weights (all images are equal)."""
+        """[len(pool)] with mean 1, or None where no part has weights (all images are equal).
+
+        Raises DodistillError for weights that are not one number >= 0 for each image.
+        """
         product: Tensor | None = None
         for part in self:
             w = part.weights(pool, dictionary)
             if w is not None:
+                _require_weights(w, len(pool), part)
                 product = w if product is None else product * w
         return None if product is None else product / product.mean()
 
