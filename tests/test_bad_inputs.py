@@ -226,6 +226,11 @@ def test_recipes_of_one_run(name: str, place: Path, capsys: pytest.CaptureFixtur
     refused(["distill", "recipe.yaml", *DISTILL[1:]], ["recipe.yaml"], capsys)
 
 
+def test_a_grid_is_no_recipe_of_one_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("my grid.yaml").write_text("name: mine\n" + GRID + "grid: {seed: [0]}\n")
+    refused(["distill", "my grid.yaml", *DISTILL[1:]], ["my grid.yaml", "dodistill compare 'my grid.yaml'"], capsys)
+
+
 def test_compare_with_a_cell_cut_short(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("recipe.yaml").write_text(GRID + "grid: {seed: [0]}\n")
     Path("out/cells").mkdir(parents=True)

@@ -239,6 +239,8 @@ def test_a_run_says_it_at_its_end_and_in_its_report(
     assert summary["verdict"]["distance"] in said
     assert f"Likely cause: {summary['verdict']['cause']}." in said
     assert f"\n  {COMMAND}\n" in said
+    _say({**summary, "verdict": {**summary["verdict"], "command": "", "settings": ""}}, tmp_path / "run")
+    assert "In Python" not in capsys.readouterr().out  # nothing to set, as where the teacher is the cause
     text = (tmp_path / "run" / "report.html").read_text()
     assert_offline(text)
     assert text.index(summary["verdict"]["distance"]) < text.index('<dl class="tiles">')

@@ -122,4 +122,5 @@ def _say(summary: dict[str, Any], out: Path) -> None:
         print(
             f"\n{found['distance']}\nLikely cause: {found['cause']}. {sentence(found['evidence'])}\n{found['remedy']}"
         )
-        print(f"  {found['command']}" if found["command"] else f"  In Python: {found['settings']}.")
+        if found["command"] or found["settings"]:
+            print(f"  {found['command']}" if found["command"] else f"  In Python: {found['settings']}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -31,6 +32,8 @@ def read_recipe(path: str) -> Tree:
     tree = read_yaml(path)
     if not isinstance(tree, dict):
         raise DodistillError(f"recipe {path} must be a mapping of settings, as in `source: fast`.")
+    if "grid" in tree:
+        raise DodistillError(f"{path} is a grid of runs; run it by dodistill compare {shlex.quote(path)}.")
     return tree
 
 

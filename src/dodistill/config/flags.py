@@ -338,6 +338,10 @@ def _no_flag(name: str, parts: Sequence[Part], command: str) -> str:
     inside = {other.removeprefix(f"{within}.") for other in known if other.startswith(f"{within}.")}
     if within and inside:
         return f"{within}: {nearest(key, inside, 'key')}"
+    if within in known:  # of several choices joined by +, each has its settings under its own name
+        ends = [f"--{other.replace('_', '-')}" for other in sorted(known) if other.endswith(f".{key}")]
+        hint = f"did you mean {' or '.join(ends)}?" if ends else "--help lists all flags."
+        return f"{command}: --{within} has no settings of its own; {hint}"
     if ends := [f"--{other.replace('_', '-')}" for other in sorted(known) if other.endswith(f".{name}")]:
         return f"{command}: unknown key {name!r}; did you mean {' or '.join(ends)}?"
     return f"{command}: {nearest(name.split('.')[0], {other.split('.')[0] for other in known}, 'key')}"
