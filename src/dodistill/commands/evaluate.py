@@ -155,7 +155,7 @@ def _outputs(model: Normalized, shape: Shape) -> int:
             f"{name} returns {str(out.dtype).removeprefix('torch.')} of shape {tuple(out.shape)} for 2 images; it must "
             "return logits of shape (2, classes)."
         )
-    return out.shape[1]
+    return int(out.shape[1])
 
 
 def _read(arguments: Arguments, shape: Shape, model: Normalized) -> Data:
