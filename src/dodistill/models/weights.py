@@ -99,7 +99,6 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     Raises DodistillError for a file that is missing, damaged, would run code, or contains something else.
     """
     path = _existing(path)
-    _require_weights(path)
     damaged = f"{path} is damaged or truncated ({{}}); copy or download it again."
     if named_safetensors(path):
         try:
@@ -258,6 +257,7 @@ def _existing(path: str | Path) -> Path:
     path = Path(path)
     if not path.is_file():
         raise DodistillError(f"no weights file at {path} (looked for from {Path.cwd()}); correct the path.")
+    _require_weights(path)
     return path
 
 
