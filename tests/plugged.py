@@ -166,7 +166,8 @@ ALL = {"source": "grey.py", "intervention": "shift.py", "criterion": "cubed.py",
        "replay": "last.py"}  # fmt: skip
 BASE: dict[str, Any] = {
     "augment": {"pad": 1, "flip": False}, "optim": {"lr": 0.05},
-    "loop": {"steps": 6, "batch": 8, "device": "cpu", "threads": 1, "log_every": 1, "eval_every": 3, "ema": 0.9},
+    "loop": {"steps": 6, "batch": 8, "device": "cpu", "threads": 1, "log_every": 1, "eval_every": 3, "ema": 0.9,
+             "precision": "fp32"},  # `auto` measures: by the load, two runs may differ
 }  # fmt: skip
 
 
