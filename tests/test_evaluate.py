@@ -176,6 +176,7 @@ def test_every_command_reads_large_test_images_as_the_field_does(
 
     monkeypatch.setattr(evaluate, "predict", watched)
     monkeypatch.setattr("dodistill.engine.score.predict", watched)
+    monkeypatch.setattr("dodistill.engine.teach.predict", watched)
     file, data = f"{tmp_path}/t.safetensors", str(tmp_path)
     teach = [
         "teach",

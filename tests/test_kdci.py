@@ -262,7 +262,7 @@ class Shift(Intervention):
 def test_interventions_compose() -> None:
     a, b, c = Shift("a", 1.0, 3.0, own_lr=0.5), Shift("b", 5.0, None, at_test=True), Shift("c", 0.0, 5.0)
     both = Interventions([a, b, c])
-    weights = both.weights(cast(Any, None), None)
+    weights = both.weights(cast(Any, range(3)), None)
     assert weights is not None
     torch.testing.assert_close(weights, torch.tensor([15.0, 1.0, 4.0]) / (20 / 3))
     s = torch.ones(2, 3)

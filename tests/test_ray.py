@@ -143,12 +143,19 @@ def test_a_signal_stops_what_runs_and_drops_what_waits(
     before = set(scratch.iterdir())  # of the lost node
 
     def begun() -> bool:
-        there = [folder / "runs/it/metrics.jsonl" for folder in scratch.iterdir() if folder not in before]
-        return any(metrics.exists() and '"log"' in metrics.read_text() for metrics in there)
+        for folder in set(scratch.iterdir()) - before:
+            try:
+                if '"log"' in (folder / "runs/it/metrics.jsonl").read_text():
+                    return True
+            except OSError:  # not begun, or removed meanwhile
+                continue
+        return False
 
     def terminate() -> None:
-        wait(begun)
-        os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            wait(begun)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=terminate, daemon=True).start()
     assert compare(grid, grid.parent / "out", on="ray", address=cluster.address, storage=storage.url) == 75
