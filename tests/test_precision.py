@@ -51,7 +51,8 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fp32: float, bf16: float) -> None:
         self.now, self.calls = 0.0, 0
         self.seconds = {False: fp32, True: bf16}
-        monkeypatch.setattr(precision.time, "perf_counter", lambda: self.now)
+        for clock in ("perf_counter", "process_time"):
+            monkeypatch.setattr(precision.time, clock, lambda: self.now)
         monkeypatch.setattr(precision, "emulated", lambda *_: False)
 
     def work(self, n: int) -> None:
@@ -74,6 +75,24 @@ def test_auto_takes_what_is_faster(bf16: float, chosen: str, said: str, monkeypa
     calls = clock.calls
     auto.settle(clock.work)
     assert clock.calls == calls, "it measures once"
+
+
+@pytest.mark.parametrize(("threads", "chosen"), [(1, "bf16"), (2, "fp32")])
+def test_other_work_on_the_machine_does_not_count_on_one_thread(
+    threads: int, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, auto = Clock(monkeypatch, 1e-3, 0.5e-3), Precision(CPU)
+    monkeypatch.setattr(precision.torch, "get_num_threads", lambda: threads)
+    waited = 0.0
+
+    def work(n: int) -> None:
+        nonlocal waited
+        clock.work(n)
+        waited += n * 1e-3 * torch.is_autocast_enabled("cpu")  # the process does not run
+
+    monkeypatch.setattr(precision.time, "perf_counter", lambda: clock.now + waited)
+    auto.settle(work)
+    assert auto.chosen == chosen
 
 
 def test_what_is_far_slower_is_not_measured_further(monkeypatch: pytest.MonkeyPatch) -> None:
