@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 #: Exit status if the same command can succeed later: a run stopped at its deadline, or a folder in use. (EX_TEMPFAIL.)
 STOPPED = 75
@@ -20,6 +21,18 @@ class Busy(DodistillError):
 
 class Elsewhere(DodistillError):
     """Another process of the same run has stopped by an error, which it reports itself. The CLI exits with 2."""
+
+
+@contextmanager
+def reworded(text: Callable[[str], str]) -> Iterator[None]:
+    """For code of the user's, which may raise anything: its exception becomes DodistillError(text(reason)), where
+    reason is its type and first line. A DodistillError passes."""
+    try:
+        yield
+    except DodistillError:
+        raise
+    except Exception as error:
+        raise DodistillError(text(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")) from error
 
 
 def nearest(name: str, known: Iterable[str], what: str = "name") -> str:

@@ -20,7 +20,7 @@ from ..data.labels import fitted
 from ..data.packed import Given, Packed, open_images
 from ..engine.normalisation import doubt
 from ..engine.run_folder import check_writable
-from ..errors import DodistillError
+from ..errors import DodistillError, reworded
 from ..evaluation import evaluate
 from ..evaluation.probe import context_gap, halves, linear_probe
 from ..functional.modes import evaluating
@@ -140,16 +140,9 @@ def _outputs(model: Normalized, shape: Shape) -> int:
     another shape than (images, outputs)."""
     name = model.spec["spec"]
     require_shape(shape)
-    try:
-        with evaluating(model), torch.no_grad():
-            out = model(torch.full((2, *shape), 0.5))
-    except DodistillError:
-        raise
-    except Exception as error:  # a model of the user's may raise anything
-        said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        raise DodistillError(
-            f"{name} does not take images of shape {shape} (channels, height, width): {said}; give its --image-shape."
-        ) from error
+    refused = f"{name} does not take images of shape {shape} (channels, height, width)"
+    with reworded(lambda e: f"{refused}: {e}; give its --image-shape."), evaluating(model), torch.no_grad():
+        out = model(torch.full((2, *shape), 0.5))
     if out.dim() != 2 or len(out) != 2 or not out.is_floating_point():
         raise DodistillError(
             f"{name} returns {str(out.dtype).removeprefix('torch.')} of shape {tuple(out.shape)} for 2 images; it must "

@@ -20,7 +20,7 @@ from ..core.runtime import pick_device
 from ..data.images import Images, require_fit
 from ..data.packed import Packed
 from ..data.rows import Pixels, Rows, rows_of
-from ..errors import DodistillError
+from ..errors import DodistillError, reworded
 from ..functional.memory_format import place
 from ..interventions.shared.dictionary import FOREIGN
 from ..models.normalized import answering
@@ -186,15 +186,10 @@ def _answering(student: nn.Module, teacher: Teacher, device: torch.device) -> nn
     """The student, wrapped in a module that returns its logits alone where it returns more. Refuses a student that does
     not take the teacher's images, or whose logits do not have the teacher's shape or have no gradient."""
     student.eval()
-    try:
-        out = student(torch.full((2, *teacher.image_shape), 0.5, device=device))
-    except DodistillError:
-        raise
-    except Exception as error:  # a model of the user's may raise anything
-        said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        raise DodistillError(
-            f"the student cannot read images of shape {teacher.image_shape} (C, H, W): {said}; give a network for them."
-        ) from error
+    shape = teacher.image_shape
+    refused = f"the student cannot read images of shape {shape} (C, H, W)"
+    with reworded(lambda e: f"{refused}: {e}; give a network for them."):
+        out = student(torch.full((2, *shape), 0.5, device=device))
     student, out = answering(student, out, "the student")
     if out.shape != (2, teacher.num_classes):
         raise DodistillError(

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..errors import DodistillError
+from ..errors import DodistillError, reworded
 from ..functional.moments import Moments
 from .batchnorm import batchnorms, reached
 from .folded import folded
@@ -125,26 +125,23 @@ class Teacher(nn.Module):
         shape = self.image_shape
         parameter = next(self.model.parameters(), None)
         device = torch.device("cpu") if parameter is None else parameter.device
-        try:
-            x = torch.rand((2, *shape), generator=torch.Generator().manual_seed(0)).to(device)
-            with torch.no_grad(), reached(self.model) as modules:
-                out = self.model(x)
-        except DodistillError:
-            raise
-        except Exception as error:  # a model of the user's may raise anything
-            conv = next((m for m in self.model.modules() if isinstance(m, nn.Conv2d)), None)
-            takes = f" Its first convolution takes {conv.in_channels} channel(s)." if conv is not None else ""
-            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+        def refused(reason: str) -> str:
             if parameter is not None and parameter.dtype != torch.float32:
                 kind = str(parameter.dtype).removeprefix("torch.")
-                raise DodistillError(
-                    f"the teacher's weights are {kind}, and images are float32; give teacher.float(). The error was: "
-                    f"{reason}"
-                ) from error
-            raise DodistillError(
-                f"the teacher does not take images of shape {shape} (channels, height, width).{takes} "
-                f"Give the image_shape that it was trained on. The error was: {reason}"
-            ) from error
+                said = f"the teacher's weights are {kind}, and images are float32; give teacher.float()."
+            else:
+                conv = next((m for m in self.model.modules() if isinstance(m, nn.Conv2d)), None)
+                takes = f" Its first convolution takes {conv.in_channels} channel(s)." if conv is not None else ""
+                said = (
+                    f"the teacher does not take images of shape {shape} (channels, height, width).{takes} "
+                    "Give the image_shape that it was trained on."
+                )
+            return f"{said} The error was: {reason}"
+
+        x = torch.rand((2, *shape), generator=torch.Generator().manual_seed(0)).to(device)
+        with reworded(refused), torch.no_grad(), reached(self.model) as modules:
+            out = self.model(x)
         self.reached_batchnorms = [m for m in batchnorms(self.model) if m in modules]
         self.model, out = answering(self.model, out, "the teacher")
         if out.dim() != 2 or out.shape[0] != 2:
